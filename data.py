@@ -1,0 +1,1039 @@
+"""From scenes on disk to batches on the device: reading, tiling, labels and scores, augmentation, floors.
+
+    python data.py demo                                                       # synthetic 32-band scenes, tiled into data/demo
+    python data.py tile --root=scene.npz --out=data/scene --tile_size=64     # one scene, labels split by blocks
+    python data.py tile --root=WHU-OHS --out=data/whu --tile_size=64         # a folder tr|val|ts / image|label
+    python data.py check --data=data/scene                                    # the data set doctor: statistics, faults, floors
+
+A tile directory holds {tr,val,ts}_images.npy (N, C, S, S) in the sensor's own type, {tr,val,ts}_labels.npy (N, S, S) uint8
+(0 = unlabelled, classes from 1) and meta.json. Everything after that is memory-mapped: no worker processes, no file formats.
+"""
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+import time
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+SPLITS = ('tr', 'val', 'ts')
+OHS_NM = (466, 480, 500, 520, 536, 550, 566, 580, 596, 610, 626, 640, 656, 670, 686, 700,
+          716, 730, 746, 760, 776, 790, 806, 820, 836, 850, 866, 880, 896, 910, 926, 940)  # band centres of the OHS satellites
+OHS_CLASSES = ('Paddy field', 'Dry farm', 'Woodland', 'Shrubbery', 'Sparse woodland', 'Other forest land',
+               'High-covered grassland', 'Medium-covered grassland', 'Low-covered grassland', 'River canal', 'Lake',
+               'Reservoir pond', 'Beach land', 'Shoal', 'Urban built-up', 'Rural settlement', 'Other construction land', 'Sand',
+               'Gobi', 'Saline-alkali soil', 'Marshland', 'Bare land', 'Bare rock', 'Ocean')
+
+
+class DataError(ValueError):
+    """A user's mistake or a bad file, as one sentence: where, what, what to do."""
+
+
+# ============ labels and scores ============
+
+IGNORE_INDEX = 255
+
+
+def label_to_class(raw):
+    """Raw labels (0 = unlabelled, classes from 1) -> class indices: k -> k - 1, 0 -> 255 (ignored). Nothing else touches labels."""
+    return torch.where(raw == 0, IGNORE_INDEX, raw.long() - 1)
+
+
+def confusion_matrix(pred, target, num_classes):
+    """pred, target: class indices of the same shape, target 255 ignored -> (K, K) int64 counts, rows = target, columns = prediction"""
+    known = target != IGNORE_INDEX
+    pairs = target[known].long() * num_classes + pred[known].long()
+    return torch.bincount(pairs, minlength=num_classes ** 2).reshape(num_classes, num_classes)
+
+
+def scores(cm):
+    """(K, K) confusion matrix (rows = target) -> dict of fractions.
+
+    `miou` is over the classes present in the targets (the convention of WHU-OHS and of most papers), `miou_all` over all K with
+    absent classes as 0; `mean_acc` and `mean_f1` are over classes present; `iou` has None for absent classes.
+    """
+    cm = cm.double().cpu()
+    total, hit, target, pred = cm.sum().clamp(min=1), cm.diag(), cm.sum(1), cm.sum(0)
+    present = target > 0
+    iou = hit / (target + pred - hit).clamp(min=1)
+    mean = lambda values: values[present].mean().item() if present.any() else 0.0
+    chance = (target @ pred / total ** 2).item()
+    oa = (hit.sum() / total).item()
+    return {'oa': oa, 'mean_acc': mean(hit / target.clamp(min=1)), 'miou': mean(iou), 'miou_all': (iou * present).mean().item(),
+            'kappa': (oa - chance) / max(1 - chance, 1e-12), 'mean_f1': mean(2 * hit / (target + pred).clamp(min=1)),
+            'iou': [v.item() if p else None for v, p in zip(iou, present)]}
+
+
+def chance_warning(result):
+    """A sentence when scores() are not clearly above chance, else ''. The first thing to read in any report."""
+    num_present = max(sum(v is not None for v in result['iou']), 1)
+    if result['kappa'] < 0.02 or abs(result['mean_acc'] - 1 / num_present) < 0.01:
+        return (f'WARNING: not clearly above chance (kappa {result["kappa"]:.3f}, mean accuracy {result["mean_acc"]:.3f} where '
+                f'guessing gives {1 / num_present:.3f}): check that predictions and labels are paired and numbered alike')
+    return ''
+
+
+# ============ reading a scene ============
+
+class Scene(NamedTuple):
+    cube: np.ndarray              # (C, H, W) in the file's own type
+    labels: np.ndarray            # (H, W) uint8, 0 = unlabelled; or None
+    wavelengths_nm: list          # of length C; or None
+    nodata: float                 # value that marks missing pixels; or None. NaN always does
+    class_names: list             # names of classes 1, 2, ...; or None
+
+
+def read_scene(path, labels=''):
+    """Read a scene: .tif (axes as the file states them), .npz / .npy / .mat ((H, W, C), the habit of the field) or ENVI .hdr.
+
+    An .npz holds `cube` and, if known, `labels`, `wavelengths_nm`, `class_names`, `nodata`; a .mat its largest 3-d array and a
+    2-d integer array of the same H x W. `labels` names a second file of labels. Raises DataError naming the file.
+    """
+    if not os.path.isfile(path):
+        raise DataError(f'{path}: there is no such file: check the path')
+    if os.path.getsize(path) == 0:
+        raise DataError(f'{path}: the file is empty: copy it again')
+    readers = {'.tif': read_tiff, '.tiff': read_tiff, '.npz': read_numpy, '.npy': read_numpy, '.mat': read_mat, '.hdr': read_envi}
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in readers:
+        raise DataError(f'{path}: files of type "{ending}" are not read: convert it to one of {", ".join(readers)}')
+    try:
+        scene = readers[ending](path)
+    except DataError:
+        raise
+    except ImportError as error:
+        raise DataError(f'{path}: reading it needs a package that is missing: pip install {error.name}') from None
+    except Exception as error:  # whatever a damaged file makes a reader do
+        raise DataError(f'{path}: cannot be read ({type(error).__name__}: {one_line(error)}): copy or convert it again') from None
+    if labels:
+        other = read_scene(labels)
+        raw = other.labels if other.labels is not None else other.cube[0]
+        if raw.shape != scene.cube.shape[1:]:
+            raise DataError(f'{labels}: labels of {shape_text(raw)} pixels for an image of {shape_text(scene.cube[0])} ({path}): '
+                            'give the label file of the same scene')
+        scene = scene._replace(labels=raw)
+    if scene.labels is not None:
+        scene = scene._replace(labels=checked_labels(scene.labels, labels or path))
+    return scene._replace(cube=checked_cube(scene.cube, path))
+
+
+def one_line(error):
+    return ' '.join(str(error).split())[:160] or 'no further reason given'
+
+
+def shape_text(array):
+    return ' x '.join(map(str, array.shape))
+
+
+def checked_cube(cube, path):
+    if cube.ndim != 3 or min(cube.shape) == 0:
+        raise DataError(f'{path}: an image of shape {shape_text(cube)} is not bands x rows x columns: give a 3-d array')
+    if cube.dtype.kind not in 'iuf':
+        raise DataError(f'{path}: values of type {cube.dtype} are not supported: save it as integers or floats')
+    keep = cube.dtype.kind in 'iu' and cube.dtype.itemsize <= 2
+    return cube.astype(cube.dtype.newbyteorder('=') if keep else np.float32, copy=False)  # 32-bit and wider become float32
+
+
+def checked_labels(labels, path):
+    if labels.dtype.kind == 'f' and (labels == np.round(labels)).all():
+        labels = labels.astype(np.int64)
+    if labels.dtype.kind not in 'iub':
+        raise DataError(f'{path}: labels of type {labels.dtype} are not class numbers: save them as whole numbers')
+    if labels.min() < 0 or labels.max() > 254:
+        raise DataError(f'{path}: labels run from {labels.min()} to {labels.max()}: use 0 for unlabelled and 1 to 254 for classes')
+    return labels.astype(np.uint8)
+
+
+def read_tiff(path):
+    import tifffile
+    logging.getLogger('tifffile').setLevel(logging.CRITICAL)  # its warnings come back as our own sentences
+    with tifffile.TiffFile(path) as tif:
+        series = tif.series[0]
+        if series.nbytes > 2000 * os.path.getsize(path):  # no lossless compression does better: a damaged size field
+            raise DataError(f'{path}: claims {series.nbytes / 1e9:.0f} GB of pixels in a file of {os.path.getsize(path)} bytes: '
+                            'the file is damaged, copy it again')
+        for page in series.pages:
+            if page is not None and max(map(sum, zip(page.dataoffsets, page.databytecounts)), default=0) > os.path.getsize(path):
+                raise DataError(f'{path}: the file is truncated: copy it again')
+        try:
+            image = series.asarray()
+        except ValueError as error:
+            if 'imagecodecs' not in str(error):
+                raise
+            raise DataError(f'{path}: its compression ({one_line(error).split(">")[0].strip("<")}) needs one more package: '
+                            'pip install imagecodecs') from None
+        tag = series.keyframe.tags.get(42113)  # GDAL_NODATA
+        nodata = float(tag.value) if tag else None
+    axes, shape = series.axes, image.shape
+    if image.ndim == 2:
+        axes, image = 'S' + axes, image[None]
+    if image.ndim != 3 or 'Y' not in axes or 'X' not in axes:
+        raise DataError(f'{path}: its axes are {axes} {shape}: expected rows, columns and bands only')
+    bands = axes.index(next(letter for letter in axes if letter not in 'YX'))
+    if axes[bands] == 'Q':  # written without a stated meaning, as numpy arrays are: the odd one of three sides is the bands'
+        bands = next((i for i in range(3) if shape.count(shape[i]) == 1 and len(set(shape)) == 2), int(np.argmin(shape)))
+    return Scene(np.moveaxis(image, bands, 0), None, None, None if nodata is None or math.isnan(nodata) else nodata, None)
+
+
+def read_numpy(path):
+    loaded = np.load(path, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        loaded = {'cube': loaded}
+    if 'cube' not in loaded:
+        raise DataError(f'{path}: holds {sorted(loaded)[:6]} but no array "cube": save the image under that name')
+    cube, get = loaded['cube'], lambda name: loaded[name].tolist() if name in loaded else None
+    wavelengths = get('wavelengths_nm')
+    if cube.ndim == 3 and not (wavelengths and len(wavelengths) == cube.shape[0] != cube.shape[2]):
+        cube = np.moveaxis(cube, 2, 0)  # (H, W, C) -> (C, H, W)
+    names = get('class_names')
+    if names and names[0].lower() in ('unlabelled', 'unlabeled', 'undefined', 'background'):
+        names = names[1:]  # the name of label 0
+    return Scene(cube, loaded['labels'] if 'labels' in loaded else None, wavelengths, get('nodata'), names)
+
+
+def read_mat(path):
+    from scipy.io import loadmat
+    try:
+        arrays = [a for a in loadmat(path).values() if isinstance(a, np.ndarray) and a.dtype.kind in 'iuf']
+    except NotImplementedError:
+        raise DataError(f'{path}: MATLAB 7.3 files are not read: save it again with save(..., "-v7")') from None
+    cubes = sorted((a for a in arrays if a.ndim == 3), key=lambda a: a.size)
+    flat = [a for a in arrays if a.ndim == 2 and min(a.shape) > 1]
+    if not cubes and len(flat) != 1:
+        raise DataError(f'{path}: holds no 3-d array: give the file with the image as the root, the labels with --labels')
+    cube = np.moveaxis(cubes[-1], 2, 0) if cubes else flat[0][None]
+    labels = next((a for a in flat if cubes and a.shape == cube.shape[1:]), None)
+    return Scene(cube, labels, None, None, None)
+
+
+def read_envi(path):
+    import spectral
+    image = spectral.open_image(path)
+    wavelengths = image.bands.centers
+    if wavelengths and max(wavelengths) < 100:
+        wavelengths = [w * 1000 for w in wavelengths]  # micrometres
+    nodata = image.metadata.get('data ignore value')
+    cube = np.asarray(image.open_memmap() if image.using_memmap else image.load(dtype=image.dtype))
+    return Scene(np.moveaxis(cube, 2, 0), None, wavelengths, None if nodata is None else float(nodata), None)
+
+
+def resample_bands(x, from_nm, to_nm, fwhm=15.0):
+    """x (C, H, W) at band centres `from_nm` -> (C', H, W) float32 at `to_nm`: Gaussian response of `fwhm` nm where the source is
+    finer than that, linear interpolation where it is coarser. Raises DataError outside the source's range."""
+    source, to_nm = np.asarray(from_nm, float), np.asarray(to_nm, float)
+    step = np.median(np.diff(np.sort(source)))
+    if to_nm.min() < source.min() - step or to_nm.max() > source.max() + step:
+        raise DataError(f'bands at {to_nm.min():.0f}-{to_nm.max():.0f} nm are asked for, the scene has {source.min():.0f}-'
+                        f'{source.max():.0f} nm: choose bands inside its range')
+    order = np.argsort(source)
+    gauss = np.exp(-4 * np.log(2) * ((to_nm[:, None] - source) / fwhm) ** 2)
+    linear = np.stack([np.interp(to_nm, source[order], row) for row in np.eye(len(source))[order]], 1)[:, np.argsort(order)]
+    spacing = np.interp(to_nm, source[order][:-1], np.diff(source[order])) if len(source) > 1 else np.inf
+    weights = np.where((spacing <= fwhm)[:, None], gauss / gauss.sum(1, keepdims=True).clip(1e-30), linear)
+    return np.tensordot(weights.astype(np.float32), x.astype(np.float32), 1)
+
+
+def valid_pixels(x, nodata, band_dim=-3):
+    """True where a pixel is real: all bands finite and not all equal to `nodata`. numpy or torch, any leading dimensions."""
+    xp = torch if isinstance(x, torch.Tensor) else np
+    valid = xp.isfinite(x).all(band_dim)
+    return valid if nodata is None else valid & ~(x == nodata).all(band_dim)
+
+
+# ============ tiling ============
+
+def split_by_blocks(labels, shares, block, gap, seed):
+    """(H, W) labels -> (H, W) split numbers 0, 1, 2: a checkerboard of blocks dealt out so that each class has its share of each.
+
+    tr takes the black squares first (all of them at a share of 0.5), ts the white ones last; the best of 500 random deals counts,
+    and a class still missing from tr gets its largest block. Pixels within `gap` of a block of another split get 3 (unused).
+    """
+    H, W = labels.shape
+    h, w = -(-H // block), -(-W // block)
+    block_of = (np.arange(H) // block)[:, None] * w + (np.arange(W) // block)  # (H, W)
+    num_classes = int(labels.max())
+    counts = np.bincount((block_of * (num_classes + 1) + labels).ravel(), minlength=h * w * (num_classes + 1))
+    counts = counts.reshape(h * w, num_classes + 1)[:, 1:].astype(float)  # (blocks, classes)
+    rng, goal, best = np.random.default_rng(seed), np.array(shares)[:, None], (np.inf, None)
+    order_split = np.searchsorted(np.round(np.cumsum(shares) * h * w), np.arange(h * w), side='right').clip(max=2)
+    white = (np.add.outer(np.arange(h), np.arange(w)) % 2).ravel()
+    for _ in range(500):
+        order = np.lexsort((rng.random(h * w), white ^ rng.integers(2)))  # black squares first, each colour shuffled
+        deal = np.empty(h * w, int)
+        deal[order] = order_split
+        got = np.stack([counts[deal == s].sum(0) for s in range(3)]) / counts.sum(0).clip(1)  # (3, classes)
+        missing = (got < 0.1 * goal) * np.array([[100], [1], [10]])
+        cost = np.abs(got - goal).mean() + missing.sum()
+        if cost < best[0]:
+            best = cost, deal
+    deal = best[1]
+    for k in np.flatnonzero((counts[deal == 0].sum(0) == 0) & (counts.sum(0) > 0)):
+        deal[counts[:, k].argmax()] = 0
+    split = deal[block_of]
+    if gap:
+        planes = torch.from_numpy(split)[None, None].float()
+        high, low = (F.max_pool2d(sign * planes, 2 * gap + 1, 1, gap)[0, 0] * sign for sign in (1, -1))
+        split = np.where((high == low).numpy(), split, 3)
+    return split
+
+
+def cut_positions(length, size, stride):
+    """Starts of tiles that cover `length`; the last one is moved back to end at the border."""
+    starts = list(range(0, length - size + 1, stride))
+    return starts if starts[-1] + size == length else starts + [length - size]
+
+
+class TileWriter:
+    """Appends tiles to {split}_*.npy.part and remembers in progress.json how far everything has come, so that a killed run goes
+    on from there: parts are cut back to what progress.json vouches for. finish() writes headers, renames, and meta.json last."""
+
+    def __init__(self, out, dtype, bands, size, labelled, progress):
+        self.out, self.progress, self.saved_at = out, progress, time.time()
+        self.kinds = {'images': (np.dtype(dtype), (bands, size, size)), 'index': (np.dtype(np.int32), (3,))}
+        if labelled:
+            self.kinds['labels'] = (np.dtype(np.uint8), (size, size))
+        self.files = {}
+        for split in SPLITS:
+            for kind, (kind_dtype, shape) in self.kinds.items():
+                path = os.path.join(out, f'{split}_{kind}.npy.part')
+                file = self.files[split, kind] = open(path, 'r+b' if os.path.exists(path) else 'w+b')
+                file.truncate(256 + progress['tiles'][split] * kind_dtype.itemsize * math.prod(shape))
+                file.seek(0, os.SEEK_END)
+
+    def add(self, split, image, labels, index):
+        for kind, array in (('images', image), ('labels', labels), ('index', np.array(index, np.int32))):
+            if kind in self.kinds:
+                self.files[split, kind].write(np.ascontiguousarray(array, self.kinds[kind][0]).tobytes())
+        self.progress['tiles'][split] += 1
+
+    def save_progress(self, at_least_every=2.0):
+        if time.time() - self.saved_at >= at_least_every:
+            for file in self.files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            write_json(os.path.join(self.out, 'progress.json'), self.progress)
+            self.saved_at = time.time()
+
+    def finish(self, meta):
+        self.save_progress(0)
+        for (split, kind), file in self.files.items():
+            dtype, shape = self.kinds[kind]
+            count = self.progress['tiles'][split]
+            header = repr({'descr': np.lib.format.dtype_to_descr(dtype), 'fortran_order': False, 'shape': (count, *shape)})
+            file.seek(0)
+            file.write(b'\x93NUMPY\x01\x00' + (246).to_bytes(2, 'little') + header.ljust(245).encode() + b'\n')
+            file.close()
+            path = os.path.join(self.out, f'{split}_{kind}.npy')
+            if kind == 'index':
+                meta['tiles'][split] = np.load(file.name).tolist() if count else []
+        for (split, kind), file in self.files.items():
+            if kind == 'index' or not self.progress['tiles'][split]:
+                os.remove(file.name)
+            else:
+                os.replace(file.name, file.name.removesuffix('.part'))
+        write_json(os.path.join(self.out, 'meta.json'), meta)
+        os.remove(os.path.join(self.out, 'progress.json'))
+
+
+def write_json(path, content):
+    """Atomic: the file is either the old one or the new one, never half of it."""
+    with open(path + '.tmp', 'w') as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + '.tmp', path)
+
+
+def add_statistics(stats, cube, nodata):
+    """Add a cube's valid pixels to running sums (float64, about the first file's mean so that nothing cancels)."""
+    for top in range(0, cube.shape[1], 256):
+        part = cube[:, top:top + 256]
+        valid = valid_pixels(part, nodata)
+        stats['pixels'] += int(valid.size)
+        x = part[:, valid].astype(np.float64)  # (C, n)
+        if x.shape[1] == 0:
+            continue
+        if 'shift' not in stats:
+            stats.update(shift=x.mean(1).tolist(), sum=[0.0] * len(x), outer=np.zeros((len(x), len(x))).tolist())
+        x -= np.array(stats['shift'])[:, None]
+        stats['valid'] += x.shape[1]
+        stats['sum'] = (np.array(stats['sum']) + x.sum(1)).tolist()
+        stats['outer'] = (np.array(stats['outer']) + x @ x.T).tolist()
+
+
+def list_inputs(root, labels):
+    """--root -> list of (name, image path, label path, split or '' when the scene is to be split)"""
+    if os.path.isdir(root):
+        inputs = []
+        for split in SPLITS:
+            folder = os.path.join(root, split, 'image')
+            for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+                label = os.path.join(root, split, 'label', name)
+                if name.lower().endswith(('.tif', '.tiff', '.npy', '.npz', '.mat', '.hdr')):
+                    with_labels = os.path.isdir(os.path.join(root, split, 'label'))
+                    inputs.append((f'{split}/{name}', os.path.join(folder, name), label if with_labels else '', split))
+        if not any(entry[3] == 'tr' for entry in inputs):
+            raise DataError(f'{root}: no images under {os.path.join(root, "tr", "image")}: expected tr|val|ts / image|label, or pass a scene file')
+        return inputs
+    paths = root.split(',')
+    label_paths = labels.split(',') if labels else [''] * len(paths)
+    if len(label_paths) != len(paths):
+        raise DataError(f'--labels names {len(label_paths)} files for {len(paths)} scenes: give one for each, separated by commas')
+    for path in paths:
+        if not os.path.isfile(path):
+            raise DataError(f'{path}: there is no such file or folder: check --root')
+    return [(os.path.basename(path), path, label, '') for path, label in zip(paths, label_paths)]
+
+
+def read_input(path, label_path, bands_nm):
+    if label_path and not os.path.isfile(label_path):
+        raise DataError(f'{path}: its label file {label_path} is missing: add it, or remove the image')
+    scene = read_scene(path, label_path)
+    if not bands_nm:
+        return scene
+    if not scene.wavelengths_nm:
+        raise DataError(f'{path}: --bands needs the wavelengths of the scene, and the file has none: save it as .npz with wavelengths_nm')
+    cube = scene.cube.astype(np.float32)
+    cube[:, ~valid_pixels(scene.cube, scene.nodata)] = np.nan
+    return scene._replace(cube=resample_bands(cube, scene.wavelengths_nm, bands_nm), wavelengths_nm=list(bands_nm), nodata=None)
+
+
+def parts_of(scene, split, args):
+    """The images to cut out of one input: list of (split, cube, labels, top, left)."""
+    cube, labels = scene.cube, scene.labels
+    if labels is None:
+        labels = np.zeros(cube.shape[1:], np.uint8)
+    if split or not labels.any():
+        return [(split or 'tr', cube, labels, 0, 0)]
+    shares = [float(share) for share in args.shares.split(',')]
+    if args.split == 'halves':  # the scene itself is cut: no image pixel is shared (inductive)
+        axis = int(np.argmax(labels.shape))
+        ends = np.round(np.cumsum([0] + shares) * labels.shape[axis]).astype(int)
+        cuts = [(slice(a, b), slice(None))[::1 if axis == 0 else -1] for a, b in zip(ends, ends[1:])]
+        return [(s, cube[:, r, c], labels[r, c], r.start or 0, c.start or 0) for s, (r, c) in zip(SPLITS, cuts) if labels[r, c].size]
+    deal = split_by_blocks(labels, shares, args.split_block, args.split_gap, args.seed)
+    return [(s, cube, np.where(deal == i, labels, 0), 0, 0) for i, s in enumerate(SPLITS) if shares[i]]
+
+
+def tile(args):
+    """The command `tile`: see --help. Every input is read once; memory holds one input and its tiles."""
+    settings = {key: value for key, value in vars(args).items() if key not in ('command', 'skip_bad', 'out')}
+    command = 'python data.py tile ' + ' '.join(f'--{k}={v}' for k, v in vars(args).items() if k != 'command' and v != '')
+    inputs = list_inputs(args.root, args.labels)
+    settings['inputs'] = zlib.crc32('\n'.join(entry[0] for entry in inputs).encode())
+    try:
+        bands_nm = OHS_NM if args.bands == 'ohs' else tuple(float(nm) for nm in args.bands.split(',') if nm)
+    except ValueError:
+        raise DataError(f'--bands={args.bands}: give wavelengths in nm separated by commas, or "ohs"') from None
+    meta_path, progress_path = os.path.join(args.out, 'meta.json'), os.path.join(args.out, 'progress.json')
+    for path in (meta_path, progress_path):
+        if os.path.exists(path):
+            old = json.load(open(path))['settings']
+            changed = [f'{k} ({old.get(k)} there, {v} now)' for k, v in settings.items() if old.get(k) != v]
+            if changed:
+                raise DataError(f'{args.out}: was made with other settings: {", ".join(changed)}: choose another --out or delete it')
+    if os.path.exists(meta_path):
+        print(f'{args.out}: complete, nothing to do')
+        return
+    os.makedirs(args.out, exist_ok=True)
+    if os.path.exists(progress_path):
+        progress = json.load(open(progress_path))
+        print(f'{args.out}: going on after {len(progress["done"])} of {len(inputs)} inputs')
+    else:
+        progress = {'settings': settings, 'command': command, 'done': {}, 'tiles': dict.fromkeys(SPLITS, 0), 'scene': None,
+                    'statistics': {'pixels': 0, 'valid': 0}, 'class_counts': {split: [0] * 255 for split in SPLITS}}
+    writer, failures, names = None, [], [entry[0] for entry in inputs]
+    labelled = any(entry[2] for entry in inputs) or not os.path.isdir(args.root)
+    for number, (name, path, label_path, split) in enumerate(tqdm(inputs, desc='tiling', unit='file', disable=len(inputs) == 1)):
+        if name in progress['done']:
+            continue
+        try:
+            scene = read_input(path, label_path, bands_nm)
+            facts = {'bands': scene.cube.shape[0], 'dtype': scene.cube.dtype.name, 'nodata': scene.nodata,
+                     'wavelengths_nm': scene.wavelengths_nm, 'class_names': scene.class_names}
+            facts = json.loads(json.dumps(facts))
+            first = progress['scene'] or facts
+            for key in ('bands', 'dtype', 'wavelengths_nm') if facts['class_names'] is None else facts:
+                if key != 'nodata' and first[key] != facts[key] and first[key] is not None:
+                    raise DataError(f'{path}: its {key} ({str(facts[key])[:60]}) differ from the first file\'s ({str(first[key])[:60]}): '
+                                    'tile scenes of one sensor together, others into a directory of their own')
+            if not valid_pixels(scene.cube, scene.nodata).any():
+                raise DataError(f'{path}: no valid pixel, all are NaN or nodata: remove the file')
+            if os.path.isdir(args.root) and facts['bands'] == 32 and scene.labels is not None and scene.labels.max() > 24:
+                raise DataError(f'{path}: its label file has the value {scene.labels.max()}, WHU-OHS has classes 1 to 24 '
+                                '(0 = unlabelled): repair the label file')
+            parts = parts_of(scene, split, args)
+            for part in parts:
+                if min(part[1].shape[1:]) < args.tile_size:
+                    raise DataError(f'{path}: its part for {part[0]} has {shape_text(part[2])} pixels, less than --tile_size='
+                                    f'{args.tile_size}: choose smaller tiles')
+        except DataError as error:
+            failures.append(str(error))
+            continue
+        progress['scene'] = first
+        if writer is None:
+            writer = TileWriter(args.out, first['dtype'], first['bands'], args.tile_size, labelled, progress)
+        for part_split, cube, labels, top, left in parts:
+            labels, counts = labels.copy(), progress['class_counts'][part_split]
+            counts[:] = (np.array(counts) + np.bincount(labels[labels > 0], minlength=256)[1:].astype(int)[:255]).tolist()
+            train = part_split == 'tr'
+            stride = args.stride if train and args.stride else args.tile_size
+            for row in cut_positions(cube.shape[1], args.tile_size, stride):
+                for col in cut_positions(cube.shape[2], args.tile_size, stride):
+                    image = cube[:, row:row + args.tile_size, col:col + args.tile_size]
+                    label = labels[row:row + args.tile_size, col:col + args.tile_size]
+                    if valid_pixels(image, scene.nodata).any() and (train or label.any() or not labelled):
+                        writer.add(part_split, image, label, (number, top + row, left + col))
+                    if not train:
+                        label[:] = 0  # where tiles overlap at the border, each test pixel counts once
+        for part_split, cube, *_ in parts if parts[0][0] == 'tr' else []:
+            if part_split == 'tr':
+                add_statistics(progress['statistics'], cube, scene.nodata)
+        progress['done'][name] = True
+        writer.save_progress()
+    if failures and not (args.skip_bad and writer):
+        if writer:
+            writer.save_progress(0)
+        raise DataError('\n'.join(failures) + f'\n{args.out}: {len(failures)} of {len(inputs)} inputs could not be used; what is finished '
+                        'is kept: repair or remove them and run the same command again, or go on without them with --skip_bad=true')
+    for failure in failures:
+        print('skipped:', failure)
+    meta = make_meta(progress, names, args, os.path.isdir(args.root))
+    if writer is None:
+        writer = TileWriter(args.out, meta['dtype'], meta['num_bands'], args.tile_size, labelled, progress)
+    writer.finish(meta)
+    print(f'{args.out}: {meta["num_bands"]} bands, {meta["num_classes"]} classes, tiles {progress["tiles"]}, '
+          f'labelled pixels { {s: sum(c) for s, c in meta["class_counts"].items()} }')
+
+
+def make_meta(progress, names, args, is_folder):
+    """progress of a complete run -> the content of meta.json"""
+    scene, stats = progress['scene'], progress['statistics']
+    if not stats['valid']:
+        raise DataError(f'{args.root}: no training image with valid pixels: nothing to make statistics from')
+    n, total = stats['valid'], np.array(stats['sum'])
+    covariance = (np.array(stats['outer']) - np.outer(total, total) / n) / max(n - 1, 1)
+    used = max((k + 1 for counts in progress['class_counts'].values() for k, c in enumerate(counts) if c), default=0)
+    names_known = scene['class_names'] or (list(OHS_CLASSES) if is_folder and scene['bands'] == 32 else [])
+    class_names = names_known + [f'class {k + 1}' for k in range(len(names_known), used)]
+    how = {'blocks': f'blocks of {args.split_block} px, gap {args.split_gap} px: the splits share the image, no label (transductive)',
+           'halves': 'the scene is cut: the splits share no pixel (inductive)'}[args.split]
+    return {'settings': progress['settings'], 'command': progress['command'], 'num_bands': scene['bands'], 'dtype': scene['dtype'],
+            'wavelengths_nm': scene['wavelengths_nm'] or (list(OHS_NM) if is_folder and scene['bands'] == 32 else None),
+            'nodata': scene['nodata'], 'nodata_share': 1 - n / stats['pixels'], 'mean': (np.array(stats['shift']) + total / n).tolist(),
+            'std': np.sqrt(covariance.diagonal()).tolist(), 'covariance': covariance.tolist(), 'num_classes': len(class_names),
+            'class_names': class_names, 'class_counts': {s: c[:len(class_names)] for s, c in progress['class_counts'].items()},
+            'split': 'as the folders say' if is_folder else how, 'scenes': names, 'tile_size': args.tile_size, 'tiles': {}}
+
+
+# ============ tiles in, batches out ============
+
+class Tiles:
+    """One split of a tile directory: `.images` (N, C, S, S) and `.labels` (N, S, S) or None, memory-mapped; `.meta` of meta.json."""
+
+    def __init__(self, directory, split, pin_memory=False):
+        meta_path = os.path.join(directory, 'meta.json')
+        if not os.path.exists(meta_path):
+            half_made = os.path.join(directory, 'progress.json')
+            if os.path.exists(half_made):
+                raise DataError(f'{directory}: is half-made: finish it with\n  {json.load(open(half_made))["command"]}')
+            raise DataError(f'{directory}: no tiles here: make them with `python data.py tile --root=... --out={directory}`')
+        self.directory, self.split, self.meta, self.pin_memory = directory, split, json.load(open(meta_path)), pin_memory
+        count, size = len(self.meta['tiles'][split]), self.meta['tile_size']
+        if not count:
+            raise DataError(f'{directory}: the split "{split}" has no tiles: tile it again with other --shares or more scenes')
+        self.images = self._open('images', (count, self.meta['num_bands'], size, size))
+        has_labels = os.path.exists(os.path.join(directory, f'{split}_labels.npy'))
+        self.labels = self._open('labels', (count, size, size)) if has_labels else None
+        self._buffers, self._turn = {}, 0
+
+    def _open(self, kind, shape):
+        path = os.path.join(self.directory, f'{self.split}_{kind}.npy')
+        try:
+            array = np.load(path, mmap_mode='r')
+        except (OSError, ValueError) as error:
+            raise DataError(f'{path}: cannot be read ({one_line(error)}): delete {self.directory} and tile again') from None
+        if array.shape != shape:
+            raise DataError(f'{path}: has shape {array.shape}, meta.json says {shape}: delete {self.directory} and tile again')
+        return array
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, ids, corners=None, side=0):
+        """Tiles `ids` -> images (B, C, S, S) in the stored type, labels (B, S, S) uint8 or None.
+
+        With `corners` (B, 2) only the window of `side` pixels at that row and column is read. The tensors are kept buffers, two in
+        turn: valid until the next call but one (pinned when asked for, so that the copy to a GPU can overlap with its work).
+        """
+        ids = np.asarray(ids)
+        self._turn = 1 - self._turn
+        out = []
+        for kind, source in (('images', self.images), ('labels', self.labels)):
+            if source is None:
+                out.append(None)
+                continue
+            size = side if corners is not None else source.shape[-1]
+            shape = (len(ids), *source.shape[1:-2], size, size)
+            key = (kind, self._turn, shape)
+            if key not in self._buffers:
+                self._buffers = {k: v for k, v in self._buffers.items() if k[:2] != key[:2]}
+                buffer = torch.from_numpy(np.empty(shape, source.dtype))
+                self._buffers[key] = buffer.pin_memory() if self.pin_memory else buffer
+            buffer = self._buffers[key].numpy()
+            if size == source.shape[-1]:
+                np.take(source, ids, axis=0, out=buffer, mode='clip')  # 'clip' copies straight into the buffer
+            else:
+                for i, (row, col) in enumerate(np.asarray(corners)):
+                    buffer[i] = source[ids[i], ..., row:row + size, col:col + size]
+            out.append(self._buffers[key])
+        return tuple(out)
+
+
+def epoch_ids(num_tiles, batch_size, step, seed):
+    """The tiles of a step: an endless stream of permutations, one per epoch, cut into batches. Needs no loader state."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    order = {e: np.random.default_rng([seed, e]).permutation(num_tiles) for e in set((positions // num_tiles).tolist())}
+    return np.array([order[p // num_tiles][p % num_tiles] for p in positions.tolist()])
+
+
+def standardization(meta, whiten=0):
+    """meta -> mean (C,), matrix: (C,) per-band 1 / std, or (C, C) ZCA whitening of the `whiten` leading principal components.
+
+    Neighbouring bands are near copies, so that per band the loss is brightness over and over; whitening gives the small spectral
+    differences the same weight. ZCA turns back into band space: channels keep their wavelengths. The ridge (1e-6 of the mean
+    variance) keeps noise directions from exploding; the scale makes the mean variance over channels 1.
+    """
+    mean = torch.tensor(meta['mean'], dtype=torch.float32)
+    if not whiten:
+        return mean, 1 / torch.tensor(meta['std'], dtype=torch.float32).clamp(min=1e-6 * (max(meta['std']) or 1))
+    covariance = torch.tensor(meta['covariance'], dtype=torch.float64)
+    bands = len(covariance)
+    if not 1 <= whiten <= bands:
+        raise DataError(f'whiten={whiten}: the data has {bands} bands: choose 1 to {bands}, or 0 for per-band standardisation')
+    variance, vectors = torch.linalg.eigh(covariance)
+    variance, vectors = variance[-whiten:], vectors[:, -whiten:]
+    matrix = (vectors / (variance + 1e-6 * covariance.diagonal().mean()).sqrt()) @ vectors.T * math.sqrt(bands / whiten)
+    return mean, matrix.float()
+
+
+def standardize(x, mean, matrix, nodata=None):
+    """x (B, C, H, W) raw values, any type -> (B, C, H, W) float32, standardised, invalid pixels 0 (= the mean)."""
+    valid = valid_pixels(x, nodata)[:, None]
+    x = torch.where(valid, x.float() - mean[:, None, None], 0.0)
+    if matrix.ndim == 1:
+        return x * matrix[:, None, None]
+    return torch.matmul(matrix, x.flatten(2)).reshape(x.shape)
+
+
+# ============ augmentation: a whole batch at once, on the device ============
+
+def draw_crops(n, tile_size, img_size, scale_min, scale_max, generator, turns=True):
+    """Random crops for n tiles -> corners (n, 2) and `side` of the window to read, boxes (n, 4) int and turns (n, 3) bool.
+
+    A box (top, left, height, width, in pixels of that window) has scale_min..scale_max times the area of img_size x img_size and
+    an aspect ratio of 3/4..4/3 (torchvision's RandomResizedCrop), anywhere in the tile: in a tile larger than img_size, crops
+    really move. `turns` are (flip rows, flip columns, transpose): nadir views have no up or left.
+    """
+    u = torch.rand(n, 7, generator=generator)
+    area = img_size ** 2 * (scale_min + (scale_max - scale_min) * u[:, 0])
+    ratio = torch.exp((u[:, 1] * 2 - 1) * math.log(4 / 3))
+    sizes = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).round().clamp(1, min(tile_size, 2 * img_size))  # (n, 2)
+    if scale_min == scale_max == 1:
+        sizes[:] = img_size  # no resizing at all: exact copies
+    start = (u[:, 2:4] * (tile_size - sizes + 1)).floor().clamp(min=0)  # (n, 2)
+    side = min(tile_size, math.ceil(img_size * math.sqrt(scale_max * 4 / 3)))
+    corners = torch.minimum(start, torch.full_like(start, tile_size - side))
+    boxes = torch.cat([start - corners, sizes], 1).long()
+    return corners.long(), side, boxes, (u[:, 4:] < 0.5) & turns
+
+
+def resize_weights(start, length, source, out, flip):
+    """(B,) box starts and lengths -> (B, out, source): row i of a product that crops, resizes and flips one axis.
+
+    Triangle filter, widened when shrinking: bilinear interpolation with anti-aliasing, as torch's interpolate(antialias=True).
+    """
+    scale = length / out  # source pixels per output pixel
+    where = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * scale[:, None] - 0.5  # (B, out)
+    where = torch.where(flip[:, None], where.flip(1), where)
+    pixel = torch.arange(source, device=start.device)
+    weights = (1 - (pixel - where[..., None]).abs() / scale.clamp(min=1)[:, None, None]).clamp(min=0)  # (B, out, source)
+    inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
+    weights = weights * inside[:, None]
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def resized_crop(x, boxes, turns, out, chunk=8):
+    """x (B, C, H, W), boxes (B, 4), turns (B, 3) of draw_crops -> (B, C, out, out) float32.
+
+    Two small matrix products per sample, columns then rows, are exact bilinear resizing; flips ride along for free. Done a few
+    samples at a time, so that intermediate results stay in the CPU's cache (a GPU takes the whole batch).
+    """
+    boxes, turns = boxes.to(x.device), turns.to(x.device)
+    rows = resize_weights(boxes[:, 0], boxes[:, 2], x.shape[2], out, turns[:, 0])
+    cols = resize_weights(boxes[:, 1], boxes[:, 3], x.shape[3], out, turns[:, 1]).transpose(1, 2)
+    chunk = len(x) if x.is_cuda else chunk
+    y = torch.cat([rows[i:i + chunk, None] @ (x[i:i + chunk].float() @ cols[i:i + chunk, None]) for i in range(0, len(x), chunk)])
+    return torch.where(turns[:, 2, None, None, None], y.transpose(2, 3), y)
+
+
+def resized_crop_labels(labels, boxes, turns, out):
+    """The same crops of label maps (B, H, W) -> (B, out, out), nearest neighbour."""
+    boxes, turns = boxes.to(labels.device), turns.to(labels.device)
+    step = (torch.arange(out, device=labels.device) + 0.5) / out
+    picks = []
+    for axis in (0, 1):
+        pick = (boxes[:, axis, None] + step * boxes[:, axis + 2, None]).floor().long()
+        picks.append(torch.where(turns[:, axis, None], pick.flip(1), pick))
+    y = labels[torch.arange(len(labels), device=labels.device)[:, None, None], picks[0][:, :, None], picks[1][:, None, :]]
+    return torch.where(turns[:, 2, None, None], y.transpose(1, 2), y)
+
+
+# ============ linear classifiers: probes and floors ============
+
+def labelled_pixels(tiles, features, limit=50_000, max_tiles=2000, seed=0, device='cpu'):
+    """Features and classes of labelled pixels: x (n, D) float32, y (n,), about `limit` of them at the most, drawn at random from
+    at most `max_tiles` evenly spaced tiles.
+
+    `features(raw images) -> maps (B, D, h, w)`; maps coarser than the tile are upsampled (bilinear) to its pixels.
+    """
+    if tiles.labels is None:
+        raise DataError(f'{tiles.directory}: the split "{tiles.split}" has no labels')
+    generator = torch.Generator().manual_seed(seed)
+    chosen = np.linspace(0, len(tiles) - 1, min(len(tiles), max_tiles)).round().astype(int)
+    total = sum(np.count_nonzero(tiles.labels[i]) for i in chosen)
+    xs, ys = [], []
+    for start in range(0, len(chosen), 4):
+        images, labels = tiles.batch(chosen[start:start + 4])
+        pick = (labels > 0) & (torch.rand(labels.shape, generator=generator) < limit / max(total, 1))
+        if not pick.any():
+            continue
+        maps = features(images.to(device)).float()
+        if maps.shape[-1] != labels.shape[-1]:
+            maps = F.interpolate(maps, size=labels.shape[-2:], mode='bilinear')
+        xs.append(maps.permute(0, 2, 3, 1)[pick.to(device)])
+        ys.append(label_to_class(labels[pick]).to(device))
+    if not xs:
+        raise DataError(f'{tiles.directory}: the split "{tiles.split}" has no labelled pixel')
+    return torch.cat(xs), torch.cat(ys)
+
+
+def ridge_probe(train_x, train_y, test_x, test_y, num_classes, strength=1e-3):
+    """Closed-form linear classifier (ridge regression on one-hot targets) -> scores() on the test pixels. Seconds, no tuning."""
+    center, spread = train_x.mean(0), train_x.std(0).clamp(min=1e-6)
+    train_x, test_x = ((torch.cat([(x - center) / spread, x.new_ones(len(x), 1)], 1)).double() for x in (train_x, test_x))
+    gram = train_x.T @ train_x + strength * len(train_x) * torch.eye(train_x.shape[1], device=train_x.device)
+    weights = torch.linalg.solve(gram, train_x.T @ F.one_hot(train_y, num_classes).double())
+    return scores(confusion_matrix((test_x @ weights).argmax(1), test_y, num_classes))
+
+
+def logistic_probe(train_x, train_y, test_x, test_y, num_classes, max_iter=500):
+    """Logistic regression on standardised features (L-BFGS, L2 penalty of 1, as scikit-learn's default) -> scores()."""
+    center, spread = train_x.mean(0), train_x.std(0).clamp(min=1e-6)
+    train_x, test_x = (train_x - center) / spread, (test_x - center) / spread
+    weights = torch.zeros(train_x.shape[1] + 1, num_classes, device=train_x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=max_iter, history_size=20, line_search_fn='strong_wolfe', tolerance_change=1e-9)
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(train_x @ weights[:-1] + weights[-1], train_y) + weights[:-1].square().sum() / (2 * len(train_x))
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return scores(confusion_matrix((test_x @ weights[:-1] + weights[-1]).argmax(1).detach(), test_y, num_classes))
+
+
+def window_means(x, valid, windows=(1, 3, 5, 9)):
+    """x (B, C, H, W), valid (B, 1, H, W) -> (B, C * len(windows), H, W): means over square windows, nodata left out"""
+    def box(y, k):
+        return F.avg_pool2d(y, k, stride=1, padding=k // 2, count_include_pad=False)
+    return torch.cat([box(x * valid, k) / box(valid.float(), k).clamp(min=1e-6) for k in windows], 1)
+
+
+def spectrum_features(meta, windows, device='cpu'):
+    """The function raw images -> standardised spectra averaged over `windows`, for labelled_pixels: no learning, only context."""
+    mean, matrix = (t.to(device) for t in standardization(meta))
+    return lambda raw: window_means(standardize(raw, mean, matrix, meta['nodata']), valid_pixels(raw, meta['nodata'])[:, None], windows)
+
+
+FLOORS = {'pixel': (1,), 'window': (1, 3, 5, 9)}
+
+
+def floors(directory, split='ts'):
+    """What a network must beat on `split`: majority class, chance, and logistic regression on the pixel's spectrum and on spectra
+    averaged over windows of 1, 3, 5 and 9 px. Fitted on 'tr', kept in floors.json. -> dict name -> scores()"""
+    path = os.path.join(directory, 'floors.json')
+    known = json.load(open(path)) if os.path.exists(path) else {}
+    if split in known:
+        return known[split]
+    train, test = Tiles(directory, 'tr'), Tiles(directory, split)
+    num_classes, result = train.meta['num_classes'], {}
+    for name, windows in FLOORS.items():
+        features = spectrum_features(train.meta, windows)
+        (train_x, train_y), (test_x, test_y) = labelled_pixels(train, features, 30_000), labelled_pixels(test, features, 200_000)
+        if not result:
+            majority = torch.bincount(train_y, minlength=num_classes).argmax()
+            result['majority'] = scores(confusion_matrix(majority.expand(len(test_y)), test_y, num_classes))
+            counts = torch.bincount(test_y, minlength=num_classes).double()  # guessing, in expectation
+            result['chance'] = scores(counts[:, None].expand(-1, num_classes) / num_classes)
+        result[name] = logistic_probe(train_x, train_y, test_x, test_y, num_classes)
+    try:
+        write_json(path, {**known, split: result})
+    except OSError:
+        pass  # a read-only data set: computed again next time
+    return result
+
+
+def print_scores(rows):
+    """rows: dict name -> scores(). A table in percent."""
+    print(f'{"":24s}{"OA":>7s}{"mean acc":>10s}{"mIoU":>7s}{"mIoU all":>10s}{"kappa":>8s}{"mean F1":>9s}')
+    for name, r in rows.items():
+        print(f'{name:24s}{100 * r["oa"]:7.1f}{100 * r["mean_acc"]:10.1f}{100 * r["miou"]:7.1f}{100 * r["miou_all"]:10.1f}'
+              f'{r["kappa"]:8.3f}{100 * r["mean_f1"]:9.1f}')
+
+
+# ============ pictures ============
+
+OHS_PALETTE = ('bed2ff 00ffc5 267300 a3ff73 4ce600 55ff00 737300 a8a800 ffff00 73b2ff 005ce6 002673 7a8ef5 00a884 730000 ff7f7f '
+               'ffbebe ffbee8 ff00c5 e600a9 a80084 73004c ff73df a1a1a1').split()  # the colours of earlier work on WHU-OHS
+
+
+def class_colors(class_names):
+    """(K + 1, 3) uint8: black for unlabelled, then one colour a class (WHU-OHS's own palette for its classes)"""
+    if tuple(class_names) == OHS_CLASSES:
+        colors = [[int(c[i:i + 2], 16) for i in (0, 2, 4)] for c in OHS_PALETTE]
+    else:
+        from matplotlib import colormaps
+        source = colormaps['tab10'].colors if len(class_names) <= 10 else colormaps['tab20'].colors
+        colors = [[round(255 * v) for v in source[k % len(source)]] for k in range(len(class_names))]
+    return np.array([[0, 0, 0]] + colors, np.uint8)
+
+
+def false_color(x, meta):
+    """x (C, H, W) values of a scene -> (H, W, 3) in 0..1: near infrared, red, green where wavelengths are known, 2-98 % stretch"""
+    x, nm = np.asarray(x, np.float32), meta['wavelengths_nm']
+    if nm and min(nm) < 600 < 800 < max(nm):
+        bands = [int(np.argmin(np.abs(np.array(nm) - w))) for w in (866, 656, 560)]
+    else:
+        bands = [round(f * (len(x) - 1)) for f in (0.75, 0.5, 0.2)]
+    mean, std = np.array(meta['mean'])[bands], np.array(meta['std'])[bands]  # one stretch for the data set: pictures compare
+    rgb = (np.moveaxis(x[bands], 0, 2) - mean) / (4 * std) + 0.5
+    return np.nan_to_num(rgb).clip(0, 1)
+
+
+def save_figure(figure, path):
+    figure.savefig(path, dpi=110, bbox_inches='tight')
+    figure.clear()
+
+
+# ============ the data set doctor ============
+
+def check(args):
+    """The command `check`: facts, faults and floors of a tile directory. Exit code 1 when something is wrong."""
+    from matplotlib.figure import Figure
+    splits = [s for s in SPLITS if Tiles(args.data, 'tr').meta['tiles'][s]]
+    tiles, problems, seen = {s: Tiles(args.data, s) for s in splits}, [], {}
+    meta = tiles['tr'].meta
+    counts = {s: np.zeros(256, np.int64) for s in splits}
+    sums = np.zeros((3, meta['num_classes'] + 1, meta['num_bands']))  # pixels, values, squares by class
+    levels = [set() for _ in range(meta['num_bands'])]
+    same, leaks = dict.fromkeys(('within a split', 'across splits'), 0), 0
+    for split in splits:
+        for i in tqdm(range(len(tiles[split])), desc=f'reading {split}', unit='tile', leave=False):
+            image = np.asarray(tiles[split].images[i])
+            labels = np.asarray(tiles[split].labels[i]) if tiles[split].labels is not None else np.zeros(image.shape[1:], np.uint8)
+            counts[split] += np.bincount(labels.ravel(), minlength=256)
+            key = zlib.crc32(image.tobytes())
+            if key in seen:
+                other_split, j = seen[key]
+                same['within a split' if other_split == split else 'across splits'] += 1
+                if other_split != split and tiles[split].labels is not None:
+                    leaks += int(((labels > 0) & (tiles[other_split].labels[j] > 0)).sum())
+            seen.setdefault(key, (split, i))
+            if split == 'tr':
+                valid = valid_pixels(image, meta['nodata'])
+                for k in np.unique(labels[valid]):
+                    if k <= meta['num_classes']:
+                        x = image[:, valid & (labels == k)].astype(np.float64)
+                        sums[:, k] += np.stack([np.full(len(x), x.shape[1]), x.sum(1), (x ** 2).sum(1)])
+                if i < 64:
+                    for band, values in zip(levels, image[:, valid]):
+                        band.update(np.unique(values[:4096]).tolist())
+    print(f'{args.data}: {meta["num_bands"]} bands of {meta["dtype"]}, tiles of {meta["tile_size"]} px; split: {meta["split"]}')
+    print(f'tiles {({s: len(t) for s, t in tiles.items()})}; nodata {100 * meta["nodata_share"]:.1f} % of the pixels')
+    few, many = min(map(len, levels)), max(map(len, levels))
+    print(f'effective grey levels per band (first tiles): {few} to {many}')
+    print(f'identical tiles within a split {same["within a split"]}, across splits {same["across splits"]}')
+    print(f'{"class":28s}' + ''.join(f'{s:>12s}' for s in splits))
+    for k, name in enumerate(meta['class_names']):
+        print(f'{k + 1:3d} {name[:24]:24s}' + ''.join(f'{counts[s][k + 1]:12d}' for s in splits))
+        if counts['tr'][k + 1] == 0 and any(counts[s][k + 1] for s in splits):
+            problems.append(f'class {k + 1} ({name}) has labels but none in tr: tile with another --seed or a smaller --split_block')
+    for split in splits:
+        if counts[split][meta['num_classes'] + 1:].any():
+            problems.append(f'{split}: label values above {meta["num_classes"]} (up to {np.flatnonzero(counts[split])[-1]}): '
+                            'repair the labels and tile again')
+    flat = [band for band, std in enumerate(meta['std']) if not std > 0]
+    if flat:
+        problems.append(f'bands {flat[:8]} have one value only: leave them out of the scene')
+    if few < 16:
+        problems.append(f'a band has only {few} grey levels: the scene was quantised; use the sensor\'s own values')
+    if leaks:
+        problems.append(f'{leaks} pixels are labelled in two splits (identical tiles): remove the duplicates from tr')
+    if counts['tr'][1:].any() and len(splits) > 1:
+        rows = floors(args.data, splits[-1])
+        print(f'\nfloors on {splits[-1]} (%): what a network must beat')
+        print_scores(rows)
+
+    figure = Figure(figsize=(11, 8), layout='constrained')
+    axes = figure.subplots(2, 1)
+    for i, split in enumerate(splits):
+        axes[0].bar(np.arange(meta['num_classes']) + 0.27 * (i - 1), counts[split][1:meta['num_classes'] + 1], 0.27, label=split)
+    axes[0].set(yscale='symlog', ylabel='labelled pixels', xticks=range(meta['num_classes']))
+    axes[0].set_xticklabels(meta['class_names'], rotation=35, ha='right', fontsize=8)
+    axes[0].legend()
+    nm = np.array(meta['wavelengths_nm'] or range(meta['num_bands']), float)
+    order, colors = np.argsort(nm), class_colors(meta['class_names']) / 255
+    for k in range(1, meta['num_classes'] + 1):
+        n = sums[0, k]
+        if n[0] > 1:
+            mean, std = sums[1, k] / n, np.sqrt((sums[2, k] / n - (sums[1, k] / n) ** 2).clip(0))
+            axes[1].plot(nm[order], mean[order], color=colors[k], label=meta['class_names'][k - 1])
+            axes[1].fill_between(nm[order], (mean - std)[order], (mean + std)[order], color=colors[k], alpha=0.12)
+    axes[1].set(xlabel='wavelength, nm' if meta['wavelengths_nm'] else 'band', ylabel='stored value, mean ± std')
+    if counts['tr'][1:].any():
+        axes[1].legend(fontsize=7, ncols=2, loc='center left', bbox_to_anchor=(1, 0.5))
+    save_figure(figure, os.path.join(args.data, 'check.png'))
+    print(f'picture: {os.path.join(args.data, "check.png")}')
+    if problems:
+        raise DataError('\n'.join(f'{args.data}: {problem}' for problem in problems))
+    print('nothing wrong found')
+
+
+# ============ the demo data set ============
+
+def smooth_noise(rng, size, scale):
+    """(size, size) Gaussian noise, smoothed to patches of about `scale` px, mean 0 and std 1"""
+    f = np.fft.fftfreq(size)
+    field = np.fft.ifft2(np.fft.fft2(rng.normal(size=(size, size))) * np.exp(-2 * (np.pi * scale / 2.5) ** 2 * (f[:, None] ** 2 + f ** 2))).real
+    return (field - field.mean()) / field.std()
+
+
+def demo_scene(rng, size, classes):
+    """One synthetic scene -> image (size, size, 32) int16 z-scores x 10,000 as in WHU-OHS, labels (size, size) uint8.
+
+    Classes come in families of nearly the same mean spectrum and differ in texture (how two materials alternate, how coarsely and
+    in which direction), so that context tells more than a pixel does.
+    """
+    nm = np.array(OHS_NM, float)
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+    vegetation = 0.04 + 0.03 * np.exp(-((nm - 550) / 30) ** 2) + 0.42 * sigmoid((nm - 715) / 14)  # green peak, red edge
+    soil = 0.08 + 0.25 * (nm - 466) / 474
+    water = 0.07 * np.exp(-(nm - 466) / 160)
+    built = 0.2 + 0.05 * np.sin(nm / 120)
+    absorption = 1 - 0.25 * np.exp(-((nm - 760) / 8) ** 2) - 0.3 * np.exp(-((nm - 935) / 18) ** 2)  # oxygen, water vapour
+    families = [(vegetation, soil), (vegetation, built), (soil, built), (water, vegetation), (water, soil), (built, water)]
+    labels = np.stack([smooth_noise(rng, size, 26) + bias for bias in classes]).argmax(0)  # long-tailed by the biases
+    rows, cols = np.mgrid[:size, :size]
+    share = np.zeros((size, size))  # of the family's first material
+    spectra = np.zeros((size, size, 32))
+    for k in range(len(classes)):
+        first, second = families[k % 6]
+        period, angle = (3.2, 4.5, 7, 11)[k // 6], (0, 0.8, 1.6, 2.4)[(k // 6 + k) % 4]
+        phase = 2 * np.pi * (rows * np.sin(angle) + cols * np.cos(angle)) / period
+        texture = np.sin(phase + smooth_noise(rng, size, 30)) if k % 2 else smooth_noise(rng, size, period)
+        share = (0.5 + 0.03 * (k // 6) + 0.32 * texture).clip(0, 1)[..., None]
+        here = labels == k
+        spectra[here] = (share * first + (1 - share) * second)[here]
+    blurred = sum(np.roll(spectra, shift, (0, 1)) for shift in ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))) / 5  # mixed edges
+    light = 1 + 0.18 * smooth_noise(rng, size, 45)[..., None] + 0.08 * rng.normal()
+    tilt = 1 + 0.06 * smooth_noise(rng, size, 60)[..., None] * (nm - 700) / 240  # haze: not the same at all wavelengths
+    image = (0.5 * spectra + 0.5 * blurred) * absorption * light * tilt + 0.012 * rng.normal(size=spectra.shape)
+    image = (image - image.mean((0, 1))) / image.std((0, 1))
+    image = (image * 10_000).clip(-32_767, 32_767).astype(np.int16)
+    labels = (labels + 1).astype(np.uint8)
+    labels[smooth_noise(rng, size, 20) > 1.2] = 0  # unlabelled islands
+    corner = rows + cols < rng.integers(0, size // 3)
+    image[corner], labels[corner] = -32_768, 0
+    return image, labels
+
+
+def demo(args):
+    """The command `demo`: synthetic scenes in the WHU-OHS layout under OUT/scenes, tiled into OUT. Nothing to download."""
+    import tifffile
+    rng = np.random.default_rng(0)
+    bias = -0.09 * np.arange(24)[rng.permutation(24)]  # a long-tailed prior: common classes win the argmax more often
+    for split, count in zip(SPLITS, (24, 6, 8)):
+        for folder in ('image', 'label'):
+            os.makedirs(os.path.join(args.out, 'scenes', split, folder), exist_ok=True)
+        for i in range(count):
+            path = os.path.join(args.out, 'scenes', split, '{}', f'D_{i + 1:04d}.tif')
+            image, labels = demo_scene(np.random.default_rng([SPLITS.index(split), i]), 128, bias + rng.normal(0, 0.5, 24))
+            tifffile.imwrite(path.format('image'), image, planarconfig='contig', photometric='minisblack',
+                             extratags=[(42113, 's', 0, '-32768', True)])
+            tifffile.imwrite(path.format('label'), labels, photometric='minisblack')
+    tile(parse(['tile', f'--root={os.path.join(args.out, "scenes")}', f'--out={args.out}', '--tile_size=64']))
+
+
+def demo_if_missing(directory):
+    """The scripts' default data set is made on first use."""
+    if directory == 'data/demo' and not os.path.exists(os.path.join(directory, 'meta.json')):
+        demo(parse(['demo', f'--out={directory}']))
+
+
+# ============ command line ============
+
+def parse(argv=None):
+    boolean = lambda text: bool(('false', 'true').index(text.lower()))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    commands = parser.add_subparsers(dest='command', required=True)
+    p = commands.add_parser('tile', help='cut scenes into tiles', allow_abbrev=False)
+    p.add_argument('--root', required=True, help='a scene, several separated by commas, or a folder tr|val|ts / image|label')
+    p.add_argument('--out', required=True, help='directory for the tiles')
+    p.add_argument('--tile_size', type=int, default=64, help='side of a tile in pixels (default %(default)s)')
+    p.add_argument('--stride', type=int, default=0, help='step between training tiles; 0 = tile_size, less = they overlap')
+    p.add_argument('--labels', default='', help='label file of each scene, if the scene has none inside')
+    p.add_argument('--bands', default='', help='resample to these wavelengths in nm (comma-separated, or "ohs" for the 32 of WHU-OHS)')
+    p.add_argument('--split', default='blocks', choices=('blocks', 'halves'), help='how labels of one scene are split: blocks shares '
+                   'the image between splits (transductive), halves cuts it (inductive)')
+    p.add_argument('--split_block', type=int, default=16, help='side of a block in pixels (default %(default)s)')
+    p.add_argument('--split_gap', type=int, default=0, help='pixels left unused beside a block of another split (default %(default)s)')
+    p.add_argument('--shares', default='0.5,0.1,0.4', help='shares of tr,val,ts (default %(default)s)')
+    p.add_argument('--seed', type=int, default=0, help='of the split (default %(default)s)')
+    p.add_argument('--skip_bad', type=boolean, default=False, help='true = go on without files that cannot be used')
+    p = commands.add_parser('check', help='statistics, faults and floors of a tile directory', allow_abbrev=False)
+    p.add_argument('--data', default='data/demo', help='a tile directory (default %(default)s)')
+    p = commands.add_parser('demo', help='make the synthetic data set', allow_abbrev=False)
+    p.add_argument('--out', default='data/demo', help='where (default %(default)s)')
+    args = parser.parse_args(argv)
+    if args.command == 'tile':
+        shares = args.shares.split(',')
+        if len(shares) != 3 or not all(s.replace('.', '', 1).isdigit() for s in shares) or abs(sum(map(float, shares)) - 1) > 1e-6:
+            parser.error(f'--shares={args.shares}: give three numbers that add up to 1, as 0.5,0.1,0.4')
+        if args.tile_size < 1 or args.stride < 0 or args.split_block < 1 or args.split_gap < 0:
+            parser.error('--tile_size and --split_block start at 1, --stride and --split_gap at 0')
+    return args
+
+
+def plain_errors():
+    """From here on a user's mistake ends the program with its sentence and exit code 1, not with a traceback."""
+    def hook(kind, error, trace):
+        if issubclass(kind, (DataError, KeyboardInterrupt)) or (issubclass(kind, OSError) and error.filename):
+            print(f'error: {error}' if str(error) else 'interrupted', file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+    sys.excepthook = hook
+
+
+if __name__ == '__main__':
+    plain_errors()
+    arguments = parse()
+    {'tile': tile, 'check': check, 'demo': demo}[arguments.command](arguments)

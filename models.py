@@ -1,0 +1,419 @@
+"""The networks: a Vision Transformer for any number of bands, the masked autoencoder around it, and the decoders.
+
+Shapes in comments: B batch, C bands, H W pixels (rows, columns), P patch side, h w patch grid (h = H / P), N = h * w patches,
+D width, R registers, T = 1 + R + N tokens, nh heads, hd = D / nh, L = number of visible patches, K classes.
+Parameter names and shapes are those of the public MAE and DINOv2 checkpoints, so that weights can travel.
+"""
+import math
+import os
+import pickle
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SIZES = {  # name: width, depth, heads (ViT-Ti/S/B of Dosovitskiy et al. 2021 and Touvron et al. 2021; tiny is 6 deep, for laptops)
+    'tiny': dict(embed_dim=192, depth=6, num_heads=3),
+    'small': dict(embed_dim=384, depth=12, num_heads=6),
+    'base': dict(embed_dim=768, depth=12, num_heads=12),
+}
+
+
+# ============ parts ============
+
+def patchify(x, patch_size):
+    """x (B, C, H, W) -> patches (B, N, P*P*C), row by row; inside a patch the band index runs fastest (as MAE's targets)."""
+    B, C, H, W = x.shape
+    P = patch_size
+    if H % P or W % P:
+        raise ValueError(f'an image of {H} x {W} pixels cannot be cut into patches of {P}: pass sides that are multiples of {P}')
+    x = x.reshape(B, C, H // P, P, W // P, P)  # (B, C, h, P, w, P)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // P) * (W // P), P * P * C)
+
+
+def unpatchify(patches, patch_size, h, w):
+    """patches (B, N, P*P*C) -> x (B, C, h*P, w*P): the inverse of patchify."""
+    B, P = len(patches), patch_size
+    x = patches.reshape(B, h, w, P, P, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, h * P, w * P)
+
+
+def sincos_positions(dim, h, w):
+    """Fixed 2-d sine-cosine table (1, h*w, dim): half the channels code the column, half the row (MAE; Vaswani et al. 2017)."""
+    if dim % 4:
+        raise ValueError(f'sine-cosine positions need a width that is a multiple of 4, not {dim}')
+    omega = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+
+    def encode(position):  # (N,) -> (N, dim / 2)
+        angle = position[:, None] * omega[None]
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    rows, cols = torch.meshgrid(torch.arange(h).double(), torch.arange(w).double(), indexing='ij')
+    return torch.cat([encode(cols.flatten()), encode(rows.flatten())], dim=1)[None].float()  # (1, h*w, dim)
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of each patch to a token. The weight is stored as the public checkpoints' strided convolution."""
+
+    def __init__(self, patch_size, in_chans, embed_dim):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))  # as a linear layer (MAE)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, patches):
+        """patches (..., P*P*C) of patchify, any selection of them -> tokens (..., D)"""
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*C)
+        return F.linear(patches, weight, self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017)."""
+
+    def __init__(self, dim, num_heads, dropout=0.0):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f'a width of {dim} does not divide into {num_heads} heads')
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hd)
+        x = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / sqrt(hd)) v
+        x = x.transpose(1, 2).reshape(B, T, D)
+        return self.drop(self.proj(x))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden, dropout=0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP (Shazeer 2020, arXiv 2002.05202) at the same cost: hidden = 2/3 of the MLP's, rounded up to a multiple of 8."""
+
+    def __init__(self, dim, hidden, dropout=0.0):
+        super().__init__()
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.drop(self.w3(F.silu(gate) * value))
+
+
+class LayerScale(nn.Module):
+    """A learned gain per channel on each residual branch (Touvron et al. 2021, arXiv 2103.17239)."""
+
+    def __init__(self, dim, init_values):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_values))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. Drop path runs each branch on the kept samples only, as DINOv2 does: less work, same mean."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, ffn='mlp', init_values=0.0, drop_path=0.0, dropout=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, dropout)
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = {'mlp': Mlp, 'swiglu': SwiGLU}[ffn](dim, int(dim * mlp_ratio), dropout)
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.drop_path = drop_path
+
+    def attention_branch(self, x):
+        return self.ls1(self.attn(self.norm1(x)))
+
+    def mlp_branch(self, x):
+        return self.ls2(self.mlp(self.norm2(x)))
+
+    def forward(self, x):
+        """x (B, T, D) -> (B, T, D)"""
+        if self.training and self.drop_path:
+            x = add_to_kept_samples(x, self.attention_branch, self.drop_path)
+            return add_to_kept_samples(x, self.mlp_branch, self.drop_path)
+        x = x + self.attention_branch(x)
+        return x + self.mlp_branch(x)
+
+
+def add_to_kept_samples(x, branch, drop_rate):
+    """Stochastic depth (Huang et al. 2016): a random share of the batch skips the branch, the rest is scaled up to keep the mean."""
+    B = len(x)
+    kept = max(1, round(B * (1 - drop_rate)))
+    ids = torch.randperm(B, device=x.device)[:kept]
+    return x.index_add(0, ids, branch(x.index_select(0, ids)).to(x.dtype), alpha=B / kept)
+
+
+def init_linear(module):
+    """Xavier for every linear layer, zero biases (MAE). LayerNorm starts at 1 and 0 by itself."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# ============ Vision Transformer ============
+
+class ViT(nn.Module):
+    """Vision Transformer (arXiv 2010.11929) with DINOv2's options: registers (2309.16588), SwiGLU, LayerScale, drop path.
+
+    Takes any height and width that are multiples of `patch_size` (the position table is interpolated) and any number of bands.
+    `fixed_positions` gives MAE's sine-cosine table instead of a learned one; `mask_token` is for iBOT's masked patches.
+    Token order: [cls, registers, patches].
+    """
+
+    def __init__(self, img_size: int = 64, patch_size: int = 8, in_chans: int = 32, embed_dim: int = 768, depth: int = 12,
+                 num_heads: int = 12, mlp_ratio: float = 4.0, ffn: str = 'mlp', num_register_tokens: int = 0,
+                 init_values: float = 0.0, drop_path_rate: float = 0.0, dropout: float = 0.0,
+                 fixed_positions: bool = False, mask_token: bool = False):
+        super().__init__()
+        if img_size % patch_size:
+            raise ValueError(f'img_size {img_size} is not a multiple of patch_size {patch_size}: change one of the two')
+        self.img_size, self.patch_size, self.in_chans, self.embed_dim = img_size, patch_size, in_chans, embed_dim
+        self.num_prefix_tokens = 1 + num_register_tokens
+        grid = img_size // patch_size
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid * grid, embed_dim), requires_grad=not fixed_positions)
+        self.register_tokens = nn.Parameter(torch.empty(1, num_register_tokens, embed_dim)) if num_register_tokens else None
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim)) if mask_token else None
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, ffn, init_values, drop_path_rate, dropout)
+                                    for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+        self.apply(init_linear)
+        for token in (self.cls_token, self.register_tokens):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+        if fixed_positions:
+            nn.init.zeros_(self.pos_embed)
+            self.pos_embed.data[:, 1:] = sincos_positions(embed_dim, grid, grid)
+        else:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def positions(self, h, w):
+        """Position table for an h x w grid of patches, (1, N, D): the learned one, or interpolated (bicubic) from it."""
+        table = self.pos_embed[:, 1:]
+        side = math.isqrt(table.shape[1])
+        if (h, w) == (side, side):
+            return table
+        table = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        return F.interpolate(table.float(), size=(h, w), mode='bicubic').flatten(2).transpose(1, 2)
+
+    def embed(self, x, mask=None):
+        """x (B, C, H, W), mask (B, N) True = replaced by the mask token -> tokens (B, T, D) before the first block"""
+        B, C, H, W = x.shape
+        if C != self.in_chans:
+            raise ValueError(f'the image has {C} bands, the encoder was built for {self.in_chans}')
+        tokens = self.patch_embed(patchify(x, self.patch_size))  # (B, N, D)
+        if mask is not None:
+            tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
+        tokens = tokens + self.positions(H // self.patch_size, W // self.patch_size)
+        prefix = [(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)]
+        if self.register_tokens is not None:
+            prefix.append(self.register_tokens.expand(B, -1, -1))
+        return torch.cat(prefix + [tokens], dim=1)  # (B, T, D)
+
+    def forward(self, x, mask=None):
+        """x (B, C, H, W) standardised, mask (B, N) bool or None -> normalised tokens (B, 1 + R + N, D)"""
+        x = self.embed(x, mask)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def get_intermediate_layers(self, x, n=4):
+        """x (B, C, H, W) -> the last n blocks' normalised patch tokens as n maps (B, D, h, w), earliest first"""
+        B, _, H, W = x.shape
+        x = self.embed(x)
+        maps = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= len(self.blocks) - n:
+                patches = self.norm(x)[:, self.num_prefix_tokens:]  # (B, N, D)
+                maps.append(patches.transpose(1, 2).reshape(B, -1, H // self.patch_size, W // self.patch_size))
+        return maps
+
+
+# ============ masked autoencoder ============
+
+class MaskedAutoencoder(nn.Module):
+    """Masked autoencoder (He et al. 2021, arXiv 2111.06377): the encoder sees the visible patches only, a small decoder
+    predicts the pixels of the others. After training `.encoder` is an ordinary ViT that never hears of masks."""
+
+    def __init__(self, img_size: int = 64, patch_size: int = 8, in_chans: int = 32, embed_dim: int = 768, depth: int = 12,
+                 num_heads: int = 12, mlp_ratio: float = 4.0, decoder_embed_dim: int = 512, decoder_depth: int = 8,
+                 decoder_num_heads: int = 16, norm_pix_loss: bool = False, dropout: float = 0.0):
+        super().__init__()
+        # ---- encoder
+        self.encoder = ViT(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, dropout=dropout,
+                           fixed_positions=True)
+        # ---- decoder
+        grid = img_size // patch_size
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, decoder_embed_dim), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, dropout=dropout)
+                                            for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size ** 2 * in_chans)
+        self.norm_pix_loss = norm_pix_loss
+
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.decoder_pos_embed.data[:, 1:] = sincos_positions(decoder_embed_dim, grid, grid)
+        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            module.apply(init_linear)
+
+    def random_masking(self, noise, mask_ratio):
+        """noise (B, N): the patches with the smallest values stay -> ids_keep (B, L), ids_restore (B, N), mask (B, N), 1 = removed"""
+        B, N = noise.shape
+        keep = max(1, round(N * (1 - mask_ratio)))  # round, not int: int(100 * (1 - 0.9)) is 9
+        ids_shuffle = noise.argsort(dim=1)
+        ids_restore = ids_shuffle.argsort(dim=1)
+        mask = (ids_restore >= keep).float()
+        return ids_shuffle[:, :keep], ids_restore, mask
+
+    def forward_encoder(self, patches, ids_keep):
+        """patches (B, N, P*P*C), ids_keep (B, L) -> latent (B, 1 + L, D). Only visible patches are embedded."""
+        encoder = self.encoder
+        x = encoder.patch_embed(gather_tokens(patches, ids_keep))  # (B, L, D)
+        positions = encoder.pos_embed[0, 1:].index_select(0, ids_keep.flatten())
+        x = x + positions.reshape(*ids_keep.shape, -1)
+        cls = encoder.cls_token + encoder.pos_embed[:, :1]
+        x = torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        for block in encoder.blocks:
+            x = block(x)
+        return encoder.norm(x)
+
+    def forward_decoder(self, latent, ids_restore):
+        """latent (B, 1 + L, D), ids_restore (B, N) -> pred (B, N, P*P*C) in image order"""
+        x = self.decoder_embed(latent)
+        B, N = ids_restore.shape
+        hidden = self.mask_token.to(x.dtype).expand(B, N + 1 - x.shape[1], -1)
+        patches = gather_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore)  # back in image order
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def forward_loss(self, patches, pred, mask):
+        """Mean squared error over the removed patches; with norm_pix_loss each target patch has mean 0 and variance 1."""
+        target = patches.float()
+        if self.norm_pix_loss:
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        error = (pred.float() - target).square().mean(-1)  # (B, N)
+        return (error * mask).sum() / mask.sum()
+
+    def forward(self, x, mask_ratio=0.75, noise=None):
+        """x (B, C, H, W) standardised, noise (B, N) or None -> loss, pred (B, N, P*P*C), mask (B, N) with 1 = removed"""
+        patches = patchify(x, self.encoder.patch_size)
+        if patches.shape[1] != self.decoder_pos_embed.shape[1] - 1:
+            raise ValueError(f'the image has {patches.shape[1]} patches, this autoencoder was built for '
+                             f'{self.decoder_pos_embed.shape[1] - 1}: crop to img_size {self.encoder.img_size}')
+        if noise is None:
+            noise = torch.rand(patches.shape[:2], device=x.device)
+        ids_keep, ids_restore, mask = self.random_masking(noise, mask_ratio)
+        pred = self.forward_decoder(self.forward_encoder(patches, ids_keep), ids_restore)
+        return self.forward_loss(patches, pred, mask), pred, mask
+
+
+def gather_tokens(tokens, ids):
+    """tokens (B, N, D), ids (B, L) -> (B, L, D). One index_select over flattened rows: faster than torch.gather on (B, L, D)."""
+    B, N, D = tokens.shape
+    rows = ids + torch.arange(B, device=ids.device)[:, None] * N
+    return tokens.reshape(B * N, D).index_select(0, rows.flatten()).reshape(B, -1, D)
+
+
+# ============ features and decoders ============
+
+def dense_features(encoder, x, n=4, window=0, stride=0):
+    """Feature maps of images larger than the encoder was trained on, averaged over overlapping windows.
+
+    x (B, C, H, W) -> (B, n*D, h, w), the last n blocks' maps concatenated. `window` 0 takes the encoder's own img_size, -1 the
+    whole image in one pass (positions interpolated); `stride` 0 is half a window, rounded to the patch grid. A quarter costs
+    four times as much and sees every patch at four times as many places.
+    """
+    H, W = x.shape[-2:]
+    P = encoder.patch_size
+    if window < 0 or (H <= (window or encoder.img_size) and W <= (window or encoder.img_size)):
+        return torch.cat(encoder.get_intermediate_layers(x, n), dim=1)
+    window = window or encoder.img_size
+    stride = max(P, (stride or window // 2) // P * P)
+
+    def starts(length):
+        return list(range(0, max(length - window, 0), stride)) + [max(length - window, 0)]
+
+    total, count = None, x.new_zeros(H // P, W // P)
+    for top in starts(H):
+        for left in starts(W):
+            piece = x[:, :, top:top + window, left:left + window]
+            maps = torch.cat(encoder.get_intermediate_layers(piece, n), dim=1).float()
+            if total is None:
+                total = maps.new_zeros(len(x), maps.shape[1], H // P, W // P)
+            rows = slice(top // P, top // P + maps.shape[2])
+            cols = slice(left // P, left // P + maps.shape[3])
+            total[:, :, rows, cols] += maps
+            count[rows, cols] += 1
+    return total / count
+
+
+class LinearHead(nn.Module):
+    """Batch norm and one 1x1 convolution on the last four blocks' maps, then bilinear upsampling to pixels.
+
+    The 1x1 runs before the upsampling: both are linear, so the result is the same and K channels are resized instead of 4*D.
+    """
+
+    def __init__(self, in_dim, num_classes):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_dim)
+        self.classifier = nn.Conv2d(in_dim, num_classes, 1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, maps, size):
+        """maps (B, n*D, h, w), size (H, W) -> logits (B, K, H, W)"""
+        return F.interpolate(self.classifier(self.norm(maps)), size=size, mode='bilinear')
+
+
+# ============ checkpoints ============
+
+def load_checkpoint(path):
+    """The dictionary in a checkpoint file. Runs no code from the file; a damaged or foreign file is told in a sentence."""
+    if not os.path.isfile(path):
+        raise ValueError(f'{path}: there is no such checkpoint: pass the last.pt of a run directory')
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f'{path}: not a checkpoint that can be read safely ({str(error).splitlines()[0][:120]}): '
+                         'pass a file written by one of these scripts') from None
+
+
+def load_encoder(path):
+    """The encoder (ViT) of a checkpoint written by a pre-training script, in eval mode.
+
+    `encoder.config` holds the run's constants (the standardisation among them). Raises ValueError when the file is damaged.
+    """
+    checkpoint = load_checkpoint(path)
+    if 'encoder_args' not in checkpoint:
+        raise ValueError(f'{path}: holds no encoder of ours (found {sorted(checkpoint)[:6]}): pass the last.pt of a pre-training run')
+    encoder = ViT(**checkpoint['encoder_args'])
+    weights = {name.removeprefix('encoder.'): value for name, value in checkpoint['model'].items() if name.startswith('encoder.')}
+    encoder.load_state_dict(weights, strict=True)
+    encoder.config = checkpoint['config']
+    return encoder.eval()
