@@ -407,7 +407,7 @@ def load_checkpoint(path):
 def load_encoder(path):
     """The encoder (ViT) of a checkpoint written by a pre-training script, in eval mode.
 
-    `encoder.config` holds the run's constants (the standardisation among them). Raises ValueError when the file is damaged.
+    `encoder.config` holds the run's constants (the standardisation among them), `encoder.args` the ViT's arguments. Raises ValueError when the file is damaged.
     """
     checkpoint = load_checkpoint(path)
     if 'encoder_args' not in checkpoint:
@@ -415,5 +415,5 @@ def load_encoder(path):
     encoder = ViT(**checkpoint['encoder_args'])
     weights = {name.removeprefix('encoder.'): value for name, value in checkpoint['model'].items() if name.startswith('encoder.')}
     encoder.load_state_dict(weights, strict=True)
-    encoder.config = checkpoint['config']
+    encoder.config, encoder.args = checkpoint['config'], checkpoint['encoder_args']
     return encoder.eval()

@@ -399,7 +399,7 @@ if __name__ == '__main__':
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)  # one rank was told: all leave together
         if rank == 0 and (flag or step == last_step or step % save_every == 0):
             content = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'step': step,
-                       'config': config, 'encoder_args': encoder_args}
+                       'config': config, 'encoder_args': encoder_args, 'script': os.path.basename(__file__)}
             save_checkpoint(last_path, content)
             if keep_every and step % keep_every == 0:
                 save_checkpoint(os.path.join(out_dir, f'step_{step}.pt'), content)

@@ -1,0 +1,540 @@
+"""Train and score a segmentation decoder on an encoder, frozen by default: the judge of every pre-training run.
+
+The last four blocks' maps of the encoder go through a decoder to one class per pixel. The best state on the validation split is
+scored on the test split, beside the floors it must beat. Without --encoder the encoder is random: the row every table needs.
+
+    python segment.py --encoder=runs/mae/last.pt                       # frozen encoder, linear decoder
+    python segment.py --size=tiny                                       # the same with a random encoder
+    torchrun --nproc_per_node=4 segment.py --data=data/whu --encoder=runs/mae/last.pt --freeze=false
+
+Reads a tile directory with labels (python data.py tile). Writes out_dir: best.pt, last.pt, report.json, confusion.png,
+examples.png, curves.png, log.jsonl, and appends a row to results.csv.
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import (IGNORE_INDEX, DataError, Tiles, chance_warning, class_colors, confusion_matrix, demo_if_missing, draw_crops,
+                  epoch_ids, false_color, floors, label_to_class, plain_errors, print_scores, resized_crop, resized_crop_labels,
+                  save_figure, scores, standardization, standardize, write_json)
+from models import SIZES, LinearHead, ViT, dense_features, load_checkpoint, load_encoder
+
+# ---- data
+data = 'data/demo'  # tile directory with labels; the demo is made on first use
+augment = False  # random flips, turns and resized crops of whole tiles; features can then not be kept in memory
+# ---- model
+encoder = ''  # last.pt of a pre-training run; '' = a random encoder of the four constants below (the row every table needs)
+size = 'base'  # random encoder: tiny, small or base
+img_size = 64  # random encoder: side of its window in pixels
+patch_size = 8  # random encoder: side of a patch
+whiten = 0  # random encoder: 0 = per-band standardisation, k = ZCA of k components (a trained encoder brings its own)
+decoder = 'linear'  # linear = batch norm and 1x1 convolution
+freeze = True  # false = fine-tune the encoder as well
+window_stride = 0  # step of the encoder's window over larger tiles, px; 0 = half a window, a quarter is worth 2 to 4 points
+pixel = False  # true = the pixel's own input spectrum goes into the classifier beside the features
+# ---- method
+loss = 'ce'  # ce = cross-entropy, focal = focal loss (arXiv 1708.02002) with gamma 2
+class_weights = 'none'  # none, or inverse / sqrt = classes weighted by 1 / (square root of) their number of training pixels
+# ---- optimizer
+steps = 1000  # optimizer steps; the dissertation stopped after 500 to 5,000
+batch_size = 16  # tiles per optimizer step over all processes
+grad_accum = 1  # micro-steps a batch is split into, when memory is short
+lr = 1e-3  # AdamW's; dissertation: 1e-4, which needs about 5 times the steps for a linear decoder
+power = 0.9  # of the poly schedule: lr * (1 - step / steps) ** power
+weight_decay = 0.01  # none on biases, norms and tokens
+clip_grad = 0.0  # largest global gradient norm; 0 = no clipping
+# ---- run
+out_dir = 'runs/segment'  # one directory a run
+resume = True  # false = leave an existing out_dir alone and start a new one beside it
+max_steps = 0  # stop after this many steps of the schedule; 0 = run to its end
+seed = 0  # of the decoder's (and a random encoder's) weights and of the order of tiles
+log_every = 20  # steps
+eval_every = 100  # steps between scores on the validation split
+save_every = 500  # steps between checkpoints
+keep_every = 0  # keep step_*.pt at multiples of this; 0 = keep last.pt and best.pt only
+results = 'results.csv'  # a row is appended here
+# ---- system
+device = 'auto'  # auto = cuda if present, else cpu
+dtype = 'auto'  # of the autocast: bfloat16, float16 or float32; auto = bfloat16 where the hardware multiplies it natively
+compile = 'auto'  # torch.compile: true, false; auto = on CUDA only (on CPU a minute of compiling for a few percent)
+cache_gb = 4.0  # features of a frozen encoder are kept in memory when they fit in this
+
+
+# ---- boilerplate: overrides (the same lines in every script; tests/test_style.py checks) ----
+def override_constants():
+    """Set this file's constants from `--name=value`; the comment behind a constant is its --help text."""
+    def boolean(text):
+        return bool(('false', 'true').index(text.lower()))
+    parser = argparse.ArgumentParser(description=__doc__, usage='%(prog)s [--name=value ...]', allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, comment in re.findall(r'^(\w+) = .*?  # (.*)$', open(__file__, encoding='utf-8').read(), re.M):
+        value = globals()[name]
+        parser.add_argument(f'--{name}', default=value, metavar=repr(value), help=comment.replace('%', '%%'),
+                            type=boolean if isinstance(value, bool) else type(value))
+    config = vars(parser.parse_args())
+    globals().update(config)
+    return config
+# ---- end of boilerplate: overrides ----
+
+
+# ---- boilerplate: helpers (the same lines in every training script) ----
+FREE_TO_CHANGE = ('out_dir', 'resume', 'max_steps', 'log_every', 'eval_every', 'save_every', 'keep_every', 'device', 'compile')
+
+
+def open_run(out_dir, config, resume):
+    """Make the run directory, or check that the one there has the same constants -> its path (another one if not `resume`)."""
+    if not resume:
+        taken = [n for n in range(1, 1000) if not os.path.exists(f'{out_dir}-{n + 1}' if n > 1 else out_dir)]
+        out_dir = out_dir if taken[0] == 1 and not os.path.exists(out_dir) else f'{out_dir}-{max(taken[0], 1) + 1}'
+    path = os.path.join(out_dir, 'config.json')
+    if os.path.exists(path):
+        old = json.load(open(path))['config']
+        changed = [f'{k} ({old.get(k)} there, {v} now)' for k, v in config.items() if old.get(k) != v and k not in FREE_TO_CHANGE]
+        if changed:
+            raise DataError(f'{out_dir}: holds a run with other constants: {", ".join(changed)}: pass another --out_dir, or '
+                            '--resume=false to start a new run beside it')
+    os.makedirs(out_dir, exist_ok=True)
+    for name in os.listdir(out_dir):
+        if name.endswith('.tmp'):
+            os.remove(os.path.join(out_dir, name))  # of a save that was cut off
+    git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
+    write_json(path, {'config': config, 'torch': torch.__version__, 'git': git.stdout.strip(), 'command': sys.argv})
+    shutil.copy(__file__, out_dir)
+    return out_dir
+
+
+def save_checkpoint(path, content):
+    """Atomic: a kill or a full disk leaves the old file as it was."""
+    try:
+        with open(path + '.tmp', 'wb') as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + '.tmp', path)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f'{path}: could not be written ({" ".join(str(error).split())[:120]}): make room and run the same command '
+                        'again; the checkpoint before is as it was') from None
+
+
+def read_log(path, before_step):
+    """Lines of log.jsonl up to `before_step`; what a killed run logged after its last checkpoint is dropped."""
+    if not os.path.exists(path):
+        return []
+    lines = []
+    for line in open(path):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break  # half a line at the end
+    return [entry for entry in lines if entry['step'] <= before_step]
+
+
+def cosine(step, total, warmup, peak, end):
+    """Linear warm-up from 0 to `peak` over `warmup` steps, then half a cosine down to `end` at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def parameter_groups(model, weight_decay):
+    """Weight decay on matrices only: not on biases, norms, tokens and positions."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    bare = [p for name, p in named if p.ndim == 1 or name.endswith(('_token', '_tokens', 'pos_embed'))]
+    rest = [p for name, p in named if not (p.ndim == 1 or name.endswith(('_token', '_tokens', 'pos_embed')))]
+    return [{'params': rest, 'weight_decay': weight_decay}, {'params': bare, 'weight_decay': 0.0}]
+
+
+def native_bfloat16(device):
+    """Does the hardware multiply bfloat16 itself? A CPU that must emulate it is up to 80 times slower than in float32."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported()
+    return any(getattr(torch.cpu, name, bool)() for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
+# ---- end of boilerplate: helpers ----
+
+
+# ============ method: encoder, decoder, loss ============
+
+class Segmenter(nn.Module):
+    """Encoder and decoder in one module. A frozen encoder stays in eval mode and gets no gradient."""
+
+    def __init__(self, encoder, head, freeze, window_stride, pixel_head=None):
+        super().__init__()
+        self.encoder, self.head, self.pixel_head = encoder, head, pixel_head
+        self.freeze, self.window_stride = freeze, window_stride
+        encoder.requires_grad_(not freeze)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.freeze:
+            self.encoder.eval()
+            self.head.norm.eval()  # its statistics are those of the whole training split (see calibrate_norm)
+        return self
+
+    def features(self, x):
+        """x (B, C, H, W) -> maps (B, 4*D, h, w)"""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            return dense_features(self.encoder, x, stride=self.window_stride)
+
+    def forward(self, x, maps=None):
+        """x (B, C, H, W), maps of features() if known -> logits (B, K, H, W)"""
+        logits = self.head(self.features(x) if maps is None else maps, x.shape[-2:])
+        return logits if self.pixel_head is None else logits + self.pixel_head(x)
+
+
+def calibrate_norm(norm, batches):
+    """Set a BatchNorm2d's statistics to those of all feature maps (B, D, h, w) in `batches`: then it needs no batch statistics and
+    training is the same on 1 and on N processes."""
+    count = total = square = 0
+    for maps in batches:
+        maps = maps.double()
+        count += maps.numel() / maps.shape[1]
+        total, square = total + maps.sum((0, 2, 3)), square + maps.square().sum((0, 2, 3))
+    norm.running_mean.copy_(total / count)
+    norm.running_var.copy_((square / count - (total / count).square()).clamp(min=1e-12))
+
+
+def segmentation_loss(logits, target, weight, kind):
+    """logits (B, K, H, W), target (B, H, W) classes or 255 = ignored, weight (K,) -> sum of pixel losses, sum of pixel weights.
+
+    Sums, not means: with sparse labels a mean of means is far from the mean (the caller divides by the count over all ranks).
+    focal: -(1 - p)^2 log p, with p the probability of the right class.
+    """
+    log_p = F.log_softmax(logits.float(), dim=1)
+    pixel_loss = F.nll_loss(log_p, target, weight, ignore_index=IGNORE_INDEX, reduction='none')
+    known = target != IGNORE_INDEX
+    safe = target.where(known, 0)
+    if kind == 'focal':
+        pixel_loss = pixel_loss * (1 - log_p.gather(1, safe[:, None])[:, 0].exp()).square()
+    return pixel_loss[known].sum(), weight[safe[known]].sum()
+
+
+def get_batch(train, labelled, step, rank, world, batch_size, augment, seed):
+    """This rank's share of the global batch of `step` -> tile numbers, images, labels, boxes, turns (see pretrain_mae.get_batch)."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    side = train.meta['tile_size']
+    _, _, boxes, turned = draw_crops(batch_size, side, side, 0.4 if augment else 1.0, 1.0, generator, augment)
+    mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+    ids = torch.from_numpy(labelled[epoch_ids(len(labelled), batch_size, step, seed)[mine]])
+    images, labels = train.batch(ids)
+    return ids, images, labels, boxes[mine], turned[mine]
+
+
+def save_pictures(out_dir, cm, model, tiles, inputs, meta, log):
+    """confusion.png, examples.png (false colour, labels, prediction of up to four test tiles) and curves.png."""
+    names, colors, K = meta['class_names'], class_colors(meta['class_names']), meta['num_classes']
+    figure = Figure(figsize=(3 + 0.4 * K, 2.5 + 0.4 * K), layout='constrained')
+    axis = figure.subplots()
+    share = cm.double() / cm.sum(1, keepdim=True).clamp(min=1)
+    axis.imshow(share, cmap='Blues', vmin=0, vmax=1)
+    for i in range(K):
+        for j in range(K):
+            if share[i, j] >= 0.005:
+                axis.text(j, i, f'{100 * share[i, j]:.0f}', ha='center', va='center', fontsize=7, color='white' if share[i, j] > 0.6 else 'black')
+    axis.set(xticks=range(K), yticks=range(K), xlabel='predicted', ylabel='true', title='test pixels of a class, %')
+    axis.set_xticklabels(names, rotation=60, ha='right', fontsize=8)
+    axis.set_yticklabels([f'{name} ({int(n)})' for name, n in zip(names, cm.sum(1))], fontsize=8)
+    save_figure(figure, os.path.join(out_dir, 'confusion.png'))
+
+    most_labels = np.argsort([-np.count_nonzero(tiles.labels[i]) for i in range(min(len(tiles), 500))], kind='stable')[:4]
+    figure = Figure(figsize=(8.5, 2.8 * len(most_labels)), layout='constrained')
+    axes = figure.subplots(len(most_labels), 3, squeeze=False)
+    for row, i in zip(axes, most_labels):
+        images, labels = tiles.batch([i])
+        pred = model(inputs(images)).argmax(1)[0].cpu().numpy() + 1
+        row[0].imshow(false_color(images[0], meta), interpolation='nearest')
+        row[1].imshow(colors[labels[0].numpy()], interpolation='nearest')
+        row[2].imshow(colors[pred], interpolation='nearest')
+        row[0].set_ylabel(f'tile {i}')
+    for axis, title in zip(axes[0], ('false colour', 'test labels', 'prediction')):
+        axis.set_title(title)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    figure.legend(handles=[Figure().subplots().scatter([], [], marker='s', color=colors[k + 1] / 255, label=name)
+                           for k, name in enumerate(names)], loc='outside right upper', fontsize=8)
+    save_figure(figure, os.path.join(out_dir, 'examples.png'))
+
+    figure = Figure(figsize=(10, 3.6), layout='constrained')
+    for axis, key, label in zip(figure.subplots(1, 2), ('loss', 'val_miou'), ('training loss', 'mIoU on val')):
+        axis.plot([e['step'] for e in log if key in e], [e[key] for e in log if key in e], 'o-' if key == 'val_miou' else '-')
+        axis.set(xlabel='step', ylabel=label)
+    save_figure(figure, os.path.join(out_dir, 'curves.png'))
+
+
+if __name__ == '__main__':
+    plain_errors()
+    config = override_constants()
+
+    # ---- boilerplate: distributed setup
+    world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
+    device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device)
+    if device.type == 'cuda':
+        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', device.index or 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True
+        torch.set_float32_matmul_precision('high')  # TF32 for what stays in float32
+    if world > 1:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    if batch_size % (world * grad_accum):
+        raise DataError(f'--batch_size={batch_size} does not divide over {world} processes x --grad_accum={grad_accum}: change one')
+    if dtype == 'auto':
+        dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
+    if dtype not in ('bfloat16', 'float16', 'float32'):
+        raise DataError(f'--dtype={dtype}: choose auto, bfloat16, float16 or float32')
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
+    torch.manual_seed(seed)  # the same weights on every rank
+    print0 = print if rank == 0 else lambda *args, **kwargs: None
+    if rank == 0:
+        out_dir = open_run(out_dir, config, resume)
+    if world > 1:
+        paths = [out_dir]
+        dist.broadcast_object_list(paths)
+        out_dir = paths[0]
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stop.append(number))  # only a note; the loop saves and leaves
+    # ---- end of boilerplate: distributed setup
+
+    # ---- data
+    if rank == 0:
+        demo_if_missing(data)
+    if world > 1:
+        dist.barrier()
+    splits = {split: Tiles(data, split, pin_memory=device.type == 'cuda') for split in ('tr', 'val', 'ts')}
+    meta = splits['tr'].meta
+    if splits['tr'].labels is None:
+        raise DataError(f'{data}: has no labels, and a segmentation needs them: tile scenes that have some')
+    labelled = np.array([i for i in range(len(splits['tr'])) if splits['tr'].labels[i].any()])
+
+    # ---- model
+    heads = {'linear': LinearHead}
+    for name, value, known in (('size', size, SIZES), ('decoder', decoder, heads), ('loss', loss, ('ce', 'focal')),
+                               ('class_weights', class_weights, ('none', 'inverse', 'sqrt'))):
+        if value not in known:
+            raise DataError(f'--{name}={value}: choose one of {", ".join(known)}')
+    if encoder:
+        vit = load_encoder(encoder)
+        whiten, encoder_args = vit.config['whiten'], vit.args
+        if vit.in_chans != meta['num_bands']:
+            raise DataError(f'{encoder}: the encoder was trained on {vit.in_chans} bands, {data} has {meta["num_bands"]}: tile the scene '
+                            'with --bands= the wavelengths of the encoder\'s data')
+    else:
+        encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'], fixed_positions=True, **SIZES[size])
+        vit = ViT(**encoder_args)
+    if meta['tile_size'] % vit.patch_size:
+        raise DataError(f'tiles of {meta["tile_size"]} px do not divide into patches of {vit.patch_size}: tile again with a multiple')
+    head = heads[decoder](4 * vit.embed_dim, meta['num_classes'])
+    pixel_head = nn.Conv2d(meta['num_bands'], meta['num_classes'], 1) if pixel else None
+    model = Segmenter(vit, head, freeze, window_stride, pixel_head).to(device).train()
+    mean, matrix = (t.to(device) for t in standardization(meta, whiten))
+    print0(f'{"random" if not encoder else encoder} encoder, {sum(p.numel() for p in vit.parameters()):,} parameters, '
+           f'{"frozen" if freeze else "trained"}; {decoder} decoder, {sum(p.numel() for p in head.parameters()):,}; '
+           f'{len(labelled)} labelled training tiles of {meta["tile_size"]} px; {device}, {dtype}, {world} process(es); {out_dir}')
+
+    def inputs(images):  # raw (B, C, H, W) on the CPU -> standardised on the device
+        return standardize(images.to(device, non_blocking=True), mean, matrix, meta['nodata'])
+
+    def feature_maps(split, ids):  # frozen features of tiles, kept after the first time where they fit in cache_gb
+        new = [i for i in ids.tolist() if (split, i) not in cache]
+        for i in new:
+            with torch.no_grad(), autocast:
+                maps = model.features(inputs(splits[split].batch([i])[0])).float()
+            if not keep_features:
+                cache.clear()
+            cache[split, i] = maps[0]
+        return torch.stack([cache[split, i] if (split, i) in cache else model.features(inputs(splits[split].batch([i])[0]))[0] for i in ids.tolist()])
+
+    cache = {}
+    grid = meta['tile_size'] // vit.patch_size
+    feature_bytes = 4 * (len(labelled) + len(splits['val'])) * 4 * vit.embed_dim * grid * grid
+    keep_features = freeze and not augment and feature_bytes < cache_gb * 1e9
+    if freeze:
+        some = labelled[np.linspace(0, len(labelled) - 1, min(len(labelled), 2000)).astype(int)]
+        calibrate_norm(head.norm, (feature_maps('tr', some[i:i + 1]) for i in range(len(some))))
+    counts = torch.tensor(meta['class_counts']['tr'], dtype=torch.float32, device=device).clamp(min=1)
+    weight = {'none': torch.ones_like(counts), 'inverse': 1 / counts, 'sqrt': 1 / counts.sqrt()}[class_weights]
+    weight = weight / weight.mean()
+    total_steps = steps
+    last_step = min(max_steps or total_steps, total_steps)
+
+    # ---- optimizer
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
+
+    # ---- boilerplate: resume
+    step, last_path = 0, os.path.join(out_dir, 'last.pt')
+    if os.path.exists(last_path):
+        checkpoint = load_checkpoint(last_path)
+        model.load_state_dict(checkpoint['model'], strict=True)
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        scaler.load_state_dict(checkpoint['scaler'])
+        step = checkpoint['step']
+        print0(f'{last_path}: going on at step {step} of {total_steps}')
+    log_path = os.path.join(out_dir, 'log.jsonl')
+    log = read_log(log_path, step)
+    if rank == 0:
+        with open(log_path, 'w') as file:
+            file.writelines(json.dumps(entry) + '\n' for entry in log)
+    # ---- end of boilerplate: resume
+
+    # ---- boilerplate: compile and DDP
+    net = model
+    if compile == 'true' or (compile == 'auto' and device.type == 'cuda'):
+        model.compile()  # in place: names in the checkpoint stay plain
+    if world > 1:
+        net = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
+    # ---- end of boilerplate: compile and DDP
+
+    def evaluate(split):  # every tile once, the tiles dealt out over the ranks -> confusion matrix on all ranks
+        model.eval()
+        cm = torch.zeros(meta['num_classes'], meta['num_classes'], dtype=torch.int64, device=device)
+        with torch.no_grad(), autocast:
+            for i in range(rank, len(splits[split]), world):
+                images, labels = splits[split].batch([i])
+                maps = feature_maps(split, np.array([i])) if keep_features and split == 'val' else None
+                pred = model(inputs(images), maps).argmax(1)
+                cm += confusion_matrix(pred, label_to_class(labels).to(device), meta['num_classes'])
+        if world > 1:
+            dist.all_reduce(cm)
+        model.train()
+        return cm.cpu()
+
+    # ---- training loop
+    get = (rank, world, batch_size, augment, seed)
+    batch = get_batch(splits['tr'], labelled, step, *get) if step < last_step else None
+    started, best = time.time(), max((e['val_miou'] for e in log if 'val_miou' in e), default=-1.0)
+    best_path = os.path.join(out_dir, 'best.pt')
+    bar = tqdm(total=last_step, initial=step, disable=rank > 0, unit='step', dynamic_ncols=True)
+    while step < last_step:
+        # ---- boilerplate: seed this step
+        torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # dropout differs between ranks, never between resumed runs
+        # ---- end of boilerplate: seed this step
+        for group in optimizer.param_groups:
+            group['lr'] = lr * (1 - step / total_steps) ** power
+
+        # ---- method: forward, loss, backward
+        ids, images, labels, boxes, turned = batch
+        target = label_to_class(labels.to(device, non_blocking=True))
+        count = weight[target[target != IGNORE_INDEX]].sum()
+        if world > 1:
+            dist.all_reduce(count)
+        count = count.clamp(min=1e-12) / world  # DDP takes the mean of the ranks' gradients
+        total_loss = torch.zeros((), device=device)
+        for micro in torch.arange(len(ids)).chunk(grad_accum):
+            x, y = inputs(images[micro]), target[micro]
+            if augment:
+                x = resized_crop(x, boxes[micro], turned[micro], x.shape[-1])
+                y = resized_crop_labels(y, boxes[micro], turned[micro], y.shape[-1])
+            maps = feature_maps('tr', ids[micro]) if keep_features else None
+            with autocast:
+                logits = net(x, maps)
+            loss_sum, _ = segmentation_loss(logits, y, weight, loss)
+            scaler.scale(loss_sum / count).backward()
+            total_loss += loss_sum.detach() / count
+        batch = get_batch(splits['tr'], labelled, step + 1, *get) if step + 1 < last_step else None  # while a GPU is still at work
+
+        # ---- boilerplate: clip and finite check
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)  # the same on all ranks after all-reduce
+        if not torch.isfinite(norm) and dtype != 'float16':  # the scaler of float16 skips such steps and lowers its scale
+            raise DataError(f'step {step}: the gradient is not finite (loss {float(total_loss):.4g}): the weights were left as they '
+                            f'were and {last_path} is of an earlier step. Look for NaN or huge values in the data (python data.py '
+                            'check), or lower the learning rate')
+        # ---- end of boilerplate: clip and finite check
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        step += 1
+        bar.update()
+
+        # ---- boilerplate: log
+        if step % log_every == 0 or step == last_step:
+            if world > 1:
+                dist.all_reduce(total_loss, op=dist.ReduceOp.SUM)
+                total_loss /= world
+            entry = {'step': step, 'loss': float(total_loss), 'lr': optimizer.param_groups[0]['lr'], 'grad_norm': float(norm),
+                     'seconds': time.time() - started}
+            log.append(entry)
+            if rank == 0:
+                with open(log_path, 'a') as file:
+                    file.write(json.dumps(entry) + '\n')
+            bar.set_postfix(loss=f'{entry["loss"]:.4f}', tiles_s=f'{batch_size * bar.format_dict["rate"]:.0f}' if bar.format_dict["rate"] else '')
+        # ---- end of boilerplate: log
+
+        # ---- evaluate on val, keep the best
+        if step % eval_every == 0 or step == last_step:
+            val = scores(evaluate('val'))
+            log.append({'step': step, 'val_miou': val['miou'], 'val_oa': val['oa']})
+            if rank == 0:
+                with open(log_path, 'a') as file:
+                    file.write(json.dumps(log[-1]) + '\n')
+                if val['miou'] > best:
+                    save_checkpoint(best_path, {'model': model.state_dict(), 'step': step, 'val_miou': val['miou'], 'config': config,
+                                                'encoder_args': encoder_args, 'script': os.path.basename(__file__)})
+            best = max(best, val['miou'])
+
+        # ---- boilerplate: checkpoint, stop
+        flag = torch.tensor(stop[0] if stop else 0, device=device)
+        if world > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)  # one rank was told: all leave together
+        if rank == 0 and (flag or step == last_step or step % save_every == 0):
+            content = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'step': step,
+                       'config': config, 'encoder_args': encoder_args, 'script': os.path.basename(__file__)}
+            save_checkpoint(last_path, content)
+            if keep_every and step % keep_every == 0:
+                save_checkpoint(os.path.join(out_dir, f'step_{step}.pt'), content)
+        if flag:
+            print0(f'\ninterrupted by signal {int(flag)}: saved step {step} of {total_steps} in {last_path}; the same command goes on there')
+            sys.exit(128 + int(flag))
+        # ---- end of boilerplate: checkpoint, stop
+
+    # ---- end: score the best state on the test split
+    bar.close()
+    if world > 1:
+        dist.barrier()
+    chosen = load_checkpoint(best_path)
+    model.load_state_dict(chosen['model'], strict=True)
+    cm = evaluate('ts')
+    if rank == 0:
+        result = scores(cm)
+        rows = {**floors(data, 'ts'), f'{"random" if not encoder else "trained"} encoder + {decoder}': result}
+        print(f'\ntest split of {data} (%), best state on val: step {chosen["step"]}; split: {meta["split"]}')
+        print_scores(rows)
+        for name, iou, n in zip(meta['class_names'], result['iou'], cm.sum(1).tolist()):
+            print(f'  IoU {"absent" if iou is None else f"{100 * iou:6.1f}"}  {name} ({n} px)')
+        warning = chance_warning(result)
+        if warning:
+            print(warning)
+        write_json(os.path.join(out_dir, 'report.json'), {'split': 'ts', 'how_split': meta['split'], 'scores': result, 'floors': floors(data, 'ts'),
+                   'class_names': meta['class_names'], 'confusion_matrix': cm.tolist(), 'best_step': chosen['step'], 'warning': warning,
+                   'config': config, 'torch': torch.__version__, 'seconds': time.time() - started})
+        model.eval()
+        with torch.no_grad(), autocast:
+            save_pictures(out_dir, cm, model, splits['ts'], inputs, meta, log)
+        row = {'data': data, 'encoder': encoder or f'random {size}/{patch_size}', 'whiten': whiten, 'decoder': decoder, 'freeze': freeze,
+               'pixel': pixel, 'seed': seed, 'steps': step, 'best_step': chosen['step'],
+               **{k: round(result[k], 5) for k in ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1')},
+               'pixel_floor': round(rows['pixel']['miou'], 5), 'window_floor': round(rows['window']['miou'], 5), 'out_dir': out_dir}
+        with open(results, 'a', newline='') as file:
+            writer = csv.DictWriter(file, row)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+    if world > 1:
+        dist.destroy_process_group()
