@@ -498,16 +498,16 @@ def tile(args):
                 add_statistics(progress['statistics'], cube, scene.nodata)
         progress['done'][name] = True
         writer.save_progress()
-    if failures and not (args.skip_bad and writer):
-        if writer:
-            writer.save_progress(0)
+    if writer:
+        writer.save_progress(0)
+    if failures and not (args.skip_bad and progress['scene']):
         raise DataError('\n'.join(failures) + f'\n{args.out}: {len(failures)} of {len(inputs)} inputs could not be used; what is finished '
                         'is kept: repair or remove them and run the same command again, or go on without them with --skip_bad=true')
     for failure in failures:
         print('skipped:', failure)
     meta = make_meta(progress, names, args, os.path.isdir(args.root))
     if writer is None:
-        writer = TileWriter(args.out, meta['dtype'], meta['num_bands'], args.tile_size, labelled, progress)
+        writer = TileWriter(args.out, meta['dtype'], meta['num_bands'], args.tile_size, labelled, progress)  # all done before
     writer.finish(meta)
     print(f'{args.out}: {meta["num_bands"]} bands, {meta["num_classes"]} classes, tiles {progress["tiles"]}, '
           f'labelled pixels { {s: sum(c) for s, c in meta["class_counts"].items()} }')

@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-SIZES = {  # name: width, depth, heads (ViT-Ti/S/B of Dosovitskiy et al. 2021 and Touvron et al. 2021; tiny is 6 deep, for laptops)
-    'tiny': dict(embed_dim=192, depth=6, num_heads=3),
+SIZES = {  # small and base are ViT-S and ViT-B (Touvron et al. 2021, Dosovitskiy et al. 2021); tiny is for laptops
+    'tiny': dict(embed_dim=128, depth=6, num_heads=4),
     'small': dict(embed_dim=384, depth=12, num_heads=6),
     'base': dict(embed_dim=768, depth=12, num_heads=12),
 }

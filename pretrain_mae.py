@@ -40,7 +40,7 @@ scale_min = 0.4  # smallest crop, as a share of img_size x img_size; 0.2 in MAE,
 scale_max = 1.0  # largest crop; 1 with scale_min = 1 never resizes
 turns = True  # random flips and quarter turns: seen from above there is no up. dissertation: flips only
 # ---- model
-size = 'base'  # tiny (width 192, depth 6), small (384, 12) or base (768, 12)
+size = 'base'  # tiny (width 128, depth 6), small (384, 12) or base (768, 12)
 patch_size = 8  # 8 for 64 px (the dissertation); 2 to 4 for small scenes, at (8 / patch)^2 times the tokens
 dropout = 0.1  # dissertation: 0.1 "on the small amount of data"; MAE itself uses 0
 # ---- method
@@ -278,7 +278,7 @@ if __name__ == '__main__':
     # ---- model
     if size not in SIZES:
         raise DataError(f'--size={size}: choose one of {", ".join(SIZES)}')
-    decoder = {'tiny': (128, 2, 4), 'small': (256, 4, 8), 'base': (512, 8, 16)}[size]
+    decoder = {'tiny': (96, 2, 4), 'small': (256, 4, 8), 'base': (512, 8, 16)}[size]
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'], dropout=dropout, **SIZES[size])
     model = MaskedAutoencoder(**encoder_args, decoder_embed_dim=decoder[0], decoder_depth=decoder[1], decoder_num_heads=decoder[2],
                               norm_pix_loss=norm_pix_loss).to(device)

@@ -1,0 +1,446 @@
+"""Reading, tiling, labels, scores, augmentation and floors."""
+import glob
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import torch.nn.functional as F
+
+import data
+from conftest import MAE_TINY, ROOT, SCENES, make_scene, run
+from data import DataError, Tiles, chance_warning, confusion_matrix, label_to_class, read_scene, scores
+
+
+# ============ labels and scores ============
+
+def long_tailed(n=20_000, num_classes=24, seed=0):
+    share = 0.8 ** np.arange(num_classes)
+    return torch.from_numpy(np.random.default_rng(seed).choice(num_classes, n, p=share / share.sum()))
+
+
+def judge(pred, target, num_classes=24):
+    return scores(confusion_matrix(pred, target, num_classes))
+
+
+def test_labels_map_once_zero_is_ignored():
+    assert label_to_class(torch.tensor([0, 1, 24], dtype=torch.uint8)).tolist() == [255, 0, 23]
+
+
+def test_perfect_predictor_gets_100_percent_whatever_is_ignored():
+    target = long_tailed()
+    shown = torch.where(torch.rand(len(target)) < 0.5, 255, target)
+    result = judge(target, shown)
+    assert result['oa'] == result['miou'] == result['mean_acc'] == result['kappa'] == result['mean_f1'] == 1
+    assert chance_warning(result) == ''
+
+
+def test_shifted_predictor_is_near_zero_and_shuffled_predictor_trips_the_warning():
+    target = long_tailed()
+    assert judge((target + 1) % 24, target)['miou'] < 0.001
+    shuffled = judge(target[torch.randperm(len(target))], target)
+    assert shuffled['miou'] < 0.05 and abs(shuffled['kappa']) < 0.02
+    assert 'not clearly above chance' in chance_warning(shuffled)
+    assert 'not clearly above chance' in chance_warning(judge(torch.zeros_like(target), target))
+
+
+def test_the_dissertations_two_faults_turn_a_perfect_predictor_into_its_table():
+    target = long_tailed()
+    shuffled_and_off_by_one = judge((target[torch.randperm(len(target))] - 1) % 24, target)
+    assert shuffled_and_off_by_one['miou'] < 0.03 and chance_warning(shuffled_and_off_by_one)
+
+
+def test_scores_agree_with_a_naive_count():
+    rng = np.random.default_rng(1)
+    target, pred = rng.integers(0, 5, 500), rng.integers(0, 4, 500)
+    target[target == 2] = 255  # class 2 is absent, class 4 never predicted
+    result, known = judge(torch.tensor(pred), torch.tensor(target), 6), target != 255
+    ious, f1s, recalls = [], [], []
+    for k in (0, 1, 3, 4):
+        tp = sum(p == t == k for p, t in zip(pred[known], target[known]))
+        fp = sum(p == k != t for p, t in zip(pred[known], target[known]))
+        fn = sum(t == k != p for p, t in zip(pred[known], target[known]))
+        ious.append(tp / (tp + fp + fn)), f1s.append(2 * tp / (2 * tp + fp + fn)), recalls.append(tp / (tp + fn))
+    assert result['miou'] == pytest.approx(np.mean(ious))
+    assert result['miou_all'] == pytest.approx(sum(ious) / 6)
+    assert result['mean_f1'] == pytest.approx(np.mean(f1s)) and result['mean_acc'] == pytest.approx(np.mean(recalls))
+    assert result['oa'] == pytest.approx((pred == target)[known].mean()) and result['iou'][2] is None
+
+
+# ============ reading ============
+
+@pytest.mark.parametrize('options', [
+    dict(planarconfig='contig'), dict(planarconfig='contig', compression='zlib', predictor=2), dict(compression='zlib', tile=(16, 16)),
+    dict(planarconfig='separate'), dict(planarconfig='separate', compression='zlib'), dict(bigtiff=True), dict(byteorder='>'), dict(pages=True),
+], ids=str)
+@pytest.mark.parametrize('dtype', ['uint8', 'int16', 'uint16', 'float32'])
+def test_tiff_axes_come_from_the_file(tmp_path, options, dtype):
+    cube = (np.arange(5 * 20 * 24).reshape(5, 20, 24) % 251).astype(dtype)
+    path, options = str(tmp_path / 'x.tif'), dict(options)
+    if dtype == 'float32':
+        options.pop('predictor', None)
+    if options.pop('pages', False):
+        tifffile.imwrite(path, cube, photometric='minisblack')
+    elif options.get('planarconfig') == 'separate':
+        tifffile.imwrite(path, cube, photometric='minisblack', **options)
+    else:
+        tifffile.imwrite(path, np.moveaxis(cube, 0, 2).astype(np.dtype(dtype)), photometric='minisblack', **{'planarconfig': 'contig', **options})
+    scene = read_scene(path)
+    assert scene.cube.shape == (5, 20, 24) and scene.cube.dtype == dtype
+    np.testing.assert_array_equal(scene.cube, cube)
+
+
+def test_numpy_mat_and_envi_scenes(tmp_path):
+    cube, labels = np.arange(6 * 7 * 3).reshape(6, 7, 3).astype(np.int16), np.arange(42).reshape(6, 7) % 4
+    np.savez(tmp_path / 'a.npz', cube=cube, labels=labels, wavelengths_nm=[500, 600, 700], class_names=['Unlabelled', 'a', 'b', 'c'])
+    np.save(tmp_path / 'a.npy', cube)
+    scene = read_scene(str(tmp_path / 'a.npz'))
+    assert scene.cube.shape == (3, 6, 7) and scene.labels.dtype == np.uint8 and scene.class_names == ['a', 'b', 'c']
+    np.testing.assert_array_equal(read_scene(str(tmp_path / 'a.npy')).cube, np.moveaxis(cube, 2, 0))
+    scipy_io = pytest.importorskip('scipy.io')
+    scipy_io.savemat(tmp_path / 'a.mat', {'cube': cube})
+    scipy_io.savemat(tmp_path / 'gt.mat', {'gt': labels})
+    scene = read_scene(str(tmp_path / 'a.mat'), str(tmp_path / 'gt.mat'))
+    np.testing.assert_array_equal(scene.cube, np.moveaxis(cube, 2, 0))
+    np.testing.assert_array_equal(scene.labels, labels)
+    spectral = pytest.importorskip('spectral')
+    spectral.envi.save_image(str(tmp_path / 'a.hdr'), cube, metadata={'wavelength': [0.5, 0.6, 0.7], 'data ignore value': -1})
+    scene = read_scene(str(tmp_path / 'a.hdr'))
+    np.testing.assert_array_equal(scene.cube, np.moveaxis(cube, 2, 0))
+    assert scene.wavelengths_nm == [500, 600, 700] and scene.nodata == -1
+
+
+def bad_files(folder):
+    """name -> (path, words its error must hold)"""
+    good = str(folder / 'good.tif')
+    tifffile.imwrite(good, np.random.default_rng(0).integers(0, 999, (32, 32, 4)).astype(np.int16), planarconfig='contig',
+                     photometric='minisblack', compression='zlib')
+    raw = open(good, 'rb').read()
+    with tifffile.TiffFile(good) as tif:
+        offset = tif.pages[0].dataoffsets[0]
+
+    def write(name, content):
+        open(folder / name, 'wb').write(content)
+        return str(folder / name)
+    files = {'empty': (write('empty.tif', b''), 'empty'),
+             'html': (write('page.tif', b'<html><body>404 not found</body></html>'), 'cannot be read'),
+             'half': (write('half.tif', raw[:len(raw) // 2]), ''),
+             'damaged zlib': (write('zlib.tif', raw[:offset + 4] + bytes(60) + raw[offset + 64:]), 'cannot be read'),
+             'npz in name only': (write('fake.npz', b'PK\x03\x04 nothing'), 'cannot be read'),
+             'truncated npy': (write('cut.npy', b'\x93NUMPY\x01\x00'), 'cannot be read'),
+             'unknown type': (write('scene.jpg', b'x'), '.jpg'),
+             'missing': (str(folder / 'none.tif'), 'no such file')}
+    for name, array, words in [
+            ('huge claim', None, 'damaged'), ('text', np.array([['a']]), 'not'), ('complex', np.zeros((4, 4, 2), complex), 'complex'),
+            ('two-d', np.zeros((4, 4)), '3-d'), ('no pixels', np.zeros((0, 4, 3)), '3-d'), ('objects', np.array([{}], object), 'cannot')]:
+        if array is not None:
+            np.save(folder / f'{name}.npy', array, allow_pickle=True)
+            files[name] = (str(folder / f'{name}.npy'), words)
+    np.savez(folder / 'nocube.npz', image=np.zeros((3, 3, 3)))
+    files['no cube'] = (str(folder / 'nocube.npz'), 'no array "cube"')
+    files['bad labels'] = (make_scene(folder / 'labels.npz', labels=np.full((40, 48), 300)), '0 for unlabelled')
+    files['half labels'] = (make_scene(folder / 'labels2.npz', labels=np.full((40, 48), 0.5)), 'whole numbers')
+    tifffile.imwrite(folder / 'size.tif', np.zeros((32, 32, 4), np.int16), planarconfig='contig', photometric='minisblack', compression='zlib')
+    with tifffile.TiffFile(folder / 'size.tif', mode='r+b') as tif:
+        tif.pages[0].tags['ImageWidth'].overwrite(60000)
+        tif.pages[0].tags['ImageLength'].overwrite(60000)
+    files['huge claim'] = (str(folder / 'size.tif'), 'damaged')
+    return files
+
+
+def test_every_bad_file_gives_one_sentence_that_names_it(tmp_path):
+    files = bad_files(tmp_path)
+    assert len(files) >= 15
+    for name, (path, words) in files.items():
+        with pytest.raises(DataError) as caught:
+            read_scene(path)
+        text = str(caught.value)
+        assert path in text and words in text and '\n' not in text and text.count(':') >= 2, (name, text)
+
+
+def test_lzw_without_imagecodecs_names_the_package(tmp_path):
+    try:
+        import imagecodecs  # noqa: F401
+        pytest.skip('imagecodecs is installed')
+    except ImportError:
+        pass
+    path = str(tmp_path / 'lzw.tif')
+    tifffile.imwrite(path, np.zeros((16, 16), np.uint8), compression='zlib')
+    with tifffile.TiffFile(path, mode='r+b') as tif:
+        tif.pages[0].tags['Compression'].overwrite(5)
+    with pytest.raises(DataError, match='pip install imagecodecs'):
+        read_scene(path)
+
+
+# ============ tiling ============
+
+def tile_args(**changes):
+    return data.parse(['tile'] + [f'--{key}={value}' for key, value in changes.items()])
+
+
+def contents(folder):
+    return {name: open(os.path.join(folder, name), 'rb').read() for name in sorted(os.listdir(folder))}
+
+
+def test_tiles_hold_the_scenes_own_values_and_labels(tmp_path):
+    path = make_scene(tmp_path / 'scene.npz')
+    data.tile(tile_args(root=path, out=tmp_path / 'out', tile_size=16, stride=8, split_block=8))
+    scene, meta = read_scene(path), json.load(open(tmp_path / 'out' / 'meta.json'))
+    seen = {}
+    for split in data.SPLITS:
+        tiles = Tiles(str(tmp_path / 'out'), split)
+        images, labels = tiles.batch(range(len(tiles)))
+        seen[split] = np.zeros(scene.labels.shape, int)
+        for i, (_, row, col) in enumerate(meta['tiles'][split]):
+            window = np.s_[row:row + 16, col:col + 16]
+            np.testing.assert_array_equal(images[i], scene.cube[(slice(None), *window)])
+            known = labels[i].numpy() > 0
+            np.testing.assert_array_equal(labels[i].numpy()[known], scene.labels[window][known])
+            seen[split][window] += known
+    assert max(seen['val'].max(), seen['ts'].max()) == 1  # no test pixel counts twice, though tiles overlap at the border
+    labelled = sum((count > 0).astype(int) for count in seen.values())
+    assert (labelled[scene.labels > 0] == 1).all() and (labelled[scene.labels == 0] == 0).all()  # each label in exactly one split
+
+
+def test_split_puts_every_class_in_train_and_keeps_the_gap():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(1, 5, (64, 64))
+    labels[3:6, 3:6] = 5  # a class in one block only
+    split = data.split_by_blocks(labels, [0.5, 0.1, 0.4], block=8, gap=2, seed=0)
+    assert set(labels[split == 0]) == {1, 2, 3, 4, 5}
+    assert abs((split == 0).sum() / (split < 3).sum() - 0.5) < 0.05
+    for a in range(3):
+        grown = F.max_pool2d(torch.from_numpy((split == a).astype(np.float32))[None, None], 3, 1, 1)[0, 0].numpy() > 0
+        assert not (grown & (split != a) & (split != 3)).any()  # between two splits there is always unused ground
+
+
+def test_halves_share_no_pixel(tmp_path):
+    data.tile(tile_args(root=make_scene(tmp_path / 's.npz', width=128), out=tmp_path / 'out', tile_size=16, split='halves', shares='0.5,0.2,0.3'))
+    columns = {s: {c + k for _, _, c in rows for k in range(16)} for s, rows in json.load(open(tmp_path / 'out' / 'meta.json'))['tiles'].items()}
+    assert all(columns.values()) and not columns['tr'] & columns['val'] and not columns['tr'] & columns['ts'] and not columns['val'] & columns['ts']
+
+
+def test_statistics_are_those_of_valid_pixels(tmp_path):
+    cube = np.random.default_rng(0).normal(100, 20, (40, 40, 3)).astype(np.float32)
+    cube[:10] = np.nan
+    cube[10:12] = -999
+    path = make_scene(tmp_path / 's.npz', cube=cube, labels=None, wavelengths_nm=None, nodata=-999)
+    data.tile(tile_args(root=path, out=tmp_path / 'out', tile_size=20))
+    meta, valid = json.load(open(tmp_path / 'out' / 'meta.json')), cube[12:].reshape(-1, 3).astype(float)
+    np.testing.assert_allclose(meta['mean'], valid.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(meta['covariance'], np.cov(valid.T), rtol=1e-6)
+    assert meta['nodata_share'] == pytest.approx(12 / 40)
+    raw = torch.from_numpy(np.moveaxis(cube, 2, 0)[None])
+    for whiten in (0, 3):
+        x = data.standardize(raw, *data.standardization(meta, whiten), meta['nodata'])
+        assert torch.isfinite(x).all() and (x[:, :, :12] == 0).all()
+        assert x[:, :, 12:].var(dim=(0, 2, 3)).mean() == pytest.approx(1, abs=0.01)
+        if whiten:
+            flat = x[0, :, 12:].flatten(1)
+            np.testing.assert_allclose(torch.cov(flat), np.eye(3), atol=0.02)  # uncorrelated
+
+
+def whu_layout(root, shape, axes, compression, n=1):
+    rng = np.random.default_rng(0)
+    for split in data.SPLITS:
+        for folder in ('image', 'label'):
+            os.makedirs(os.path.join(root, split, folder), exist_ok=True)
+        for i in range(n):
+            labels = np.kron(rng.integers(0, 25, (shape[0] // 16, shape[1] // 16)), np.ones((16, 16))).astype(np.uint8)
+            image = (rng.normal(0, 9000, (25, 32))[labels] + rng.normal(0, 2000, (*shape, 32))).clip(-32767, 32767).astype(np.int16)
+            if axes == 'CYX':
+                tifffile.imwrite(f'{root}/{split}/image/O1_{i:04d}.tif', np.moveaxis(image, 2, 0), planarconfig='separate',
+                                 photometric='minisblack', compression=compression)
+            else:
+                tifffile.imwrite(f'{root}/{split}/image/O1_{i:04d}.tif', image, planarconfig='contig', photometric='minisblack',
+                                 compression=compression)
+            tifffile.imwrite(f'{root}/{split}/label/O1_{i:04d}.tif', labels, compression=compression)
+
+
+@pytest.mark.parametrize('axes, compression', [('YXC', None), ('CYX', 'zlib')])
+def test_whu_ohs_layout_tiles_trains_and_scores(tmp_path, axes, compression):
+    whu_layout(str(tmp_path / 'whu'), (512, 512), axes, compression)
+    run('data.py', 'tile', f'--root={tmp_path / "whu"}', f'--out={tmp_path / "out"}', '--tile_size=64')
+    meta = json.load(open(tmp_path / 'out' / 'meta.json'))
+    assert meta['wavelengths_nm'] == list(data.OHS_NM) and meta['class_names'][23] == 'Ocean' and len(meta['tiles']['tr']) == 64
+    run('pretrain_mae.py', f'--data={tmp_path / "out"}', f'--out_dir={tmp_path / "mae"}', *MAE_TINY, '--img_size=64', '--patch_size=16',
+        '--max_steps=2')
+    run('segment.py', f'--data={tmp_path / "out"}', f'--encoder={tmp_path / "mae" / "last.pt"}', f'--out_dir={tmp_path / "seg"}',
+        '--steps=2', f'--results={tmp_path / "results.csv"}')
+    report = json.load(open(tmp_path / 'seg' / 'report.json'))
+    assert len(report['scores']['iou']) == 24 and sum(map(sum, report['confusion_matrix'])) == sum(meta['class_counts']['ts'])
+
+
+def test_killed_tiling_goes_on_and_gives_the_same_bytes(tmp_path):
+    root = tmp_path / 'whu'
+    whu_layout(str(root), (128, 128), 'YXC', None, n=12)
+    run('data.py', 'tile', f'--root={root}', f'--out={tmp_path / "a"}', '--tile_size=64')
+    slow = 'import data, sys, time\nread = data.read_input\ndata.read_input = lambda *a: (time.sleep(0.25), read(*a))[1]\ndata.tile(data.parse(sys.argv[1:]))'
+    command = [sys.executable, '-c', slow, 'tile', f'--root={root}', f'--out={tmp_path / "b"}', '--tile_size=64']
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    for _ in range(300):
+        if os.path.exists(tmp_path / 'b' / 'progress.json'):
+            break
+        time.sleep(0.1)
+    time.sleep(0.6)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with pytest.raises(DataError, match='half-made'):
+        Tiles(str(tmp_path / 'b'), 'tr')
+    again = run('data.py', 'tile', f'--root={root}', f'--out={tmp_path / "b"}', '--tile_size=64')
+    assert 'going on after' in again.stdout
+    assert contents(tmp_path / 'a').keys() == contents(tmp_path / 'b').keys()
+    assert all(a == b for name, a in contents(tmp_path / 'a').items() for b in [contents(tmp_path / 'b')[name]] if name.endswith('.npy'))
+    metas = [json.load(open(tmp_path / name / 'meta.json')) for name in 'ab']
+    assert {k: v for k, v in metas[0].items() if k != 'command'} == {k: v for k, v in metas[1].items() if k != 'command'}
+    assert 'nothing to do' in run('data.py', 'tile', f'--root={root}', f'--out={tmp_path / "b"}', '--tile_size=64').stdout
+
+
+def test_a_folder_with_bad_files_keeps_the_good_ones_and_can_be_finished(tmp_path):
+    root, out = tmp_path / 'whu', tmp_path / 'out'
+    whu_layout(str(root), (64, 64), 'YXC', 'zlib', n=6)
+    image = root / 'tr' / 'image'
+    open(image / 'O1_0001.tif', 'wb').close()
+    (root / 'tr' / 'label' / 'O1_0002.tif').unlink()
+    tifffile.imwrite(root / 'tr' / 'label' / 'O1_0003.tif', np.ones((32, 64), np.uint8))
+    tifffile.imwrite(root / 'tr' / 'label' / 'O1_0004.tif', np.full((64, 64), 30, np.uint8))
+    tifffile.imwrite(image / 'O1_0005.tif', np.zeros((64, 64, 5), np.int16), planarconfig='contig', photometric='minisblack')
+    command = ['data.py', 'tile', f'--root={root}', f'--out={out}', '--tile_size=32']
+    failed = run(*command, check=False)
+    assert failed.returncode == 1 and 'Traceback' not in failed.stderr
+    for i in range(1, 6):
+        assert failed.stderr.count(f'O1_000{i}.tif: ') == 1, failed.stderr
+    assert '5 of 18 inputs' in failed.stderr and not (out / 'meta.json').exists()
+    assert run(*command, check=False).returncode == 1
+    run(*command, '--skip_bad=true')
+    assert len(Tiles(str(out), 'tr')) == 4
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--root=nowhere'], 'no such file or folder'), (['--root={scene}', '--tile_size=64'], 'smaller tiles'),
+    (['--root={scene}', '--bands=200,300'], 'inside its range'), (['--root={scene}', '--bands=red'], 'in nm'),
+    (['--root={empty}'], 'expected tr|val|ts'), (['--root={scene},{other}'], 'sensor'), (['--root={scene}', '--labels=a,b'], '--labels names'),
+])
+def test_mistakes_on_the_command_line_of_tile(tmp_path, flags, words):
+    os.makedirs(tmp_path / 'empty')
+    places = dict(scene=make_scene(tmp_path / 's.npz'), other=make_scene(tmp_path / 'o.npz', bands=9), empty=tmp_path / 'empty')
+    flags = [flag.format(**places) for flag in flags]
+    args = data.parse(['tile', f'--out={tmp_path / "out"}', '--tile_size=16', *flags])
+    with pytest.raises(DataError, match=words.replace('|', r'\|')):
+        data.tile(args)
+    assert not os.path.exists(tmp_path / 'out' / 'meta.json')
+
+
+def test_other_settings_do_not_overwrite_finished_tiles(tmp_path):
+    path = make_scene(tmp_path / 's.npz')
+    data.tile(tile_args(root=path, out=tmp_path / 'out', tile_size=16))
+    before = contents(tmp_path / 'out')
+    with pytest.raises(DataError, match=r'tile_size \(16 there, 8 now\)'):
+        data.tile(tile_args(root=path, out=tmp_path / 'out', tile_size=8))
+    assert contents(tmp_path / 'out') == before
+
+
+def test_empty_split_is_told(tmp_path):
+    data.tile(tile_args(root=make_scene(tmp_path / 's.npz', labels=None), out=tmp_path / 'out', tile_size=16))
+    assert len(Tiles(str(tmp_path / 'out'), 'tr')) == 6
+    with pytest.raises(DataError, match='split "ts" has no tiles'):
+        Tiles(str(tmp_path / 'out'), 'ts')
+
+
+def test_check_finds_labels_shared_by_two_splits(tmp_path):
+    root = str(tmp_path / 'whu')
+    whu_layout(root, (64, 64), 'YXC', None, n=1)
+    for kind in ('image', 'label'):
+        shutil.copy(f'{root}/tr/{kind}/O1_0000.tif', f'{root}/ts/{kind}/O1_0000.tif')
+    run('data.py', 'tile', f'--root={root}', f'--out={tmp_path / "out"}', '--tile_size=64')
+    done = run('data.py', 'check', f'--data={tmp_path / "out"}', check=False)
+    assert done.returncode == 1 and 'labelled in two splits' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_resampled_bands_follow_the_gaussian_response():
+    nm = np.arange(400, 1000, 4.0)
+    spectrum = 1000 + 300 * np.sin(nm / 60)
+    target = np.array([500.0, 660, 860])
+    got = data.resample_bands(spectrum[::-1, None, None], nm[::-1], target, fwhm=20)[:, 0, 0]
+    for value, centre in zip(got, target):
+        response = np.exp(-0.5 * ((nm - centre) / (20 / 2.3548)) ** 2)
+        assert value == pytest.approx((response * spectrum).sum() / response.sum(), rel=1e-4)
+    coarse = data.resample_bands(np.array([1.0, 2.0, 4.0])[:, None, None], [500, 600, 700], [550, 650])[:, 0, 0]
+    np.testing.assert_allclose(coarse, [1.5, 3.0])
+    with pytest.raises(DataError, match='inside its range'):
+        data.resample_bands(spectrum[:, None, None], nm, [2000])
+
+
+# ============ batches and augmentation ============
+
+def test_batch_reads_the_tiles_asked_for_and_keeps_two_buffers(scene_data):
+    tiles = Tiles(scene_data, 'tr')
+    first, labels = tiles.batch([3, 0, 3])
+    np.testing.assert_array_equal(first, tiles.images[[3, 0, 3]])
+    np.testing.assert_array_equal(labels, tiles.labels[[3, 0, 3]])
+    second, _ = tiles.batch([1, 2, 4])
+    np.testing.assert_array_equal(first, tiles.images[[3, 0, 3]])  # still valid
+    third, _ = tiles.batch([0, 1, 2])
+    assert third.data_ptr() == first.data_ptr() and second.data_ptr() != first.data_ptr() and first.dtype == torch.uint16
+    window, _ = tiles.batch([2, 5], corners=[[1, 2], [4, 0]], side=8)
+    np.testing.assert_array_equal(window[0], tiles.images[2][:, 1:9, 2:10])
+    np.testing.assert_array_equal(window[1], tiles.images[5][:, 4:12, :8])
+
+
+def test_an_epoch_visits_every_tile_once():
+    seen = np.concatenate([data.epoch_ids(10, 4, step, seed=0) for step in range(5)])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10].tolist() != seen[10:].tolist()
+
+
+def test_resized_crop_is_torchs_bilinear_with_antialias_and_turns_labels_alike():
+    x = torch.randn(32, 3, 20, 20)
+    _, _, boxes, turns = data.draw_crops(32, 20, 16, 0.3, 1.5, torch.Generator().manual_seed(0))
+    got = data.resized_crop(x, boxes, turns, 12)
+    labels = data.resized_crop_labels((x[:, 0] > 0).long(), boxes, turns, 12)
+    for i, ((top, left, h, w), (flip_rows, flip_cols, transpose)) in enumerate(zip(boxes.tolist(), turns.tolist())):
+        crop = x[i:i + 1, :, top:top + h, left:left + w]
+        for source, result, mode in ((crop, got[i], dict(mode='bilinear', antialias=True)), ((crop[:, :1] > 0).float(), labels[i][None], dict(mode='nearest'))):
+            expected = F.interpolate(source, size=(12, 12), **mode)[0]
+            expected = expected.flip([1] * flip_rows) if flip_rows else expected
+            expected = expected.flip([2]) if flip_cols else expected
+            expected = expected.transpose(1, 2) if transpose else expected
+            np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_a_crop_of_scale_one_is_an_exact_copy_from_anywhere_in_the_tile():
+    x = torch.randn(200, 2, 24, 24)
+    corners, side, boxes, turns = data.draw_crops(200, 24, 8, 1, 1, torch.Generator().manual_seed(0), turns=False)
+    windows = torch.stack([t[:, r:r + side, c:c + side] for t, (r, c) in zip(x, corners)])
+    for y, t, (row, col), (top, left, _, _) in zip(data.resized_crop(windows, boxes, turns, 8), x, corners, boxes):
+        np.testing.assert_array_equal(y, t[:, row + top:row + top + 8, col + left:col + left + 8])
+    where = corners + boxes[:, :2]
+    assert where.min() == 0 and where.max() == 16
+
+
+# ============ floors ============
+
+def test_floors_see_what_there_is_to_see(scene_data):
+    rows = data.floors(scene_data, 'ts')
+    assert rows['pixel']['miou'] > 0.9  # the stripes differ by spectrum
+    assert rows['majority']['mean_acc'] == pytest.approx(1 / 3) and rows['chance']['mean_acc'] == pytest.approx(1 / 3)
+    assert data.floors(scene_data, 'ts') == rows  # from floors.json
+
+
+def test_demo_is_hard_enough_but_not_noise(tmp_path):
+    done = run('data.py', 'demo', f'--out={tmp_path / "demo"}')
+    assert '24 classes' in done.stdout and glob.glob(str(tmp_path / 'demo' / 'scenes' / 'ts' / 'image' / '*.tif'))
+    rows = data.floors(str(tmp_path / 'demo'), 'ts')
+    assert 0.05 < rows['pixel']['miou'] < 0.7 and rows['window']['miou'] > rows['pixel']['miou']
+
+
+@pytest.mark.skipif(not os.path.isdir(SCENES), reason='the real scenes are not at hand')
+def test_real_scenes_can_be_read():
+    shapes = {os.path.basename(p): read_scene(p).cube.shape for p in glob.glob(os.path.join(SCENES, '*.npz'))}
+    assert shapes['indian_pines.npz'] == (200, 145, 145) and shapes['gewata_landsat7.npz'] == (6, 1177, 1548) and len(shapes) == 8

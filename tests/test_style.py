@@ -1,0 +1,57 @@
+"""The scripts as texts: copies that must stay the same, constants that explain themselves, nothing that only works by luck."""
+import glob
+import os
+import re
+
+import pytest
+
+from conftest import ROOT
+
+SCRIPTS = [name for name in ('pretrain_mae.py', 'pretrain_dino.py', 'pretrain_dino_hsi.py', 'segment.py', 'baseline_deeplab.py')
+           if os.path.exists(os.path.join(ROOT, name))]
+
+
+def read(name):
+    return open(os.path.join(ROOT, name), encoding='utf-8').read()
+
+
+def blocks(text):
+    """name -> the text between `# ---- boilerplate: NAME` and `# ---- end of boilerplate: NAME`"""
+    found = re.findall(r'# ---- boilerplate: ([\w ,]+?)(?: \(.*?\) ----)?\n(.*?)# ---- end of boilerplate: \1', text, re.S)
+    assert len(found) == text.count('# ---- boilerplate:')
+    return dict(found)
+
+
+def test_boilerplate_is_the_same_text_in_every_script():
+    first = blocks(read(SCRIPTS[0]))
+    assert len(first) >= 8
+    for name in SCRIPTS[1:]:
+        for block, text in blocks(read(name)).items():
+            assert text == first[block], f'{name}: the block "{block}" differs from {SCRIPTS[0]}\'s: make them the same again'
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_every_constant_explains_itself_and_has_a_plain_type(name):
+    head = read(name).split('# ---- boilerplate: overrides')[0]
+    constants = re.findall(r'^(\w+) = (.*)$', head, re.M)
+    assert len(constants) > 10
+    for constant, rest in constants:
+        assert re.match(r"('[^']*'|-?[\d.e-]+|True|False)  # .{5,}", rest), f'{name}: {constant} = {rest}'
+
+
+def test_scripts_import_only_data_models_and_the_five_packages():
+    allowed = {'torch', 'numpy', 'matplotlib', 'tqdm', 'tifffile', 'data', 'models', 'scipy', 'spectral'}
+    standard = __import__('sys').stdlib_module_names
+    for path in glob.glob(os.path.join(ROOT, '*.py')):
+        for module in re.findall(r'^\s*(?:from|import) (\w+)', open(path, encoding='utf-8').read(), re.M):
+            assert module in allowed or module in standard, f'{path} imports {module}'
+
+
+def test_readme_commands_use_flags_that_exist():
+    if not os.path.exists(os.path.join(ROOT, 'README.md')):
+        pytest.skip('no README yet')
+    readme = read('README.md').replace('\\\n', ' ')
+    for script, flags in re.findall(r'(\w+\.py)((?: +[^\s`]+)*)', readme):
+        if script in SCRIPTS:
+            known = set(re.findall(r'^(\w+) = ', read(script), re.M))
+            assert set(re.findall(r'--(\w+)=', flags)) <= known, f'{script}{flags}'

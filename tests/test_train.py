@@ -1,0 +1,319 @@
+"""The training scripts as a user runs them: exact resume, several processes, signals, full disks, bad numbers, mistakes."""
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain_mae
+import segment
+from conftest import MAE_TINY, ROOT, make_scene, run
+from data import DataError
+from models import MaskedAutoencoder, ViT, LinearHead, dense_features, load_checkpoint, load_encoder
+
+FLAGS = {'pretrain_mae.py': [*MAE_TINY, '--whiten=3', '--save_every=4', '--eval_every=6'],
+         'segment.py': ['--size=tiny', '--img_size=16', '--patch_size=4', '--steps=12', '--batch_size=8', '--log_every=1', '--eval_every=4',
+                        '--save_every=4']}
+SCRIPTS = list(FLAGS)
+
+
+def train(script, data, out, *flags, **kwargs):
+    flags = [*FLAGS[script], f'--data={data}', f'--out_dir={out}', *flags]
+    if script == 'segment.py':
+        flags.append(f'--results={out}.csv')
+    return run(script, *flags, **kwargs)
+
+
+def weights(out, name='last.pt'):
+    return load_checkpoint(os.path.join(out, name))['model']
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def losses(out):
+    return [entry['loss'] for entry in map(json.loads, open(os.path.join(out, 'log.jsonl'))) if 'loss' in entry]
+
+
+@pytest.fixture(scope='module')
+def whole(scene_data, tmp_path_factory):
+    """12 steps in one go with one process, for each script."""
+    folder = tmp_path_factory.mktemp('whole')
+    for script in SCRIPTS:
+        train(script, scene_data, folder / script, '--max_steps=12')
+    return folder
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_12_steps_are_5_and_7_bit_for_bit(script, processes, scene_data, whole, tmp_path):
+    reference = whole / script
+    if processes == 2:
+        reference = tmp_path / 'whole'
+        train(script, scene_data, reference, '--max_steps=12', processes=2)
+    for steps in (5, 12):
+        train(script, scene_data, tmp_path / 'parts', f'--max_steps={steps}', processes=processes)
+    assert load_checkpoint(tmp_path / 'parts' / 'last.pt')['step'] == 12
+    assert equal(weights(reference), weights(tmp_path / 'parts'))
+    assert losses(reference) == losses(tmp_path / 'parts')
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_two_processes_are_one(script, scene_data, tmp_path):
+    for n in (1, 2):
+        train(script, scene_data, tmp_path / str(n), '--max_steps=3', *(['--dropout=0'] if 'mae' in script else []), processes=n)
+    np.testing.assert_allclose(losses(tmp_path / '1'), losses(tmp_path / '2'), atol=1e-6)
+    one, two = weights(tmp_path / '1'), weights(tmp_path / '2')
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], atol=2e-6, err_msg=name)
+    if script == 'segment.py':
+        reports = [json.load(open(tmp_path / n / 'report.json')) for n in '12']
+        assert reports[0]['confusion_matrix'] == reports[1]['confusion_matrix']
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+@pytest.mark.parametrize('processes', [1, 2])
+def test_sigterm_loses_nothing(script, processes, scene_data, whole, tmp_path):
+    slow = tmp_path / 'slow'  # a copy of the script that sleeps in each step, so that the signal comes in mid-run
+    os.makedirs(slow)
+    for name in os.listdir(ROOT):
+        if name.endswith('.py'):
+            shutil.copy(os.path.join(ROOT, name), slow)
+    source = open(slow / script).read()
+    (slow / script).write_text(source.replace('        bar.update()', '        bar.update()\n        time.sleep(0.5)'))
+    launcher = [sys.executable] + (['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone'] if processes == 2 else [])
+    process = subprocess.Popen([*launcher, str(slow / script), *FLAGS[script], f'--data={scene_data}', f'--out_dir={tmp_path / "run"}', '--max_steps=12',
+                                *([f'--results={tmp_path}/r.csv'] if script == 'segment.py' else [])],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    log = tmp_path / 'run' / 'log.jsonl'
+    for _ in range(600):
+        if log.exists() and sum('grad_norm' in line for line in open(log)) >= 2:
+            break
+        time.sleep(0.1)
+    if processes == 1:
+        process.terminate()
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM if processes == 1 else process.returncode, output
+    assert 'interrupted by signal 15' in output
+    step = load_checkpoint(tmp_path / 'run' / 'last.pt')['step']
+    assert 2 <= step < 12
+    train(script, scene_data, tmp_path / 'run', '--max_steps=12', processes=processes)
+    if processes == 1:
+        assert equal(weights(whole / script), weights(tmp_path / 'run'))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(scene_data, whole, tmp_path):
+    shutil.copytree(whole / 'pretrain_mae.py', tmp_path / 'run')
+    before = weights(tmp_path / 'run')
+    limit = os.path.getsize(tmp_path / 'run' / 'last.pt') // 2
+    done = train('pretrain_mae.py', scene_data, tmp_path / 'run', '--max_steps=14', check=False,
+                 preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+    assert done.returncode == 1 and 'could not be written' in done.stderr and 'Traceback' not in done.stderr
+    assert equal(before, weights(tmp_path / 'run'))
+    train('pretrain_mae.py', scene_data, tmp_path / 'run', '--max_steps=14')
+    assert load_checkpoint(tmp_path / 'run' / 'last.pt')['step'] == 14 and not (tmp_path / 'run' / 'last.pt.tmp').exists()
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights(processes, tmp_path):
+    cube = np.random.default_rng(0).normal(1000, 100, (32, 64, 4)).astype(np.float32)
+    run('data.py', 'tile', f'--root={make_scene(tmp_path / "s.npz", cube=cube, labels=None, wavelengths_nm=None)}', f'--out={tmp_path / "tiles"}',
+        '--tile_size=16')
+    train('pretrain_mae.py', tmp_path / 'tiles', tmp_path / 'run', '--max_steps=2', '--batch_size=4')
+    images = np.load(tmp_path / 'tiles' / 'tr_images.npy', mmap_mode='r+')
+    images[:, :, 0, 0] = np.nan  # NaN is nodata: harmless
+    images.flush()
+    train('pretrain_mae.py', tmp_path / 'tiles', tmp_path / 'run', '--max_steps=3', '--batch_size=4', processes=processes)
+    images[3] = 3e38  # finite, but its square is not
+    images.flush()
+    done = train('pretrain_mae.py', tmp_path / 'tiles', tmp_path / 'run', '--max_steps=6', '--batch_size=4', processes=processes, check=False)
+    assert done.returncode and 'the gradient is not finite' in done.stderr and 'step ' in done.stderr
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / 'run').values())
+
+
+def test_a_directory_with_another_run_is_refused_and_resume_false_starts_beside_it(scene_data, whole, tmp_path):
+    shutil.copytree(whole / 'pretrain_mae.py', tmp_path / 'run')
+    before = weights(tmp_path / 'run')
+    done = train('pretrain_mae.py', scene_data, tmp_path / 'run', '--mask_ratio=0.5', check=False)
+    assert done.returncode == 1 and 'mask_ratio (0.75 there, 0.5 now)' in done.stderr and 'Traceback' not in done.stderr
+    train('pretrain_mae.py', scene_data, tmp_path / 'run', '--mask_ratio=0.5', '--max_steps=1', '--resume=false')
+    assert equal(before, weights(tmp_path / 'run')) and load_checkpoint(tmp_path / 'run-2' / 'last.pt')['step'] == 1
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+@pytest.mark.parametrize('flags, code, words', [
+    (['--no_such_flag=1'], 2, 'unrecognized arguments'), (['--batch_siz=8'], 2, 'unrecognized'), (['--seed=one'], 2, 'invalid int'),
+    (['--resume=maybe'], 2, 'invalid'), (['--size=huge'], 1, 'choose one of'), (['--data=nowhere'], 1, 'data.py tile'),
+    (['--batch_size=7', '--grad_accum=2'], 1, 'does not divide'), (['--patch_size=5'], 1, '5'), (['--dtype=int8'], 1, 'choose auto'),
+    (['--whiten=9'], 1, 'choose 1 to 7'),
+])
+def test_mistakes_are_told_in_a_sentence(script, flags, code, words, scene_data, tmp_path):
+    if script == 'segment.py' and flags == ['--size=huge']:
+        flags = ['--decoder=huge']
+    done = train(script, scene_data, tmp_path / 'run', *flags, check=False)
+    assert done.returncode == code and words in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+
+def test_an_encoder_of_another_band_count_is_refused(whole, tmp_path):
+    scene = make_scene(tmp_path / 's.npz', bands=5, height=64, width=64)
+    run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path / "tiles"}', '--tile_size=16', '--split_block=8')
+    done = train('segment.py', tmp_path / 'tiles', tmp_path / 'run', f'--encoder={whole / "pretrain_mae.py" / "last.pt"}', check=False)
+    assert done.returncode == 1 and '7 bands' in done.stderr and 'has 5' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_foreign_and_damaged_checkpoints_run_no_code(tmp_path, whole):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'owned'),)
+    evil, half = str(tmp_path / 'evil.pt'), str(tmp_path / 'half.pt')
+    torch.save({'model': Evil()}, evil)
+    good = open(whole / 'pretrain_mae.py' / 'last.pt', 'rb').read()
+    open(half, 'wb').write(good[:len(good) // 2])
+    pickle.dump({'a': 1}, open(tmp_path / 'plain.pt', 'wb'))
+    for path in (evil, half, str(tmp_path / 'plain.pt'), str(tmp_path / 'none.pt')):
+        with pytest.raises(ValueError, match='checkpoint') as caught:
+            load_encoder(path)
+        assert path in str(caught.value)
+    assert not (tmp_path / 'owned').exists()
+
+
+def test_a_run_directory_holds_what_a_reader_needs(whole):
+    for script, extra in (('pretrain_mae.py', ['reconstruction.png']), ('segment.py', ['best.pt', 'report.json', 'confusion.png', 'examples.png'])):
+        names = os.listdir(whole / script)
+        assert {'last.pt', 'log.jsonl', 'config.json', 'curves.png', script, *extra} <= set(names)
+        assert not [name for name in names if name.endswith('.tmp')]
+        assert not [key for key in weights(whole / script) if 'module.' in key or '_orig_mod' in key]
+    report = json.load(open(whole / 'segment.py' / 'report.json'))
+    assert {'majority', 'chance', 'pixel', 'window'} == set(report['floors']) and report['split'] == 'ts'
+    assert len(open(str(whole / 'segment.py') + '.csv').readlines()) == 2
+
+
+# ============ networks and losses in training ============
+
+def test_every_trainable_parameter_gets_a_gradient_and_none_is_uninitialised():
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)  # torch.empty now gives NaN
+    try:
+        mae = MaskedAutoencoder(16, 4, 5, 48, 2, 3, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+        vit = ViT(16, 4, 5, 48, 2, 3, num_register_tokens=2, init_values=1e-5, mask_token=True)
+        head = LinearHead(48 * 2, 3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for module in (mae, vit, head):
+        assert all(torch.isfinite(p).all() for p in module.parameters())
+    mae(torch.randn(2, 5, 16, 16))[0].backward()
+    head(torch.cat(vit.get_intermediate_layers(torch.randn(2, 5, 16, 16), 2), 1), (16, 16)).sum().backward()
+    assert all(p.grad is not None for p in mae.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize('ratio', [0.0, 0.1, 0.5, 0.6, 0.75, 0.9, 0.99, 1.0])
+def test_the_share_of_masked_patches_is_rounded_not_truncated(ratio):
+    for grid in (4, 8, 10):
+        mae = MaskedAutoencoder(grid, 1, 1, 8, 1, 1, decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=1)
+        _, _, mask = mae.random_masking(torch.rand(2, grid * grid), ratio)
+        assert (mask == 0).sum(1).tolist() == [max(1, round(grid * grid * (1 - ratio)))] * 2
+
+
+def test_any_band_count_and_shapes_that_are_not_square():
+    for bands in (1, 3, 7, 200):
+        maps = ViT(16, 4, bands, 24, 2, 2).get_intermediate_layers(torch.randn(1, bands, 8, 20), 2)
+        assert maps[0].shape == (1, 24, 2, 5)
+    with pytest.raises(ValueError, match='7 bands, the encoder was built for 3'):
+        ViT(16, 4, 3, 24, 1, 2)(torch.randn(1, 7, 16, 16))
+    with pytest.raises(ValueError, match='17 x 16 pixels'):
+        ViT(16, 4, 3, 24, 1, 2)(torch.randn(1, 3, 17, 16))
+
+
+def test_dense_features_of_one_window_are_the_encoders_own_and_cover_larger_images():
+    encoder = ViT(16, 4, 3, 24, 2, 2).eval()
+    x = torch.randn(2, 3, 40, 32)
+    with torch.no_grad():
+        own = torch.cat(encoder.get_intermediate_layers(x[..., :16, :16], 2), 1)
+        torch.testing.assert_close(dense_features(encoder, x[..., :16, :16], 2), own)
+        maps = dense_features(encoder, x, 2, stride=16)
+        assert maps.shape == (2, 48, 10, 8) and torch.isfinite(maps).all()
+        torch.testing.assert_close(maps[..., :4, :4], own)
+        torch.testing.assert_close(maps[..., 8:, 4:], (torch.cat(encoder.get_intermediate_layers(x[..., 24:, 16:], 2), 1))[..., 2:, :])
+
+
+@pytest.mark.parametrize('kind', ['ce', 'focal'])
+def test_ignored_pixels_change_neither_loss_nor_gradient(kind):
+    logits, target = torch.randn(2, 4, 6, 6, requires_grad=True), torch.randint(0, 4, (2, 6, 6))
+    target[:, :3] = 255
+    other = logits.detach().clone()
+    other[:, :, :3] = 1e4 * torch.randn(2, 4, 3, 6)
+    other.requires_grad_()
+    grads = []
+    for x in (logits, other):
+        total, count = segment.segmentation_loss(x, target, torch.ones(4), kind)
+        assert count == 36
+        grads.append((total.detach(), torch.autograd.grad(total, x)[0]))
+    torch.testing.assert_close(grads[0][0], grads[1][0])
+    torch.testing.assert_close(grads[0][1][:, :, 3:], grads[1][1][:, :, 3:])
+    assert (grads[1][1][:, :, :3] == 0).all()
+    total, count = segment.segmentation_loss(logits, torch.full_like(target, 255), torch.ones(4), kind)
+    assert total == 0 and count == 0 and (torch.autograd.grad(total, logits)[0] == 0).all()
+
+
+def test_focal_loss_is_cross_entropy_times_its_factor():
+    logits, target = torch.randn(1, 3, 1, 1), torch.tensor([[[1]]])
+    ce, _ = segment.segmentation_loss(logits, target, torch.ones(3), 'ce')
+    focal, _ = segment.segmentation_loss(logits, target, torch.ones(3), 'focal')
+    assert focal == pytest.approx(float(ce * (1 - torch.exp(-ce)) ** 2))
+
+
+def test_linear_decoder_learns_two_tiles_by_heart():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 5, 16, 16), torch.randint(0, 3, (2, 4, 4)).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    encoder = ViT(16, 4, 5, 48, 4, 3).eval()
+    model = segment.Segmenter(encoder, LinearHead(4 * 48, 3), freeze=False, window_stride=0).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(150):
+        loss, count = segment.segmentation_loss(model(x), y, torch.ones(3), 'ce')
+        optimizer.zero_grad()
+        (loss / count).backward()
+        optimizer.step()
+    # bilinear upsampling blurs the borders between patches: judge the patch centres
+    assert (model(x).argmax(1) == y)[:, 1::4, 1::4].float().mean() > 0.95
+
+
+def test_a_frozen_encoder_stays_as_it_is(scene_data, whole, tmp_path):
+    encoder = whole / 'pretrain_mae.py' / 'last.pt'
+    for freeze in ('true', 'false'):
+        train('segment.py', scene_data, tmp_path / freeze, f'--encoder={encoder}', f'--freeze={freeze}', '--steps=3')
+        same = equal({k: v for k, v in weights(tmp_path / freeze).items() if k.startswith('encoder.')},
+                     {k: v for k, v in weights(whole / 'pretrain_mae.py').items() if k.startswith('encoder.')})
+        assert same == (freeze == 'true')
+
+
+def test_models_compile_without_graph_breaks():
+    from torch._dynamo.testing import CompileCounter
+    counter = CompileCounter()
+    mae = MaskedAutoencoder(16, 4, 5, 48, 2, 3, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    torch.compile(mae, fullgraph=True, backend=counter)(torch.randn(2, 5, 16, 16), 0.75, torch.rand(2, 16))
+    assert counter.frame_count == 1
+
+
+def test_bfloat16_autocast_gives_nearly_the_same_loss():
+    mae = MaskedAutoencoder(16, 4, 5, 48, 2, 3, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    x, noise = torch.randn(4, 5, 16, 16), torch.rand(4, 16)
+    with torch.autocast('cpu', torch.bfloat16):
+        loss, _, _ = mae(x, 0.75, noise)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(mae(x, 0.75, noise)[0].item(), rel=0.02)
+
+
+def test_learning_rate_schedule():
+    rates = [pretrain_mae.cosine(step, 100, 10, 1.0, 0.1) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == 1 and rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
