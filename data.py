@@ -32,8 +32,8 @@ OHS_CLASSES = ('Paddy field', 'Dry farm', 'Woodland', 'Shrubbery', 'Sparse woodl
                'Gobi', 'Saline-alkali soil', 'Marshland', 'Bare land', 'Bare rock', 'Ocean')
 
 
-class DataError(ValueError):
-    """A user's mistake or a bad file, as one sentence: where, what, what to do."""
+class UserError(ValueError):
+    """A user's mistake or a bad file, as one sentence: where, what, what to do. The scripts print it without a traceback."""
 
 
 # ============ labels and scores ============
@@ -94,29 +94,29 @@ def read_scene(path, labels=''):
     """Read a scene: .tif (axes as the file states them), .npz / .npy / .mat ((H, W, C), the habit of the field) or ENVI .hdr.
 
     An .npz holds `cube` and, if known, `labels`, `wavelengths_nm`, `class_names`, `nodata`; a .mat its largest 3-d array and a
-    2-d integer array of the same H x W. `labels` names a second file of labels. Raises DataError naming the file.
+    2-d integer array of the same H x W. `labels` names a second file of labels. Raises UserError naming the file.
     """
     if not os.path.isfile(path):
-        raise DataError(f'{path}: there is no such file: check the path')
+        raise UserError(f'{path}: there is no such file: check the path')
     if os.path.getsize(path) == 0:
-        raise DataError(f'{path}: the file is empty: copy it again')
+        raise UserError(f'{path}: the file is empty: copy it again')
     readers = {'.tif': read_tiff, '.tiff': read_tiff, '.npz': read_numpy, '.npy': read_numpy, '.mat': read_mat, '.hdr': read_envi}
     ending = os.path.splitext(path)[1].lower()
     if ending not in readers:
-        raise DataError(f'{path}: files of type "{ending}" are not read: convert it to one of {", ".join(readers)}')
+        raise UserError(f'{path}: files of type "{ending}" are not read: convert it to one of {", ".join(readers)}')
     try:
         scene = readers[ending](path)
-    except DataError:
+    except UserError:
         raise
     except ImportError as error:
-        raise DataError(f'{path}: reading it needs a package that is missing: pip install {error.name}') from None
+        raise UserError(f'{path}: reading it needs a package that is missing: pip install {error.name}') from None
     except Exception as error:  # whatever a damaged file makes a reader do
-        raise DataError(f'{path}: cannot be read ({type(error).__name__}: {one_line(error)}): copy or convert it again') from None
+        raise UserError(f'{path}: cannot be read ({type(error).__name__}: {one_line(error)}): copy or convert it again') from None
     if labels:
         other = read_scene(labels)
         raw = other.labels if other.labels is not None else other.cube[0]
         if raw.shape != scene.cube.shape[1:]:
-            raise DataError(f'{labels}: labels of {shape_text(raw)} pixels for an image of {shape_text(scene.cube[0])} ({path}): '
+            raise UserError(f'{labels}: labels of {shape_text(raw)} pixels for an image of {shape_text(scene.cube[0])} ({path}): '
                             'give the label file of the same scene')
         scene = scene._replace(labels=raw)
     if scene.labels is not None:
@@ -134,9 +134,9 @@ def shape_text(array):
 
 def checked_cube(cube, path):
     if cube.ndim != 3 or min(cube.shape) == 0:
-        raise DataError(f'{path}: an image of shape {shape_text(cube)} is not bands x rows x columns: give a 3-d array')
+        raise UserError(f'{path}: an image of shape {shape_text(cube)} is not bands x rows x columns: give a 3-d array')
     if cube.dtype.kind not in 'iuf':
-        raise DataError(f'{path}: values of type {cube.dtype} are not supported: save it as integers or floats')
+        raise UserError(f'{path}: values of type {cube.dtype} are not supported: save it as integers or floats')
     keep = cube.dtype.kind in 'iu' and cube.dtype.itemsize <= 2
     return cube.astype(cube.dtype.newbyteorder('=') if keep else np.float32, copy=False)  # 32-bit and wider become float32
 
@@ -145,9 +145,9 @@ def checked_labels(labels, path):
     if labels.dtype.kind == 'f' and (labels == np.round(labels)).all():
         labels = labels.astype(np.int64)
     if labels.dtype.kind not in 'iub':
-        raise DataError(f'{path}: labels of type {labels.dtype} are not class numbers: save them as whole numbers')
+        raise UserError(f'{path}: labels of type {labels.dtype} are not class numbers: save them as whole numbers')
     if labels.min() < 0 or labels.max() > 254:
-        raise DataError(f'{path}: labels run from {labels.min()} to {labels.max()}: use 0 for unlabelled and 1 to 254 for classes')
+        raise UserError(f'{path}: labels run from {labels.min()} to {labels.max()}: use 0 for unlabelled and 1 to 254 for classes')
     return labels.astype(np.uint8)
 
 
@@ -157,17 +157,17 @@ def read_tiff(path):
     with tifffile.TiffFile(path) as tif:
         series = tif.series[0]
         if series.nbytes > 2000 * os.path.getsize(path):  # no lossless compression does better: a damaged size field
-            raise DataError(f'{path}: claims {series.nbytes / 1e9:.0f} GB of pixels in a file of {os.path.getsize(path)} bytes: '
+            raise UserError(f'{path}: claims {series.nbytes / 1e9:.0f} GB of pixels in a file of {os.path.getsize(path)} bytes: '
                             'the file is damaged, copy it again')
         for page in series.pages:
             if page is not None and max(map(sum, zip(page.dataoffsets, page.databytecounts)), default=0) > os.path.getsize(path):
-                raise DataError(f'{path}: the file is truncated: copy it again')
+                raise UserError(f'{path}: the file is truncated: copy it again')
         try:
             image = series.asarray()
         except ValueError as error:
             if 'imagecodecs' not in str(error):
                 raise
-            raise DataError(f'{path}: its compression ({one_line(error).split(">")[0].strip("<")}) needs one more package: '
+            raise UserError(f'{path}: its compression ({one_line(error).split(">")[0].strip("<")}) needs one more package: '
                             'pip install imagecodecs') from None
         tag = series.keyframe.tags.get(42113)  # GDAL_NODATA
         nodata = float(tag.value) if tag else None
@@ -175,7 +175,7 @@ def read_tiff(path):
     if image.ndim == 2:
         axes, image = 'S' + axes, image[None]
     if image.ndim != 3 or 'Y' not in axes or 'X' not in axes:
-        raise DataError(f'{path}: its axes are {axes} {shape}: expected rows, columns and bands only')
+        raise UserError(f'{path}: its axes are {axes} {shape}: expected rows, columns and bands only')
     bands = axes.index(next(letter for letter in axes if letter not in 'YX'))
     if axes[bands] == 'Q':  # written without a stated meaning, as numpy arrays are: the odd one of three sides is the bands'
         bands = next((i for i in range(3) if shape.count(shape[i]) == 1 and len(set(shape)) == 2), int(np.argmin(shape)))
@@ -187,7 +187,7 @@ def read_numpy(path):
     if isinstance(loaded, np.ndarray):
         loaded = {'cube': loaded}
     if 'cube' not in loaded:
-        raise DataError(f'{path}: holds {sorted(loaded)[:6]} but no array "cube": save the image under that name')
+        raise UserError(f'{path}: holds {sorted(loaded)[:6]} but no array "cube": save the image under that name')
     cube, get = loaded['cube'], lambda name: loaded[name].tolist() if name in loaded else None
     wavelengths = get('wavelengths_nm')
     if cube.ndim == 3 and not (wavelengths and len(wavelengths) == cube.shape[0] != cube.shape[2]):
@@ -203,11 +203,11 @@ def read_mat(path):
     try:
         arrays = [a for a in loadmat(path).values() if isinstance(a, np.ndarray) and a.dtype.kind in 'iuf']
     except NotImplementedError:
-        raise DataError(f'{path}: MATLAB 7.3 files are not read: save it again with save(..., "-v7")') from None
+        raise UserError(f'{path}: MATLAB 7.3 files are not read: save it again with save(..., "-v7")') from None
     cubes = sorted((a for a in arrays if a.ndim == 3), key=lambda a: a.size)
     flat = [a for a in arrays if a.ndim == 2 and min(a.shape) > 1]
     if not cubes and len(flat) != 1:
-        raise DataError(f'{path}: holds no 3-d array: give the file with the image as the root, the labels with --labels')
+        raise UserError(f'{path}: holds no 3-d array: give the file with the image as the root, the labels with --labels')
     cube = np.moveaxis(cubes[-1], 2, 0) if cubes else flat[0][None]
     labels = next((a for a in flat if cubes and a.shape == cube.shape[1:]), None)
     return Scene(cube, labels, None, None, None)
@@ -226,11 +226,11 @@ def read_envi(path):
 
 def resample_bands(x, from_nm, to_nm, fwhm=15.0):
     """x (C, H, W) at band centres `from_nm` -> (C', H, W) float32 at `to_nm`: Gaussian response of `fwhm` nm where the source is
-    finer than that, linear interpolation where it is coarser. Raises DataError outside the source's range."""
+    finer than that, linear interpolation where it is coarser. Raises UserError outside the source's range."""
     source, to_nm = np.asarray(from_nm, float), np.asarray(to_nm, float)
     step = np.median(np.diff(np.sort(source)))
     if to_nm.min() < source.min() - step or to_nm.max() > source.max() + step:
-        raise DataError(f'bands at {to_nm.min():.0f}-{to_nm.max():.0f} nm are asked for, the scene has {source.min():.0f}-'
+        raise UserError(f'bands at {to_nm.min():.0f}-{to_nm.max():.0f} nm are asked for, the scene has {source.min():.0f}-'
                         f'{source.max():.0f} nm: choose bands inside its range')
     order = np.argsort(source)
     gauss = np.exp(-4 * np.log(2) * ((to_nm[:, None] - source) / fwhm) ** 2)
@@ -380,26 +380,26 @@ def list_inputs(root, labels):
                     with_labels = os.path.isdir(os.path.join(root, split, 'label'))
                     inputs.append((f'{split}/{name}', os.path.join(folder, name), label if with_labels else '', split))
         if not any(entry[3] == 'tr' for entry in inputs):
-            raise DataError(f'{root}: no images under {os.path.join(root, "tr", "image")}: expected tr|val|ts / image|label, or pass a scene file')
+            raise UserError(f'{root}: no images under {os.path.join(root, "tr", "image")}: expected tr|val|ts / image|label, or pass a scene file')
         return inputs
     paths = root.split(',')
     label_paths = labels.split(',') if labels else [''] * len(paths)
     if len(label_paths) != len(paths):
-        raise DataError(f'--labels names {len(label_paths)} files for {len(paths)} scenes: give one for each, separated by commas')
+        raise UserError(f'--labels names {len(label_paths)} files for {len(paths)} scenes: give one for each, separated by commas')
     for path in paths:
         if not os.path.isfile(path):
-            raise DataError(f'{path}: there is no such file or folder: check --root')
+            raise UserError(f'{path}: there is no such file or folder: check --root')
     return [(os.path.basename(path), path, label, '') for path, label in zip(paths, label_paths)]
 
 
 def read_input(path, label_path, bands_nm):
     if label_path and not os.path.isfile(label_path):
-        raise DataError(f'{path}: its label file {label_path} is missing: add it, or remove the image')
+        raise UserError(f'{path}: its label file {label_path} is missing: add it, or remove the image')
     scene = read_scene(path, label_path)
     if not bands_nm:
         return scene
     if not scene.wavelengths_nm:
-        raise DataError(f'{path}: --bands needs the wavelengths of the scene, and the file has none: save it as .npz with wavelengths_nm')
+        raise UserError(f'{path}: --bands needs the wavelengths of the scene, and the file has none: save it as .npz with wavelengths_nm')
     cube = scene.cube.astype(np.float32)
     cube[:, ~valid_pixels(scene.cube, scene.nodata)] = np.nan
     return scene._replace(cube=resample_bands(cube, scene.wavelengths_nm, bands_nm), wavelengths_nm=list(bands_nm), nodata=None)
@@ -431,14 +431,14 @@ def tile(args):
     try:
         bands_nm = OHS_NM if args.bands == 'ohs' else tuple(float(nm) for nm in args.bands.split(',') if nm)
     except ValueError:
-        raise DataError(f'--bands={args.bands}: give wavelengths in nm separated by commas, or "ohs"') from None
+        raise UserError(f'--bands={args.bands}: give wavelengths in nm separated by commas, or "ohs"') from None
     meta_path, progress_path = os.path.join(args.out, 'meta.json'), os.path.join(args.out, 'progress.json')
     for path in (meta_path, progress_path):
         if os.path.exists(path):
             old = json.load(open(path))['settings']
             changed = [f'{k} ({old.get(k)} there, {v} now)' for k, v in settings.items() if old.get(k) != v]
             if changed:
-                raise DataError(f'{args.out}: was made with other settings: {", ".join(changed)}: choose another --out or delete it')
+                raise UserError(f'{args.out}: was made with other settings: {", ".join(changed)}: choose another --out or delete it')
     if os.path.exists(meta_path):
         print(f'{args.out}: complete, nothing to do')
         return
@@ -462,19 +462,19 @@ def tile(args):
             first = progress['scene'] or facts
             for key in ('bands', 'dtype', 'wavelengths_nm') if facts['class_names'] is None else facts:
                 if key != 'nodata' and first[key] != facts[key] and first[key] is not None:
-                    raise DataError(f'{path}: its {key} ({str(facts[key])[:60]}) differ from the first file\'s ({str(first[key])[:60]}): '
+                    raise UserError(f'{path}: its {key} ({str(facts[key])[:60]}) differ from the first file\'s ({str(first[key])[:60]}): '
                                     'tile scenes of one sensor together, others into a directory of their own')
             if not valid_pixels(scene.cube, scene.nodata).any():
-                raise DataError(f'{path}: no valid pixel, all are NaN or nodata: remove the file')
+                raise UserError(f'{path}: no valid pixel, all are NaN or nodata: remove the file')
             if os.path.isdir(args.root) and facts['bands'] == 32 and scene.labels is not None and scene.labels.max() > 24:
-                raise DataError(f'{path}: its label file has the value {scene.labels.max()}, WHU-OHS has classes 1 to 24 '
+                raise UserError(f'{path}: its label file has the value {scene.labels.max()}, WHU-OHS has classes 1 to 24 '
                                 '(0 = unlabelled): repair the label file')
             parts = parts_of(scene, split, args)
             for part in parts:
                 if min(part[1].shape[1:]) < args.tile_size:
-                    raise DataError(f'{path}: its part for {part[0]} has {shape_text(part[2])} pixels, less than --tile_size='
+                    raise UserError(f'{path}: its part for {part[0]} has {shape_text(part[2])} pixels, less than --tile_size='
                                     f'{args.tile_size}: choose smaller tiles')
-        except DataError as error:
+        except UserError as error:
             failures.append(str(error))
             continue
         progress['scene'] = first
@@ -501,7 +501,7 @@ def tile(args):
     if writer:
         writer.save_progress(0)
     if failures and not (args.skip_bad and progress['scene']):
-        raise DataError('\n'.join(failures) + f'\n{args.out}: {len(failures)} of {len(inputs)} inputs could not be used; what is finished '
+        raise UserError('\n'.join(failures) + f'\n{args.out}: {len(failures)} of {len(inputs)} inputs could not be used; what is finished '
                         'is kept: repair or remove them and run the same command again, or go on without them with --skip_bad=true')
     for failure in failures:
         print('skipped:', failure)
@@ -517,7 +517,7 @@ def make_meta(progress, names, args, is_folder):
     """progress of a complete run -> the content of meta.json"""
     scene, stats = progress['scene'], progress['statistics']
     if not stats['valid']:
-        raise DataError(f'{args.root}: no training image with valid pixels: nothing to make statistics from')
+        raise UserError(f'{args.root}: no training image with valid pixels: nothing to make statistics from')
     n, total = stats['valid'], np.array(stats['sum'])
     covariance = (np.array(stats['outer']) - np.outer(total, total) / n) / max(n - 1, 1)
     used = max((k + 1 for counts in progress['class_counts'].values() for k, c in enumerate(counts) if c), default=0)
@@ -543,12 +543,12 @@ class Tiles:
         if not os.path.exists(meta_path):
             half_made = os.path.join(directory, 'progress.json')
             if os.path.exists(half_made):
-                raise DataError(f'{directory}: is half-made: finish it with\n  {json.load(open(half_made))["command"]}')
-            raise DataError(f'{directory}: no tiles here: make them with `python data.py tile --root=... --out={directory}`')
+                raise UserError(f'{directory}: is half-made: finish it with\n  {json.load(open(half_made))["command"]}')
+            raise UserError(f'{directory}: no tiles here: make them with `python data.py tile --root=... --out={directory}`')
         self.directory, self.split, self.meta, self.pin_memory = directory, split, json.load(open(meta_path)), pin_memory
         count, size = len(self.meta['tiles'][split]), self.meta['tile_size']
         if not count:
-            raise DataError(f'{directory}: the split "{split}" has no tiles: tile it again with other --shares or more scenes')
+            raise UserError(f'{directory}: the split "{split}" has no tiles: tile it again with other --shares or more scenes')
         self.images = self._open('images', (count, self.meta['num_bands'], size, size))
         has_labels = os.path.exists(os.path.join(directory, f'{split}_labels.npy'))
         self.labels = self._open('labels', (count, size, size)) if has_labels else None
@@ -559,9 +559,9 @@ class Tiles:
         try:
             array = np.load(path, mmap_mode='r')
         except (OSError, ValueError) as error:
-            raise DataError(f'{path}: cannot be read ({one_line(error)}): delete {self.directory} and tile again') from None
+            raise UserError(f'{path}: cannot be read ({one_line(error)}): delete {self.directory} and tile again') from None
         if array.shape != shape:
-            raise DataError(f'{path}: has shape {array.shape}, meta.json says {shape}: delete {self.directory} and tile again')
+            raise UserError(f'{path}: has shape {array.shape}, meta.json says {shape}: delete {self.directory} and tile again')
         return array
 
     def __len__(self):
@@ -617,7 +617,7 @@ def standardization(meta, whiten=0):
     covariance = torch.tensor(meta['covariance'], dtype=torch.float64)
     bands = len(covariance)
     if not 1 <= whiten <= bands:
-        raise DataError(f'whiten={whiten}: the data has {bands} bands: choose 1 to {bands}, or 0 for per-band standardisation')
+        raise UserError(f'whiten={whiten}: the data has {bands} bands: choose 1 to {bands}, or 0 for per-band standardisation')
     variance, vectors = torch.linalg.eigh(covariance)
     variance, vectors = variance[-whiten:], vectors[:, -whiten:]
     matrix = (vectors / (variance + 1e-6 * covariance.diagonal().mean()).sqrt()) @ vectors.T * math.sqrt(bands / whiten)
@@ -705,7 +705,7 @@ def labelled_pixels(tiles, features, limit=50_000, max_tiles=2000, seed=0, devic
     `features(raw images) -> maps (B, D, h, w)`; maps coarser than the tile are upsampled (bilinear) to its pixels.
     """
     if tiles.labels is None:
-        raise DataError(f'{tiles.directory}: the split "{tiles.split}" has no labels')
+        raise UserError(f'{tiles.directory}: the split "{tiles.split}" has no labels')
     generator = torch.Generator().manual_seed(seed)
     chosen = np.linspace(0, len(tiles) - 1, min(len(tiles), max_tiles)).round().astype(int)
     total = sum(np.count_nonzero(tiles.labels[i]) for i in chosen)
@@ -721,7 +721,7 @@ def labelled_pixels(tiles, features, limit=50_000, max_tiles=2000, seed=0, devic
         xs.append(maps.permute(0, 2, 3, 1)[pick.to(device)])
         ys.append(label_to_class(labels[pick]).to(device))
     if not xs:
-        raise DataError(f'{tiles.directory}: the split "{tiles.split}" has no labelled pixel')
+        raise UserError(f'{tiles.directory}: the split "{tiles.split}" has no labelled pixel')
     return torch.cat(xs), torch.cat(ys)
 
 
@@ -914,7 +914,7 @@ def check(args):
     save_figure(figure, os.path.join(args.data, 'check.png'))
     print(f'picture: {os.path.join(args.data, "check.png")}')
     if problems:
-        raise DataError('\n'.join(f'{args.data}: {problem}' for problem in problems))
+        raise UserError('\n'.join(f'{args.data}: {problem}' for problem in problems))
     print('nothing wrong found')
 
 
@@ -1026,7 +1026,7 @@ def parse(argv=None):
 def plain_errors():
     """From here on a user's mistake ends the program with its sentence and exit code 1, not with a traceback."""
     def hook(kind, error, trace):
-        if issubclass(kind, (DataError, KeyboardInterrupt)) or (issubclass(kind, OSError) and error.filename):
+        if issubclass(kind, (UserError, KeyboardInterrupt)) or (issubclass(kind, OSError) and error.filename):
             print(f'error: {error}' if str(error) else 'interrupted', file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)

@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import UserError
+
 SIZES = {  # small and base are ViT-S and ViT-B (Touvron et al. 2021, Dosovitskiy et al. 2021); tiny is for laptops
     'tiny': dict(embed_dim=128, depth=6, num_heads=4),
     'small': dict(embed_dim=384, depth=12, num_heads=6),
@@ -26,7 +28,7 @@ def patchify(x, patch_size):
     B, C, H, W = x.shape
     P = patch_size
     if H % P or W % P:
-        raise ValueError(f'an image of {H} x {W} pixels cannot be cut into patches of {P}: pass sides that are multiples of {P}')
+        raise UserError(f'an image of {H} x {W} pixels cannot be cut into patches of {P}: pass sides that are multiples of {P}')
     x = x.reshape(B, C, H // P, P, W // P, P)  # (B, C, h, P, w, P)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // P) * (W // P), P * P * C)
 
@@ -41,7 +43,7 @@ def unpatchify(patches, patch_size, h, w):
 def sincos_positions(dim, h, w):
     """Fixed 2-d sine-cosine table (1, h*w, dim): half the channels code the column, half the row (MAE; Vaswani et al. 2017)."""
     if dim % 4:
-        raise ValueError(f'sine-cosine positions need a width that is a multiple of 4, not {dim}')
+        raise UserError(f'sine-cosine positions need a width that is a multiple of 4, not {dim}')
     omega = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
 
     def encode(position):  # (N,) -> (N, dim / 2)
@@ -74,7 +76,7 @@ class Attention(nn.Module):
     def __init__(self, dim, num_heads, dropout=0.0):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f'a width of {dim} does not divide into {num_heads} heads')
+            raise UserError(f'a width of {dim} does not divide into {num_heads} heads')
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -185,7 +187,7 @@ class ViT(nn.Module):
                  fixed_positions: bool = False, mask_token: bool = False):
         super().__init__()
         if img_size % patch_size:
-            raise ValueError(f'img_size {img_size} is not a multiple of patch_size {patch_size}: change one of the two')
+            raise UserError(f'img_size {img_size} is not a multiple of patch_size {patch_size}: change one of the two')
         self.img_size, self.patch_size, self.in_chans, self.embed_dim = img_size, patch_size, in_chans, embed_dim
         self.num_prefix_tokens = 1 + num_register_tokens
         grid = img_size // patch_size
@@ -221,7 +223,7 @@ class ViT(nn.Module):
         """x (B, C, H, W), mask (B, N) True = replaced by the mask token -> tokens (B, T, D) before the first block"""
         B, C, H, W = x.shape
         if C != self.in_chans:
-            raise ValueError(f'the image has {C} bands, the encoder was built for {self.in_chans}')
+            raise UserError(f'the image has {C} bands, the encoder was built for {self.in_chans}')
         tokens = self.patch_embed(patchify(x, self.patch_size))  # (B, N, D)
         if mask is not None:
             tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
@@ -324,7 +326,7 @@ class MaskedAutoencoder(nn.Module):
         """x (B, C, H, W) standardised, noise (B, N) or None -> loss, pred (B, N, P*P*C), mask (B, N) with 1 = removed"""
         patches = patchify(x, self.encoder.patch_size)
         if patches.shape[1] != self.decoder_pos_embed.shape[1] - 1:
-            raise ValueError(f'the image has {patches.shape[1]} patches, this autoencoder was built for '
+            raise UserError(f'the image has {patches.shape[1]} patches, this autoencoder was built for '
                              f'{self.decoder_pos_embed.shape[1] - 1}: crop to img_size {self.encoder.img_size}')
         if noise is None:
             noise = torch.rand(patches.shape[:2], device=x.device)
@@ -396,22 +398,22 @@ class LinearHead(nn.Module):
 def load_checkpoint(path):
     """The dictionary in a checkpoint file. Runs no code from the file; a damaged or foreign file is told in a sentence."""
     if not os.path.isfile(path):
-        raise ValueError(f'{path}: there is no such checkpoint: pass the last.pt of a run directory')
+        raise UserError(f'{path}: there is no such checkpoint: pass the last.pt of a run directory')
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise ValueError(f'{path}: not a checkpoint that can be read safely ({str(error).splitlines()[0][:120]}): '
+        raise UserError(f'{path}: not a checkpoint that can be read safely ({str(error).splitlines()[0][:120]}): '
                          'pass a file written by one of these scripts') from None
 
 
 def load_encoder(path):
     """The encoder (ViT) of a checkpoint written by a pre-training script, in eval mode.
 
-    `encoder.config` holds the run's constants (the standardisation among them), `encoder.args` the ViT's arguments. Raises ValueError when the file is damaged.
+    `encoder.config` holds the run's constants (the standardisation among them), `encoder.args` the ViT's arguments. Raises UserError when the file is damaged.
     """
     checkpoint = load_checkpoint(path)
     if 'encoder_args' not in checkpoint:
-        raise ValueError(f'{path}: holds no encoder of ours (found {sorted(checkpoint)[:6]}): pass the last.pt of a pre-training run')
+        raise UserError(f'{path}: holds no encoder of ours (found {sorted(checkpoint)[:6]}): pass the last.pt of a pre-training run')
     encoder = ViT(**checkpoint['encoder_args'])
     weights = {name.removeprefix('encoder.'): value for name, value in checkpoint['model'].items() if name.startswith('encoder.')}
     encoder.load_state_dict(weights, strict=True)

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (DataError, Tiles, demo_if_missing, draw_crops, epoch_ids, false_color, labelled_pixels, plain_errors, resized_crop,
+from data import (UserError, Tiles, demo_if_missing, draw_crops, epoch_ids, false_color, labelled_pixels, plain_errors, resized_crop,
                   ridge_probe, save_figure, spectrum_features, standardization, standardize, write_json)
 from models import SIZES, MaskedAutoencoder, dense_features, load_checkpoint, patchify, unpatchify
 
@@ -90,7 +90,8 @@ def override_constants():
 
 
 # ---- boilerplate: helpers (the same lines in every training script) ----
-FREE_TO_CHANGE = ('out_dir', 'resume', 'max_steps', 'log_every', 'eval_every', 'save_every', 'keep_every', 'device', 'compile')
+FREE_TO_CHANGE = ('out_dir', 'resume', 'max_steps', 'log_every', 'eval_every', 'save_every', 'keep_every', 'device', 'compile',
+                  'results', 'cache_gb')
 
 
 def open_run(out_dir, config, resume):
@@ -103,7 +104,7 @@ def open_run(out_dir, config, resume):
         old = json.load(open(path))['config']
         changed = [f'{k} ({old.get(k)} there, {v} now)' for k, v in config.items() if old.get(k) != v and k not in FREE_TO_CHANGE]
         if changed:
-            raise DataError(f'{out_dir}: holds a run with other constants: {", ".join(changed)}: pass another --out_dir, or '
+            raise UserError(f'{out_dir}: holds a run with other constants: {", ".join(changed)}: pass another --out_dir, or '
                             '--resume=false to start a new run beside it')
     os.makedirs(out_dir, exist_ok=True)
     for name in os.listdir(out_dir):
@@ -124,7 +125,7 @@ def save_checkpoint(path, content):
             os.fsync(file.fileno())
         os.replace(path + '.tmp', path)
     except (OSError, RuntimeError) as error:
-        raise DataError(f'{path}: could not be written ({" ".join(str(error).split())[:120]}): make room and run the same command '
+        raise UserError(f'{path}: could not be written ({" ".join(str(error).split())[:120]}): make room and run the same command '
                         'again; the checkpoint before is as it was') from None
 
 
@@ -182,7 +183,7 @@ def get_batch(train, step, rank, world, img_size, patch_size, batch_size, scale_
     return images, boxes[mine], turned[mine], noise[mine]
 
 
-def save_reconstruction(path, model, raw, mean, matrix, meta, img_size, mask_ratio, dropout_off):
+def save_reconstruction(path, model, raw, mean, matrix, meta, img_size, mask_ratio):
     """False colour of four crops: input, what the encoder saw, what the decoder made of it (visible patches as they are)."""
     x = standardize(raw[:, :, :img_size, :img_size], mean, matrix, meta['nodata'])
     h = img_size // model.encoder.patch_size
@@ -239,11 +240,11 @@ if __name__ == '__main__':
     if world > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     if batch_size % (world * grad_accum):
-        raise DataError(f'--batch_size={batch_size} does not divide over {world} processes x --grad_accum={grad_accum}: change one')
+        raise UserError(f'--batch_size={batch_size} does not divide over {world} processes x --grad_accum={grad_accum}: change one')
     if dtype == 'auto':
         dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
     if dtype not in ('bfloat16', 'float16', 'float32'):
-        raise DataError(f'--dtype={dtype}: choose auto, bfloat16, float16 or float32')
+        raise UserError(f'--dtype={dtype}: choose auto, bfloat16, float16 or float32')
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
     torch.manual_seed(seed)  # the same weights on every rank
     print0 = print if rank == 0 else lambda *args, **kwargs: None
@@ -266,7 +267,7 @@ if __name__ == '__main__':
     train = Tiles(data, 'tr', pin_memory=device.type == 'cuda')
     meta = train.meta
     if img_size > meta['tile_size']:
-        raise DataError(f'--img_size={img_size}: the tiles of {data} have {meta["tile_size"]} px: choose at most that')
+        raise UserError(f'--img_size={img_size}: the tiles of {data} have {meta["tile_size"]} px: choose at most that')
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
     probed = [s for s in ('tr', 'val') if meta['tiles'][s] and os.path.exists(os.path.join(data, f'{s}_labels.npy'))]
     probed = {s: Tiles(data, s) for s in probed} if len(probed) == 2 and rank == 0 else {}
@@ -277,7 +278,7 @@ if __name__ == '__main__':
 
     # ---- model
     if size not in SIZES:
-        raise DataError(f'--size={size}: choose one of {", ".join(SIZES)}')
+        raise UserError(f'--size={size}: choose one of {", ".join(SIZES)}')
     decoder = {'tiny': (96, 2, 4), 'small': (256, 4, 8), 'base': (512, 8, 16)}[size]
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'], dropout=dropout, **SIZES[size])
     model = MaskedAutoencoder(**encoder_args, decoder_embed_dim=decoder[0], decoder_depth=decoder[1], decoder_num_heads=decoder[2],
@@ -335,7 +336,7 @@ if __name__ == '__main__':
                     pixels = [labelled_pixels(t, spectra, 10_000, probe_tiles, device=device) for t in probed.values()]
                     floors[name] = ridge_probe(*pixels[0], *pixels[1], meta['num_classes'])['miou']
                 save_reconstruction(os.path.join(out_dir, 'reconstruction.png'), model, torch.from_numpy(train.images[:4]).to(device),
-                                    mean, matrix, meta, img_size, mask_ratio, dropout_off=True)
+                                    mean, matrix, meta, img_size, mask_ratio)
             model.train()
             if not any(e['step'] == step and 'probe_miou' in e for e in log):
                 log.append({'step': step, 'probe_miou': result['miou'], 'probe_oa': result['oa'], 'floors': floors})
@@ -369,7 +370,7 @@ if __name__ == '__main__':
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)  # the same on all ranks after all-reduce
         if not torch.isfinite(norm) and dtype != 'float16':  # the scaler of float16 skips such steps and lowers its scale
-            raise DataError(f'step {step}: the gradient is not finite (loss {float(total_loss):.4g}): the weights were left as they '
+            raise UserError(f'step {step}: the gradient is not finite (loss {float(total_loss):.4g}): the weights were left as they '
                             f'were and {last_path} is of an earlier step. Look for NaN or huge values in the data (python data.py '
                             'check), or lower the learning rate')
         # ---- end of boilerplate: clip and finite check

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (IGNORE_INDEX, DataError, Tiles, chance_warning, class_colors, confusion_matrix, demo_if_missing, draw_crops,
+from data import (IGNORE_INDEX, UserError, Tiles, chance_warning, class_colors, confusion_matrix, demo_if_missing, draw_crops,
                   epoch_ids, false_color, floors, label_to_class, plain_errors, print_scores, resized_crop, resized_crop_labels,
                   save_figure, scores, standardization, standardize, write_json)
 from models import SIZES, LinearHead, ViT, dense_features, load_checkpoint, load_encoder
@@ -95,7 +95,8 @@ def override_constants():
 
 
 # ---- boilerplate: helpers (the same lines in every training script) ----
-FREE_TO_CHANGE = ('out_dir', 'resume', 'max_steps', 'log_every', 'eval_every', 'save_every', 'keep_every', 'device', 'compile')
+FREE_TO_CHANGE = ('out_dir', 'resume', 'max_steps', 'log_every', 'eval_every', 'save_every', 'keep_every', 'device', 'compile',
+                  'results', 'cache_gb')
 
 
 def open_run(out_dir, config, resume):
@@ -108,7 +109,7 @@ def open_run(out_dir, config, resume):
         old = json.load(open(path))['config']
         changed = [f'{k} ({old.get(k)} there, {v} now)' for k, v in config.items() if old.get(k) != v and k not in FREE_TO_CHANGE]
         if changed:
-            raise DataError(f'{out_dir}: holds a run with other constants: {", ".join(changed)}: pass another --out_dir, or '
+            raise UserError(f'{out_dir}: holds a run with other constants: {", ".join(changed)}: pass another --out_dir, or '
                             '--resume=false to start a new run beside it')
     os.makedirs(out_dir, exist_ok=True)
     for name in os.listdir(out_dir):
@@ -129,7 +130,7 @@ def save_checkpoint(path, content):
             os.fsync(file.fileno())
         os.replace(path + '.tmp', path)
     except (OSError, RuntimeError) as error:
-        raise DataError(f'{path}: could not be written ({" ".join(str(error).split())[:120]}): make room and run the same command '
+        raise UserError(f'{path}: could not be written ({" ".join(str(error).split())[:120]}): make room and run the same command '
                         'again; the checkpoint before is as it was') from None
 
 
@@ -198,6 +199,21 @@ class Segmenter(nn.Module):
         return logits if self.pixel_head is None else logits + self.pixel_head(x)
 
 
+class FrozenFeatures:
+    """Feature maps of a frozen encoder for the tiles of one split: computed when first asked for, then kept in memory."""
+
+    def __init__(self, model, tiles, prepare, autocast):
+        self.model, self.tiles, self.prepare, self.autocast, self.kept = model, tiles, prepare, autocast, {}
+
+    def __call__(self, ids):
+        """tile numbers (B,) -> maps (B, 4*D, h, w)"""
+        for i in ids:
+            if int(i) not in self.kept:
+                with torch.no_grad(), self.autocast:
+                    self.kept[int(i)] = self.model.features(self.prepare(self.tiles.batch([int(i)])[0]))[0].float()
+        return torch.stack([self.kept[int(i)] for i in ids])
+
+
 def calibrate_norm(norm, batches):
     """Set a BatchNorm2d's statistics to those of all feature maps (B, D, h, w) in `batches`: then it needs no batch statistics and
     training is the same on 1 and on N processes."""
@@ -208,6 +224,24 @@ def calibrate_norm(norm, batches):
         total, square = total + maps.sum((0, 2, 3)), square + maps.square().sum((0, 2, 3))
     norm.running_mean.copy_(total / count)
     norm.running_var.copy_((square / count - (total / count).square()).clamp(min=1e-12))
+
+
+@torch.no_grad()
+def evaluate(model, tiles, prepare, autocast, device, rank, world, frozen=None):
+    """Every tile once, dealt out over the ranks -> (K, K) confusion matrix, summed over the ranks. Counted as it is predicted:
+    a prediction never leaves the side of its label."""
+    model.eval()
+    K = tiles.meta['num_classes']
+    cm = torch.zeros(K, K, dtype=torch.int64, device=device)
+    for i in range(rank, len(tiles), world):
+        images, labels = tiles.batch([i])
+        with autocast:
+            logits = model(prepare(images), frozen([i]) if frozen else None)
+        cm += confusion_matrix(logits.argmax(1), label_to_class(labels).to(device), K)
+    if world > 1:
+        dist.all_reduce(cm)
+    model.train()
+    return cm.cpu()
 
 
 def segmentation_loss(logits, target, weight, kind):
@@ -236,7 +270,7 @@ def get_batch(train, labelled, step, rank, world, batch_size, augment, seed):
     return ids, images, labels, boxes[mine], turned[mine]
 
 
-def save_pictures(out_dir, cm, model, tiles, inputs, meta, log):
+def save_pictures(out_dir, cm, model, tiles, prepare, meta, log):
     """confusion.png, examples.png (false colour, labels, prediction of up to four test tiles) and curves.png."""
     names, colors, K = meta['class_names'], class_colors(meta['class_names']), meta['num_classes']
     figure = Figure(figsize=(3 + 0.4 * K, 2.5 + 0.4 * K), layout='constrained')
@@ -257,7 +291,7 @@ def save_pictures(out_dir, cm, model, tiles, inputs, meta, log):
     axes = figure.subplots(len(most_labels), 3, squeeze=False)
     for row, i in zip(axes, most_labels):
         images, labels = tiles.batch([i])
-        pred = model(inputs(images)).argmax(1)[0].cpu().numpy() + 1
+        pred = model(prepare(images)).argmax(1)[0].cpu().numpy() + 1
         row[0].imshow(false_color(images[0], meta), interpolation='nearest')
         row[1].imshow(colors[labels[0].numpy()], interpolation='nearest')
         row[2].imshow(colors[pred], interpolation='nearest')
@@ -292,11 +326,11 @@ if __name__ == '__main__':
     if world > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     if batch_size % (world * grad_accum):
-        raise DataError(f'--batch_size={batch_size} does not divide over {world} processes x --grad_accum={grad_accum}: change one')
+        raise UserError(f'--batch_size={batch_size} does not divide over {world} processes x --grad_accum={grad_accum}: change one')
     if dtype == 'auto':
         dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
     if dtype not in ('bfloat16', 'float16', 'float32'):
-        raise DataError(f'--dtype={dtype}: choose auto, bfloat16, float16 or float32')
+        raise UserError(f'--dtype={dtype}: choose auto, bfloat16, float16 or float32')
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
     torch.manual_seed(seed)  # the same weights on every rank
     print0 = print if rank == 0 else lambda *args, **kwargs: None
@@ -319,7 +353,7 @@ if __name__ == '__main__':
     splits = {split: Tiles(data, split, pin_memory=device.type == 'cuda') for split in ('tr', 'val', 'ts')}
     meta = splits['tr'].meta
     if splits['tr'].labels is None:
-        raise DataError(f'{data}: has no labels, and a segmentation needs them: tile scenes that have some')
+        raise UserError(f'{data}: has no labels, and a segmentation needs them: tile scenes that have some')
     labelled = np.array([i for i in range(len(splits['tr'])) if splits['tr'].labels[i].any()])
 
     # ---- model
@@ -327,18 +361,18 @@ if __name__ == '__main__':
     for name, value, known in (('size', size, SIZES), ('decoder', decoder, heads), ('loss', loss, ('ce', 'focal')),
                                ('class_weights', class_weights, ('none', 'inverse', 'sqrt'))):
         if value not in known:
-            raise DataError(f'--{name}={value}: choose one of {", ".join(known)}')
+            raise UserError(f'--{name}={value}: choose one of {", ".join(known)}')
     if encoder:
         vit = load_encoder(encoder)
         whiten, encoder_args = vit.config['whiten'], vit.args
         if vit.in_chans != meta['num_bands']:
-            raise DataError(f'{encoder}: the encoder was trained on {vit.in_chans} bands, {data} has {meta["num_bands"]}: tile the scene '
+            raise UserError(f'{encoder}: the encoder was trained on {vit.in_chans} bands, {data} has {meta["num_bands"]}: tile the scene '
                             'with --bands= the wavelengths of the encoder\'s data')
     else:
         encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'], fixed_positions=True, **SIZES[size])
         vit = ViT(**encoder_args)
     if meta['tile_size'] % vit.patch_size:
-        raise DataError(f'tiles of {meta["tile_size"]} px do not divide into patches of {vit.patch_size}: tile again with a multiple')
+        raise UserError(f'tiles of {meta["tile_size"]} px do not divide into patches of {vit.patch_size}: tile again with a multiple')
     head = heads[decoder](4 * vit.embed_dim, meta['num_classes'])
     pixel_head = nn.Conv2d(meta['num_bands'], meta['num_classes'], 1) if pixel else None
     model = Segmenter(vit, head, freeze, window_stride, pixel_head).to(device).train()
@@ -347,26 +381,14 @@ if __name__ == '__main__':
            f'{"frozen" if freeze else "trained"}; {decoder} decoder, {sum(p.numel() for p in head.parameters()):,}; '
            f'{len(labelled)} labelled training tiles of {meta["tile_size"]} px; {device}, {dtype}, {world} process(es); {out_dir}')
 
-    def inputs(images):  # raw (B, C, H, W) on the CPU -> standardised on the device
-        return standardize(images.to(device, non_blocking=True), mean, matrix, meta['nodata'])
-
-    def feature_maps(split, ids):  # frozen features of tiles, kept after the first time where they fit in cache_gb
-        new = [i for i in ids.tolist() if (split, i) not in cache]
-        for i in new:
-            with torch.no_grad(), autocast:
-                maps = model.features(inputs(splits[split].batch([i])[0])).float()
-            if not keep_features:
-                cache.clear()
-            cache[split, i] = maps[0]
-        return torch.stack([cache[split, i] if (split, i) in cache else model.features(inputs(splits[split].batch([i])[0]))[0] for i in ids.tolist()])
-
-    cache = {}
+    prepare = lambda images: standardize(images.to(device, non_blocking=True), mean, matrix, meta['nodata'])
     grid = meta['tile_size'] // vit.patch_size
     feature_bytes = 4 * (len(labelled) + len(splits['val'])) * 4 * vit.embed_dim * grid * grid
-    keep_features = freeze and not augment and feature_bytes < cache_gb * 1e9
+    fits = freeze and not augment and feature_bytes < cache_gb * 1e9
+    frozen = {split: FrozenFeatures(model, splits[split], prepare, autocast) if fits else None for split in ('tr', 'val')}
     if freeze:
         some = labelled[np.linspace(0, len(labelled) - 1, min(len(labelled), 2000)).astype(int)]
-        calibrate_norm(head.norm, (feature_maps('tr', some[i:i + 1]) for i in range(len(some))))
+        calibrate_norm(head.norm, ((frozen['tr'] or FrozenFeatures(model, splits['tr'], prepare, autocast))([i]) for i in some))
     counts = torch.tensor(meta['class_counts']['tr'], dtype=torch.float32, device=device).clamp(min=1)
     weight = {'none': torch.ones_like(counts), 'inverse': 1 / counts, 'sqrt': 1 / counts.sqrt()}[class_weights]
     weight = weight / weight.mean()
@@ -401,20 +423,6 @@ if __name__ == '__main__':
         net = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
     # ---- end of boilerplate: compile and DDP
 
-    def evaluate(split):  # every tile once, the tiles dealt out over the ranks -> confusion matrix on all ranks
-        model.eval()
-        cm = torch.zeros(meta['num_classes'], meta['num_classes'], dtype=torch.int64, device=device)
-        with torch.no_grad(), autocast:
-            for i in range(rank, len(splits[split]), world):
-                images, labels = splits[split].batch([i])
-                maps = feature_maps(split, np.array([i])) if keep_features and split == 'val' else None
-                pred = model(inputs(images), maps).argmax(1)
-                cm += confusion_matrix(pred, label_to_class(labels).to(device), meta['num_classes'])
-        if world > 1:
-            dist.all_reduce(cm)
-        model.train()
-        return cm.cpu()
-
     # ---- training loop
     get = (rank, world, batch_size, augment, seed)
     batch = get_batch(splits['tr'], labelled, step, *get) if step < last_step else None
@@ -437,11 +445,11 @@ if __name__ == '__main__':
         count = count.clamp(min=1e-12) / world  # DDP takes the mean of the ranks' gradients
         total_loss = torch.zeros((), device=device)
         for micro in torch.arange(len(ids)).chunk(grad_accum):
-            x, y = inputs(images[micro]), target[micro]
+            x, y = prepare(images[micro]), target[micro]
             if augment:
                 x = resized_crop(x, boxes[micro], turned[micro], x.shape[-1])
                 y = resized_crop_labels(y, boxes[micro], turned[micro], y.shape[-1])
-            maps = feature_maps('tr', ids[micro]) if keep_features else None
+            maps = frozen['tr'](ids[micro]) if fits else None
             with autocast:
                 logits = net(x, maps)
             loss_sum, _ = segmentation_loss(logits, y, weight, loss)
@@ -453,7 +461,7 @@ if __name__ == '__main__':
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)  # the same on all ranks after all-reduce
         if not torch.isfinite(norm) and dtype != 'float16':  # the scaler of float16 skips such steps and lowers its scale
-            raise DataError(f'step {step}: the gradient is not finite (loss {float(total_loss):.4g}): the weights were left as they '
+            raise UserError(f'step {step}: the gradient is not finite (loss {float(total_loss):.4g}): the weights were left as they '
                             f'were and {last_path} is of an earlier step. Look for NaN or huge values in the data (python data.py '
                             'check), or lower the learning rate')
         # ---- end of boilerplate: clip and finite check
@@ -479,7 +487,7 @@ if __name__ == '__main__':
 
         # ---- evaluate on val, keep the best
         if step % eval_every == 0 or step == last_step:
-            val = scores(evaluate('val'))
+            val = scores(evaluate(model, splits['val'], prepare, autocast, device, rank, world, frozen['val']))
             log.append({'step': step, 'val_miou': val['miou'], 'val_oa': val['oa']})
             if rank == 0:
                 with open(log_path, 'a') as file:
@@ -510,7 +518,7 @@ if __name__ == '__main__':
         dist.barrier()
     chosen = load_checkpoint(best_path)
     model.load_state_dict(chosen['model'], strict=True)
-    cm = evaluate('ts')
+    cm = evaluate(model, splits['ts'], prepare, autocast, device, rank, world)
     if rank == 0:
         result = scores(cm)
         rows = {**floors(data, 'ts'), f'{"random" if not encoder else "trained"} encoder + {decoder}': result}
@@ -526,7 +534,7 @@ if __name__ == '__main__':
                    'config': config, 'torch': torch.__version__, 'seconds': time.time() - started})
         model.eval()
         with torch.no_grad(), autocast:
-            save_pictures(out_dir, cm, model, splits['ts'], inputs, meta, log)
+            save_pictures(out_dir, cm, model, splits['ts'], prepare, meta, log)
         row = {'data': data, 'encoder': encoder or f'random {size}/{patch_size}', 'whiten': whiten, 'decoder': decoder, 'freeze': freeze,
                'pixel': pixel, 'seed': seed, 'steps': step, 'best_step': chosen['step'],
                **{k: round(result[k], 5) for k in ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1')},

@@ -10,7 +10,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCENES = os.path.join(os.path.dirname(ROOT), 'shared', 'scenes')  # real scenes, where they are at hand
 sys.path.insert(0, ROOT)
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-MAE_TINY = ['--size=tiny', '--img_size=16', '--patch_size=4', '--batch_size=8', '--epochs=3', '--warmup_epochs=1', '--log_every=1',
+MAE_TINY = ['--size=tiny', '--img_size=16', '--patch_size=4', '--batch_size=8', '--epochs=30', '--warmup_epochs=1', '--log_every=1',
             '--probe_tiles=4']
 
 

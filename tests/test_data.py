@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import data
 from conftest import MAE_TINY, ROOT, SCENES, make_scene, run
-from data import DataError, Tiles, chance_warning, confusion_matrix, label_to_class, read_scene, scores
+from data import UserError, Tiles, chance_warning, confusion_matrix, label_to_class, read_scene, scores
 
 
 # ============ labels and scores ============
@@ -159,7 +159,7 @@ def test_every_bad_file_gives_one_sentence_that_names_it(tmp_path):
     files = bad_files(tmp_path)
     assert len(files) >= 15
     for name, (path, words) in files.items():
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(UserError) as caught:
             read_scene(path)
         text = str(caught.value)
         assert path in text and words in text and '\n' not in text and text.count(':') >= 2, (name, text)
@@ -175,7 +175,7 @@ def test_lzw_without_imagecodecs_names_the_package(tmp_path):
     tifffile.imwrite(path, np.zeros((16, 16), np.uint8), compression='zlib')
     with tifffile.TiffFile(path, mode='r+b') as tif:
         tif.pages[0].tags['Compression'].overwrite(5)
-    with pytest.raises(DataError, match='pip install imagecodecs'):
+    with pytest.raises(UserError, match='pip install imagecodecs'):
         read_scene(path)
 
 
@@ -292,7 +292,7 @@ def test_killed_tiling_goes_on_and_gives_the_same_bytes(tmp_path):
     time.sleep(0.6)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    with pytest.raises(DataError, match='half-made'):
+    with pytest.raises(UserError, match='half-made'):
         Tiles(str(tmp_path / 'b'), 'tr')
     again = run('data.py', 'tile', f'--root={root}', f'--out={tmp_path / "b"}', '--tile_size=64')
     assert 'going on after' in again.stdout
@@ -333,7 +333,7 @@ def test_mistakes_on_the_command_line_of_tile(tmp_path, flags, words):
     places = dict(scene=make_scene(tmp_path / 's.npz'), other=make_scene(tmp_path / 'o.npz', bands=9), empty=tmp_path / 'empty')
     flags = [flag.format(**places) for flag in flags]
     args = data.parse(['tile', f'--out={tmp_path / "out"}', '--tile_size=16', *flags])
-    with pytest.raises(DataError, match=words.replace('|', r'\|')):
+    with pytest.raises(UserError, match=words.replace('|', r'\|')):
         data.tile(args)
     assert not os.path.exists(tmp_path / 'out' / 'meta.json')
 
@@ -342,7 +342,7 @@ def test_other_settings_do_not_overwrite_finished_tiles(tmp_path):
     path = make_scene(tmp_path / 's.npz')
     data.tile(tile_args(root=path, out=tmp_path / 'out', tile_size=16))
     before = contents(tmp_path / 'out')
-    with pytest.raises(DataError, match=r'tile_size \(16 there, 8 now\)'):
+    with pytest.raises(UserError, match=r'tile_size \(16 there, 8 now\)'):
         data.tile(tile_args(root=path, out=tmp_path / 'out', tile_size=8))
     assert contents(tmp_path / 'out') == before
 
@@ -350,7 +350,7 @@ def test_other_settings_do_not_overwrite_finished_tiles(tmp_path):
 def test_empty_split_is_told(tmp_path):
     data.tile(tile_args(root=make_scene(tmp_path / 's.npz', labels=None), out=tmp_path / 'out', tile_size=16))
     assert len(Tiles(str(tmp_path / 'out'), 'tr')) == 6
-    with pytest.raises(DataError, match='split "ts" has no tiles'):
+    with pytest.raises(UserError, match='split "ts" has no tiles'):
         Tiles(str(tmp_path / 'out'), 'ts')
 
 
@@ -374,7 +374,7 @@ def test_resampled_bands_follow_the_gaussian_response():
         assert value == pytest.approx((response * spectrum).sum() / response.sum(), rel=1e-4)
     coarse = data.resample_bands(np.array([1.0, 2.0, 4.0])[:, None, None], [500, 600, 700], [550, 650])[:, 0, 0]
     np.testing.assert_allclose(coarse, [1.5, 3.0])
-    with pytest.raises(DataError, match='inside its range'):
+    with pytest.raises(UserError, match='inside its range'):
         data.resample_bands(spectrum[:, None, None], nm, [2000])
 
 

@@ -16,7 +16,6 @@ import torch
 import pretrain_mae
 import segment
 from conftest import MAE_TINY, ROOT, make_scene, run
-from data import DataError
 from models import MaskedAutoencoder, ViT, LinearHead, dense_features, load_checkpoint, load_encoder
 
 FLAGS = {'pretrain_mae.py': [*MAE_TINY, '--whiten=3', '--save_every=4', '--eval_every=6'],
