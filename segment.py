@@ -12,6 +12,7 @@ examples.png, curves.png, log.jsonl, and appends a row to results.csv.
 """
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -102,8 +103,8 @@ FREE_TO_CHANGE = ('out_dir', 'resume', 'max_steps', 'log_every', 'eval_every', '
 def open_run(out_dir, config, resume):
     """Make the run directory, or check that the one there has the same constants -> its path (another one if not `resume`)."""
     if not resume:
-        taken = [n for n in range(1, 1000) if not os.path.exists(f'{out_dir}-{n + 1}' if n > 1 else out_dir)]
-        out_dir = out_dir if taken[0] == 1 and not os.path.exists(out_dir) else f'{out_dir}-{max(taken[0], 1) + 1}'
+        names = (f'{out_dir}-{n}' if n > 1 else out_dir for n in itertools.count(1))
+        out_dir = next(name for name in names if not os.path.exists(name))
     path = os.path.join(out_dir, 'config.json')
     if os.path.exists(path):
         old = json.load(open(path))['config']

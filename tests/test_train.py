@@ -1,4 +1,5 @@
 """The training scripts as a user runs them: exact resume, several processes, signals, full disks, bad numbers, mistakes."""
+import functools
 import json
 import os
 import pickle
@@ -79,8 +80,7 @@ def test_two_processes_are_one(script, scene_data, tmp_path):
         assert reports[0]['confusion_matrix'] == reports[1]['confusion_matrix']
 
 
-@pytest.mark.parametrize('script', SCRIPTS)
-@pytest.mark.parametrize('processes', [1, 2])
+@pytest.mark.parametrize('script, processes', [(script, 1) for script in SCRIPTS] + [('pretrain_mae.py', 2)])
 def test_sigterm_loses_nothing(script, processes, scene_data, whole, tmp_path):
     slow = tmp_path / 'slow'  # a copy of the script that sleeps in each step, so that the signal comes in mid-run
     os.makedirs(slow)
@@ -112,12 +112,17 @@ def test_sigterm_loses_nothing(script, processes, scene_data, whole, tmp_path):
         assert equal(weights(whole / script), weights(tmp_path / 'run'))
 
 
+def limit_file_size(limit):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(scene_data, whole, tmp_path):
     shutil.copytree(whole / 'pretrain_mae.py', tmp_path / 'run')
     before = weights(tmp_path / 'run')
     limit = os.path.getsize(tmp_path / 'run' / 'last.pt') // 2
     done = train('pretrain_mae.py', scene_data, tmp_path / 'run', '--max_steps=14', check=False,
-                 preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+                 prepare=functools.partial(limit_file_size, limit))
     assert done.returncode == 1 and 'could not be written' in done.stderr and 'Traceback' not in done.stderr
     assert equal(before, weights(tmp_path / 'run'))
     train('pretrain_mae.py', scene_data, tmp_path / 'run', '--max_steps=14')
