@@ -11,6 +11,7 @@ Reads a tile directory (python data.py tile). Writes out_dir: last.pt, log.jsonl
 a copy of this file. The same command again goes on exactly where the last one stopped. Results and times: README.md.
 """
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -29,7 +30,7 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (UserError, Tiles, demo_if_missing, draw_crops, epoch_ids, false_color, labelled_pixels, plain_errors, resized_crop,
+from data import (FLOORS, UserError, Tiles, demo_if_missing, draw_crops, epoch_ids, false_color, labelled_pixels, plain_errors, resized_crop,
                   ridge_probe, save_figure, spectrum_features, standardization, standardize, write_json)
 from models import SIZES, MaskedAutoencoder, dense_features, load_checkpoint, patchify, unpatchify
 
@@ -143,6 +144,11 @@ def read_log(path, before_step):
     return [entry for entry in lines if entry['step'] <= before_step]
 
 
+def append_line(path, entry):
+    with open(path, 'a') as file:
+        file.write(json.dumps(entry) + '\n')
+
+
 def cosine(step, total, warmup, peak, end):
     """Linear warm-up from 0 to `peak` over `warmup` steps, then half a cosine down to `end` at `total`."""
     if step < warmup:
@@ -168,7 +174,7 @@ def native_bfloat16(device):
 
 # ============ method: what is cropped, what is masked, what is predicted ============
 
-def get_batch(train, step, rank, world, img_size, patch_size, batch_size, scale_min, scale_max, turns, seed):
+def get_batch(train, step, *, rank, world, img_size, patch_size, batch_size, scale_min, scale_max, turns, seed):
     """This rank's share of the global batch of `step` -> raw windows (b, C, side, side), boxes, turns, mask noise (b, N).
 
     Everything random is drawn for the whole batch from (seed, step), the same on every rank: 1 process and 4 see the same crops,
@@ -184,6 +190,14 @@ def get_batch(train, step, rank, world, img_size, patch_size, batch_size, scale_
     return images, boxes[mine], turned[mine], noise[mine]
 
 
+@torch.no_grad()
+def probe(features, train, val, probe_tiles, device):
+    """mIoU on val of a closed-form linear classifier on `features` (raw images -> maps), fitted on tr."""
+    pixels = [labelled_pixels(tiles, features, 10_000, probe_tiles, device=device) for tiles in (train, val)]
+    return ridge_probe(*pixels[0], *pixels[1], train.meta['num_classes'])['miou']
+
+
+@torch.no_grad()
 def save_reconstruction(path, model, raw, mean, matrix, meta, img_size, mask_ratio):
     """False colour of four crops: input, what the encoder saw, what the decoder made of it (visible patches as they are)."""
     x = standardize(raw[:, :, :img_size, :img_size], mean, matrix, meta['nodata'])
@@ -209,20 +223,20 @@ def save_reconstruction(path, model, raw, mean, matrix, meta, img_size, mask_rat
     save_figure(figure, path)
 
 
-def save_curves(path, log, floors):
-    """Loss and probe over the steps, with the floors as lines."""
+def save_curves(path, log):
+    """Loss and probe over the steps, with the floors and the random encoder (the probe at step 0) as lines."""
     figure = Figure(figsize=(10, 3.6), layout='constrained')
     left, right = figure.subplots(1, 2)
     left.plot([e['step'] for e in log if 'loss' in e], [e['loss'] for e in log if 'loss' in e])
     left.set(xlabel='step', ylabel='loss (mean squared error)', yscale='log')
     probed = [e for e in log if 'probe_miou' in e]
-    right.plot([e['step'] for e in probed], [100 * e['probe_miou'] for e in probed], 'o-', label='linear probe, frozen encoder')
-    for (name, value), style in zip(floors.items(), (':', '--')):
-        right.axhline(100 * value, color='gray', linestyle=style, label=name)
-    if probed and probed[0]['step'] == 0:
-        right.axhline(100 * probed[0]['probe_miou'], color='tab:red', linestyle='-.', label='random encoder')
-    right.set(xlabel='step', ylabel='ridge probe on val, mIoU in %')
-    right.legend(fontsize=8)
+    if probed:
+        right.plot([e['step'] for e in probed], [100 * e['probe_miou'] for e in probed], 'o-', label='frozen encoder')
+        lines = {'random encoder': probed[0]['probe_miou'], **{k: v for k, v in probed[0].items() if k.endswith('floor')}}
+        for (name, value), style in zip(lines.items(), ('-.', ':', '--')):
+            right.axhline(100 * value, color='gray', linestyle=style, label=name)
+        right.set(xlabel='step', ylabel='linear probe on val, mIoU in %')
+        right.legend(fontsize=8)
     save_figure(figure, path)
 
 
@@ -270,8 +284,12 @@ if __name__ == '__main__':
     if img_size > meta['tile_size']:
         raise UserError(f'--img_size={img_size}: the tiles of {data} have {meta["tile_size"]} px: choose at most that')
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
-    probed = [s for s in ('tr', 'val') if meta['tiles'][s] and os.path.exists(os.path.join(data, f'{s}_labels.npy'))]
-    probed = {s: Tiles(data, s) for s in probed} if len(probed) == 2 and rank == 0 else {}
+    prepare = lambda raw: standardize(raw, mean, matrix, meta['nodata'])
+    watched = rank == 0 and all(os.path.exists(os.path.join(data, f'{split}_labels.npy')) for split in ('tr', 'val'))
+    if watched:
+        val = Tiles(data, 'val')
+        floors = {f'{name} floor': probe(spectrum_features(meta, windows, device), train, val, probe_tiles, device)
+                  for name, windows in FLOORS.items()}
     crops = len(train) * max(1, round((meta['tile_size'] / img_size) ** 2))
     total_steps = max(1, round(epochs * crops / batch_size))
     warmup_steps = round(warmup_epochs * crops / batch_size)
@@ -294,6 +312,14 @@ if __name__ == '__main__':
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=(0.9, beta2), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 
+    if device.type == 'cpu' and rank == 0:  # how long will this take? forward and backward of 8 crops tell
+        sample, tick = torch.randn(8, meta['num_bands'], img_size, img_size), time.time()
+        with autocast:
+            model(sample, mask_ratio)[0].backward()
+        optimizer.zero_grad()
+        hours = (time.time() - tick) / 8 * batch_size / world * last_step / 3600
+        print(f'on this CPU: about {hours:.1f} hours' + (', try --size=tiny, fewer --epochs or --max_steps' if hours > 1 else ''))
+
     # ---- boilerplate: resume
     step, last_path = 0, os.path.join(out_dir, 'last.pt')
     if os.path.exists(last_path):
@@ -303,7 +329,7 @@ if __name__ == '__main__':
         scaler.load_state_dict(checkpoint['scaler'])
         step = checkpoint['step']
         print0(f'{last_path}: going on at step {step} of {total_steps}')
-    log_path = os.path.join(out_dir, 'log.jsonl')
+    log_path, first_step, started = os.path.join(out_dir, 'log.jsonl'), step, time.time()
     log = read_log(log_path, step)
     if rank == 0:
         with open(log_path, 'w') as file:
@@ -319,34 +345,25 @@ if __name__ == '__main__':
     # ---- end of boilerplate: compile and DDP
 
     # ---- training loop
-    get = (rank, world, img_size, patch_size, batch_size, scale_min, scale_max, turns, seed)
-    batch = get_batch(train, step, *get) if step < last_step else None
-    floors, started = {}, time.time()
+    draw = functools.partial(get_batch, train, rank=rank, world=world, img_size=img_size, patch_size=patch_size, batch_size=batch_size,
+                             scale_min=scale_min, scale_max=scale_max, turns=turns, seed=seed)
+    batch = draw(step)
     bar = tqdm(total=last_step, initial=step, disable=rank > 0, unit='step', dynamic_ncols=True)
     while step <= last_step:
         # ---- evaluate: the encoder as it is now, before the step; at step 0 it is the random encoder
-        if rank == 0 and probed and (step == last_step or step == 0 or (eval_every and step % eval_every == 0)):
+        if rank == 0 and (step == last_step or step == 0 or (eval_every and step % eval_every == 0)):
             model.eval()
-            with torch.no_grad(), autocast:
-                def features(raw):
-                    return dense_features(model.encoder, standardize(raw, mean, matrix, meta['nodata']))
-                pixels = [labelled_pixels(t, features, 10_000, probe_tiles, device=device) for t in probed.values()]
-                result = ridge_probe(*pixels[0], *pixels[1], meta['num_classes'])
-                for name, windows in {'pixel floor': (1,), 'window floor': (1, 3, 5, 9)}.items() if not floors else ():
-                    spectra = spectrum_features(meta, windows, device)
-                    pixels = [labelled_pixels(t, spectra, 10_000, probe_tiles, device=device) for t in probed.values()]
-                    floors[name] = ridge_probe(*pixels[0], *pixels[1], meta['num_classes'])['miou']
-                save_reconstruction(os.path.join(out_dir, 'reconstruction.png'), model, torch.from_numpy(train.images[:4]).to(device),
-                                    mean, matrix, meta, img_size, mask_ratio)
+            if watched and not any(e['step'] == step and 'probe_miou' in e for e in log):
+                with autocast:
+                    miou = probe(lambda raw: dense_features(model.encoder, prepare(raw)), train, val, probe_tiles, device)
+                log.append({'step': step, 'probe_miou': miou, **floors})
+                append_line(log_path, log[-1])
+                bar.write(f'step {step}: probe mIoU {miou:.3f}; random encoder {log[0]["probe_miou"]:.3f}, '
+                          + ', '.join(f'{name} {value:.3f}' for name, value in floors.items()))
+            save_reconstruction(os.path.join(out_dir, 'reconstruction.png'), model, torch.from_numpy(train.images[:4]).to(device),
+                                mean, matrix, meta, img_size, mask_ratio)
+            save_curves(os.path.join(out_dir, 'curves.png'), log)
             model.train()
-            if not any(e['step'] == step and 'probe_miou' in e for e in log):
-                log.append({'step': step, 'probe_miou': result['miou'], 'probe_oa': result['oa'], 'floors': floors})
-                with open(log_path, 'a') as file:
-                    file.write(json.dumps(log[-1]) + '\n')
-            random_miou = next((e['probe_miou'] for e in log if e['step'] == 0 and 'probe_miou' in e), math.nan)
-            bar.write(f'step {step}: probe mIoU {result["miou"]:.3f} (random encoder {random_miou:.3f}, pixel floor '
-                      f'{floors["pixel floor"]:.3f}, window floor {floors["window floor"]:.3f})')
-            save_curves(os.path.join(out_dir, 'curves.png'), log, floors)
         if step == last_step:
             break
 
@@ -360,12 +377,12 @@ if __name__ == '__main__':
         total_loss = 0.0
         pieces = [t.to(device, non_blocking=True).chunk(grad_accum) for t in batch]
         for raw, boxes, turned, noise in zip(*pieces):
-            x = resized_crop(standardize(raw, mean, matrix, meta['nodata']), boxes, turned, img_size)
+            x = resized_crop(prepare(raw), boxes, turned, img_size)
             with autocast:
                 loss, _, _ = net(x, mask_ratio, noise)
             scaler.scale(loss / grad_accum).backward()
             total_loss += loss.detach() / grad_accum
-        batch = get_batch(train, step + 1, *get) if step + 1 < last_step else None  # while a GPU is still at work
+        batch = draw(step + 1)  # while a GPU is still at work
 
         # ---- boilerplate: clip and finite check
         scaler.unscale_(optimizer)
@@ -390,9 +407,8 @@ if __name__ == '__main__':
                      'seconds': time.time() - started}
             log.append(entry)
             if rank == 0:
-                with open(log_path, 'a') as file:
-                    file.write(json.dumps(entry) + '\n')
-            bar.set_postfix(loss=f'{entry["loss"]:.4f}', tiles_s=f'{batch_size * bar.format_dict["rate"]:.0f}' if bar.format_dict["rate"] else '')
+                append_line(log_path, entry)
+            bar.set_postfix(loss=f'{entry["loss"]:.4f}', tiles_per_s=round(batch_size * (step - first_step) / entry['seconds']))
         # ---- end of boilerplate: log
 
         # ---- boilerplate: checkpoint, stop

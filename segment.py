@@ -12,6 +12,7 @@ examples.png, curves.png, log.jsonl, and appends a row to results.csv.
 """
 import argparse
 import csv
+import functools
 import itertools
 import json
 import math
@@ -148,6 +149,11 @@ def read_log(path, before_step):
     return [entry for entry in lines if entry['step'] <= before_step]
 
 
+def append_line(path, entry):
+    with open(path, 'a') as file:
+        file.write(json.dumps(entry) + '\n')
+
+
 def cosine(step, total, warmup, peak, end):
     """Linear warm-up from 0 to `peak` over `warmup` steps, then half a cosine down to `end` at `total`."""
     if step < warmup:
@@ -260,7 +266,7 @@ def segmentation_loss(logits, target, weight, kind):
     return pixel_loss[known].sum(), weight[safe[known]].sum()
 
 
-def get_batch(train, labelled, step, rank, world, batch_size, augment, seed):
+def get_batch(train, labelled, step, *, rank, world, batch_size, augment, seed):
     """This rank's share of the global batch of `step` -> tile numbers, images, labels, boxes, turns (see pretrain_mae.get_batch)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     side = train.meta['tile_size']
@@ -409,7 +415,7 @@ if __name__ == '__main__':
         scaler.load_state_dict(checkpoint['scaler'])
         step = checkpoint['step']
         print0(f'{last_path}: going on at step {step} of {total_steps}')
-    log_path = os.path.join(out_dir, 'log.jsonl')
+    log_path, first_step, started = os.path.join(out_dir, 'log.jsonl'), step, time.time()
     log = read_log(log_path, step)
     if rank == 0:
         with open(log_path, 'w') as file:
@@ -425,9 +431,9 @@ if __name__ == '__main__':
     # ---- end of boilerplate: compile and DDP
 
     # ---- training loop
-    get = (rank, world, batch_size, augment, seed)
-    batch = get_batch(splits['tr'], labelled, step, *get) if step < last_step else None
-    started, best = time.time(), max((e['val_miou'] for e in log if 'val_miou' in e), default=-1.0)
+    draw = functools.partial(get_batch, splits['tr'], labelled, rank=rank, world=world, batch_size=batch_size, augment=augment, seed=seed)
+    batch = draw(step)
+    best = max((e['val_miou'] for e in log if 'val_miou' in e), default=-1.0)
     best_path = os.path.join(out_dir, 'best.pt')
     bar = tqdm(total=last_step, initial=step, disable=rank > 0, unit='step', dynamic_ncols=True)
     while step < last_step:
@@ -456,7 +462,7 @@ if __name__ == '__main__':
             loss_sum, _ = segmentation_loss(logits, y, weight, loss)
             scaler.scale(loss_sum / count).backward()
             total_loss += loss_sum.detach() / count
-        batch = get_batch(splits['tr'], labelled, step + 1, *get) if step + 1 < last_step else None  # while a GPU is still at work
+        batch = draw(step + 1)  # while a GPU is still at work
 
         # ---- boilerplate: clip and finite check
         scaler.unscale_(optimizer)
@@ -481,9 +487,8 @@ if __name__ == '__main__':
                      'seconds': time.time() - started}
             log.append(entry)
             if rank == 0:
-                with open(log_path, 'a') as file:
-                    file.write(json.dumps(entry) + '\n')
-            bar.set_postfix(loss=f'{entry["loss"]:.4f}', tiles_s=f'{batch_size * bar.format_dict["rate"]:.0f}' if bar.format_dict["rate"] else '')
+                append_line(log_path, entry)
+            bar.set_postfix(loss=f'{entry["loss"]:.4f}', tiles_per_s=round(batch_size * (step - first_step) / entry['seconds']))
         # ---- end of boilerplate: log
 
         # ---- evaluate on val, keep the best
@@ -491,8 +496,7 @@ if __name__ == '__main__':
             val = scores(evaluate(model, splits['val'], prepare, autocast, device, rank, world, frozen['val']))
             log.append({'step': step, 'val_miou': val['miou'], 'val_oa': val['oa']})
             if rank == 0:
-                with open(log_path, 'a') as file:
-                    file.write(json.dumps(log[-1]) + '\n')
+                append_line(log_path, log[-1])
                 if val['miou'] > best:
                     save_checkpoint(best_path, {'model': model.state_dict(), 'step': step, 'val_miou': val['miou'], 'config': config,
                                                 'encoder_args': encoder_args, 'script': os.path.basename(__file__)})
