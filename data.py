@@ -605,19 +605,21 @@ def epoch_ids(num_tiles, batch_size, step, seed):
 
 
 def standardization(meta, whiten=0):
-    """meta -> mean (C,), matrix: (C,) per-band 1 / std, or (C, C) ZCA whitening of the `whiten` leading principal components.
+    """meta -> mean (C,), matrix: (C,) per-band 1 / std, or (C, C) ZCA whitening of the `whiten` leading principal components
+    (all of them when there are fewer bands).
 
     Neighbouring bands are near copies, so that per band the loss is brightness over and over; whitening gives the small spectral
     differences the same weight. ZCA turns back into band space: channels keep their wavelengths. The ridge (1e-6 of the mean
     variance) keeps noise directions from exploding; the scale makes the mean variance over channels 1.
     """
     mean = torch.tensor(meta['mean'], dtype=torch.float32)
-    if not whiten:
+    if whiten == 0:
         return mean, 1 / torch.tensor(meta['std'], dtype=torch.float32).clamp(min=1e-6 * (max(meta['std']) or 1))
     covariance = torch.tensor(meta['covariance'], dtype=torch.float64)
     bands = len(covariance)
-    if not 1 <= whiten <= bands:
-        raise UserError(f'whiten={whiten}: the data has {bands} bands: choose 1 to {bands}, or 0 for per-band standardisation')
+    if whiten < 0:
+        raise UserError(f'--whiten={whiten}: choose 0 for per-band standardisation, or a number of components')
+    whiten = min(whiten, bands)
     variance, vectors = torch.linalg.eigh(covariance)
     variance, vectors = variance[-whiten:], vectors[:, -whiten:]
     matrix = (vectors / (variance + 1e-6 * covariance.diagonal().mean()).sqrt()) @ vectors.T * math.sqrt(bands / whiten)
@@ -943,20 +945,19 @@ def demo_scene(rng, size, classes):
     families = [(vegetation, soil), (vegetation, built), (soil, built), (water, vegetation), (water, soil), (built, water)]
     labels = np.stack([smooth_noise(rng, size, 26) + bias for bias in classes]).argmax(0)  # long-tailed by the biases
     rows, cols = np.mgrid[:size, :size]
-    share = np.zeros((size, size))  # of the family's first material
     spectra = np.zeros((size, size, 32))
     for k in range(len(classes)):
         first, second = families[k % 6]
         period, angle = (3.2, 4.5, 7, 11)[k // 6], (0, 0.8, 1.6, 2.4)[(k // 6 + k) % 4]
         phase = 2 * np.pi * (rows * np.sin(angle) + cols * np.cos(angle)) / period
         texture = np.sin(phase + smooth_noise(rng, size, 30)) if k % 2 else smooth_noise(rng, size, period)
-        share = (0.5 + 0.03 * (k // 6) + 0.32 * texture).clip(0, 1)[..., None]
+        share = (0.38 + 0.08 * (k // 6) + 0.22 * texture).clip(0, 1)[..., None]
         here = labels == k
         spectra[here] = (share * first + (1 - share) * second)[here]
     blurred = sum(np.roll(spectra, shift, (0, 1)) for shift in ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))) / 5  # mixed edges
-    light = 1 + 0.18 * smooth_noise(rng, size, 45)[..., None] + 0.08 * rng.normal()
-    tilt = 1 + 0.06 * smooth_noise(rng, size, 60)[..., None] * (nm - 700) / 240  # haze: not the same at all wavelengths
-    image = (0.5 * spectra + 0.5 * blurred) * absorption * light * tilt + 0.012 * rng.normal(size=spectra.shape)
+    light = 1 + 0.1 * smooth_noise(rng, size, 45)[..., None] + 0.05 * rng.normal()
+    tilt = 1 + 0.04 * smooth_noise(rng, size, 60)[..., None] * (nm - 700) / 240  # haze: not the same at all wavelengths
+    image = (0.5 * spectra + 0.5 * blurred) * absorption * light * tilt + 0.006 * rng.normal(size=spectra.shape)
     image = (image - image.mean((0, 1))) / image.std((0, 1))
     image = (image * 10_000).clip(-32_767, 32_767).astype(np.int16)
     labels = (labels + 1).astype(np.uint8)

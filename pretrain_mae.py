@@ -37,7 +37,7 @@ from models import SIZES, MaskedAutoencoder, dense_features, load_checkpoint, pa
 # ---- data
 data = 'data/demo'  # tile directory; the demo is made on first use
 img_size = 64  # side of the training crops in pixels; tiles may be larger, then crops move
-whiten = 0  # 0 = each band to mean 0, std 1; k = ZCA of the k leading components: the larger gain on every scene, try 16
+whiten = 16  # ZCA of this many leading components (or of all bands, if fewer); 0 = each band to mean 0, std 1 (dissertation)
 scale_min = 0.4  # smallest crop, as a share of img_size x img_size; 0.2 in MAE, too much zoom for 64 px
 scale_max = 1.0  # largest crop; 1 with scale_min = 1 never resizes
 turns = True  # random flips and quarter turns: seen from above there is no up. dissertation: flips only

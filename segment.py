@@ -46,7 +46,7 @@ encoder = ''  # last.pt of a pre-training run; '' = a random encoder of the four
 size = 'base'  # random encoder: tiny, small or base
 img_size = 64  # random encoder: side of its window in pixels
 patch_size = 8  # random encoder: side of a patch
-whiten = 0  # random encoder: 0 = per-band standardisation, k = ZCA of k components (a trained encoder brings its own)
+whiten = 16  # random encoder: as in pretrain_mae.py (a trained encoder brings its own)
 decoder = 'linear'  # linear = batch norm and 1x1 convolution
 freeze = True  # false = fine-tune the encoder as well
 window_stride = 0  # step of the encoder's window over larger tiles, px; 0 = half a window, a quarter is worth 2 to 4 points

@@ -160,7 +160,7 @@ def test_a_directory_with_another_run_is_refused_and_resume_false_starts_beside_
     (['--no_such_flag=1'], 2, 'unrecognized arguments'), (['--batch_siz=8'], 2, 'unrecognized'), (['--seed=one'], 2, 'invalid int'),
     (['--resume=maybe'], 2, 'invalid'), (['--size=huge'], 1, 'choose one of'), (['--data=nowhere'], 1, 'data.py tile'),
     (['--batch_size=7', '--grad_accum=2'], 1, 'does not divide'), (['--patch_size=5'], 1, '5'), (['--dtype=int8'], 1, 'choose auto'),
-    (['--whiten=9'], 1, 'choose 1 to 7'),
+    (['--whiten=-1'], 1, 'choose 0'),
 ])
 def test_mistakes_are_told_in_a_sentence(script, flags, code, words, scene_data, tmp_path):
     if script == 'segment.py' and flags == ['--size=huge']:
