@@ -422,6 +422,23 @@ def parts_of(scene, split, args):
     return [(s, cube, np.where(deal == i, labels, 0), 0, 0) for i, s in enumerate(SPLITS) if shares[i]]
 
 
+def check_fits(path, scene, facts, first, parts, args):
+    """Raise UserError when a scene cannot go into one tile directory with those before it."""
+    for key in ('bands', 'dtype', 'wavelengths_nm', 'class_names'):
+        if facts[key] != first[key] and None not in (facts[key], first[key]):
+            raise UserError(f'{path}: its {key} ({str(facts[key])[:60]}) differ from the first file\'s ({str(first[key])[:60]}): '
+                            'tile scenes of one sensor together, others into a directory of their own')
+    if not valid_pixels(scene.cube, scene.nodata).any():
+        raise UserError(f'{path}: no valid pixel, all are NaN or nodata: remove the file')
+    if os.path.isdir(args.root) and facts['bands'] == 32 and scene.labels is not None and scene.labels.max() > 24:
+        raise UserError(f'{path}: its label file has the value {scene.labels.max()}, WHU-OHS has classes 1 to 24 '
+                        '(0 = unlabelled): repair the label file')
+    for split, cube, *_ in parts:
+        if min(cube.shape[1:]) < args.tile_size:
+            raise UserError(f'{path}: its part for {split} has {shape_text(cube[0])} pixels, less than --tile_size={args.tile_size}: '
+                            'choose smaller tiles')
+
+
 def tile(args):
     """The command `tile`: see --help. Every input is read once; memory holds one input and its tiles."""
     settings = {key: value for key, value in vars(args).items() if key not in ('command', 'skip_bad', 'out')}
@@ -456,33 +473,19 @@ def tile(args):
             continue
         try:
             scene = read_input(path, label_path, bands_nm)
-            facts = {'bands': scene.cube.shape[0], 'dtype': scene.cube.dtype.name, 'nodata': scene.nodata,
-                     'wavelengths_nm': scene.wavelengths_nm, 'class_names': scene.class_names}
-            facts = json.loads(json.dumps(facts))
-            first = progress['scene'] or facts
-            for key in ('bands', 'dtype', 'wavelengths_nm') if facts['class_names'] is None else facts:
-                if key != 'nodata' and first[key] != facts[key] and first[key] is not None:
-                    raise UserError(f'{path}: its {key} ({str(facts[key])[:60]}) differ from the first file\'s ({str(first[key])[:60]}): '
-                                    'tile scenes of one sensor together, others into a directory of their own')
-            if not valid_pixels(scene.cube, scene.nodata).any():
-                raise UserError(f'{path}: no valid pixel, all are NaN or nodata: remove the file')
-            if os.path.isdir(args.root) and facts['bands'] == 32 and scene.labels is not None and scene.labels.max() > 24:
-                raise UserError(f'{path}: its label file has the value {scene.labels.max()}, WHU-OHS has classes 1 to 24 '
-                                '(0 = unlabelled): repair the label file')
+            facts = json.loads(json.dumps({'bands': scene.cube.shape[0], 'dtype': scene.cube.dtype.name, 'nodata': scene.nodata,
+                                           'wavelengths_nm': scene.wavelengths_nm, 'class_names': scene.class_names}))
             parts = parts_of(scene, split, args)
-            for part in parts:
-                if min(part[1].shape[1:]) < args.tile_size:
-                    raise UserError(f'{path}: its part for {part[0]} has {shape_text(part[2])} pixels, less than --tile_size='
-                                    f'{args.tile_size}: choose smaller tiles')
+            check_fits(path, scene, facts, progress['scene'] or facts, parts, args)
         except UserError as error:
             failures.append(str(error))
             continue
-        progress['scene'] = first
+        first = progress['scene'] = progress['scene'] or facts
         if writer is None:
             writer = TileWriter(args.out, first['dtype'], first['bands'], args.tile_size, labelled, progress)
         for part_split, cube, labels, top, left in parts:
             labels, counts = labels.copy(), progress['class_counts'][part_split]
-            counts[:] = (np.array(counts) + np.bincount(labels[labels > 0], minlength=256)[1:].astype(int)[:255]).tolist()
+            counts[:] = (np.array(counts) + np.bincount(labels.ravel(), minlength=256)[1:]).tolist()
             train = part_split == 'tr'
             stride = args.stride if train and args.stride else args.tile_size
             for row in cut_positions(cube.shape[1], args.tile_size, stride):
@@ -493,8 +496,7 @@ def tile(args):
                         writer.add(part_split, image, label, (number, top + row, left + col))
                     if not train:
                         label[:] = 0  # where tiles overlap at the border, each test pixel counts once
-        for part_split, cube, *_ in parts if parts[0][0] == 'tr' else []:
-            if part_split == 'tr':
+            if train:
                 add_statistics(progress['statistics'], cube, scene.nodata)
         progress['done'][name] = True
         writer.save_progress()

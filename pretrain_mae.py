@@ -215,9 +215,10 @@ def save_reconstruction(path, model, raw, mean, matrix, meta, img_size, mask_rat
                                              'predicted': torch.where(hidden, pred.float(), patches)}.items()):
         image = unpatchify(shown, model.encoder.patch_size, h, h)
         image = (back @ image.flatten(2)).reshape(image.shape) if back.ndim == 2 else image * back[:, None, None]
+        image = (image + mean[:, None, None]).cpu().numpy()
         for row in range(len(x)):
-            rgb = false_color((image[row] + mean[:, None, None]).cpu(), meta)
-            axes[row, column].imshow(np.where(np.isnan(image[row, :1].cpu().permute(1, 2, 0)), 0.5, rgb), interpolation='nearest')
+            unseen = np.isnan(image[row, 0])[..., None]
+            axes[row, column].imshow(np.where(unseen, 0.5, false_color(image[row], meta)), interpolation='nearest')
             axes[row, column].set(xticks=[], yticks=[])
             axes[0, column].set_title(title)
     save_figure(figure, path)
@@ -360,7 +361,7 @@ if __name__ == '__main__':
                 append_line(log_path, log[-1])
                 bar.write(f'step {step}: probe mIoU {miou:.3f}; random encoder {log[0]["probe_miou"]:.3f}, '
                           + ', '.join(f'{name} {value:.3f}' for name, value in floors.items()))
-            save_reconstruction(os.path.join(out_dir, 'reconstruction.png'), model, torch.from_numpy(train.images[:4]).to(device),
+            save_reconstruction(os.path.join(out_dir, 'reconstruction.png'), model, train.batch(range(min(4, len(train))))[0].to(device),
                                 mean, matrix, meta, img_size, mask_ratio)
             save_curves(os.path.join(out_dir, 'curves.png'), log)
             model.train()

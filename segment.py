@@ -294,7 +294,7 @@ def save_pictures(out_dir, cm, model, tiles, prepare, meta, log):
     save_figure(figure, os.path.join(out_dir, 'confusion.png'))
 
     most_labels = np.argsort([-np.count_nonzero(tiles.labels[i]) for i in range(min(len(tiles), 500))], kind='stable')[:4]
-    figure = Figure(figsize=(8.5, 2.8 * len(most_labels)), layout='constrained')
+    figure = Figure(figsize=(9.5, 2.35 * len(most_labels)), layout='constrained')
     axes = figure.subplots(len(most_labels), 3, squeeze=False)
     for row, i in zip(axes, most_labels):
         images, labels = tiles.batch([i])

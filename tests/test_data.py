@@ -349,7 +349,7 @@ def test_other_settings_do_not_overwrite_finished_tiles(tmp_path):
 
 def test_empty_split_is_told(tmp_path):
     data.tile(tile_args(root=make_scene(tmp_path / 's.npz', labels=None), out=tmp_path / 'out', tile_size=16))
-    assert len(Tiles(str(tmp_path / 'out'), 'tr')) == 6
+    assert len(Tiles(str(tmp_path / 'out'), 'tr')) == 9
     with pytest.raises(UserError, match='split "ts" has no tiles'):
         Tiles(str(tmp_path / 'out'), 'ts')
 
