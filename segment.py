@@ -383,6 +383,8 @@ if __name__ == '__main__':
     head = heads[decoder](4 * vit.embed_dim, meta['num_classes'])
     pixel_head = nn.Conv2d(meta['num_bands'], meta['num_classes'], 1) if pixel else None
     model = Segmenter(vit, head, freeze, window_stride, pixel_head).to(device).train()
+    if world > 1 and device.type == 'cuda' and not freeze:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # it has no CPU form; frozen encoders do without (calibrate_norm)
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
     print0(f'{"random" if not encoder else encoder} encoder, {sum(p.numel() for p in vit.parameters()):,} parameters, '
            f'{"frozen" if freeze else "trained"}; {decoder} decoder, {sum(p.numel() for p in head.parameters()):,}; '
@@ -446,20 +448,21 @@ if __name__ == '__main__':
         # ---- method: forward, loss, backward
         ids, images, labels, boxes, turned = batch
         target = label_to_class(labels.to(device, non_blocking=True))
+        if augment:
+            target = resized_crop_labels(target, boxes, turned, target.shape[-1])
         count = weight[target[target != IGNORE_INDEX]].sum()
         if world > 1:
             dist.all_reduce(count)
         count = count.clamp(min=1e-12) / world  # DDP takes the mean of the ranks' gradients
         total_loss = torch.zeros((), device=device)
         for micro in torch.arange(len(ids)).chunk(grad_accum):
-            x, y = prepare(images[micro]), target[micro]
+            x = prepare(images[micro])
             if augment:
                 x = resized_crop(x, boxes[micro], turned[micro], x.shape[-1])
-                y = resized_crop_labels(y, boxes[micro], turned[micro], y.shape[-1])
             maps = frozen['tr'](ids[micro]) if fits else None
             with autocast:
                 logits = net(x, maps)
-            loss_sum, _ = segmentation_loss(logits, y, weight, loss)
+            loss_sum, _ = segmentation_loss(logits, target[micro], weight, loss)
             scaler.scale(loss_sum / count).backward()
             total_loss += loss_sum.detach() / count
         batch = draw(step + 1)  # while a GPU is still at work
@@ -544,10 +547,13 @@ if __name__ == '__main__':
                'pixel': pixel, 'seed': seed, 'steps': step, 'best_step': chosen['step'],
                **{k: round(result[k], 5) for k in ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1')},
                'pixel_floor': round(rows['pixel']['miou'], 5), 'window_floor': round(rows['window']['miou'], 5), 'out_dir': out_dir}
-        with open(results, 'a', newline='') as file:
+        with open(results, 'a+', newline='') as file:
+            file.seek(0)
+            known = list(csv.DictReader(file))
             writer = csv.DictWriter(file, row)
-            if file.tell() == 0:
+            if not known:
                 writer.writeheader()
-            writer.writerow(row)
+            if {k: str(v) for k, v in row.items()} not in known:  # a finished run, run again, reports again but adds no row
+                writer.writerow(row)
     if world > 1:
         dist.destroy_process_group()

@@ -203,6 +203,23 @@ def test_a_run_directory_holds_what_a_reader_needs(whole):
     assert len(open(str(whole / 'segment.py') + '.csv').readlines()) == 2
 
 
+def test_a_finished_run_reports_again_but_adds_no_row(scene_data, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / 'whole')
+    before = open(tmp_path / 'whole' / 'segment.py.csv').read()
+    for flags in (['--max_steps=12'], ['--max_steps=12'], ['--max_steps=12', '--seed=1', '--resume=false']):
+        done = train('segment.py', scene_data, tmp_path / 'whole' / 'segment.py', *flags)
+        assert 'test split of' in done.stdout
+    after = open(tmp_path / 'whole' / 'segment.py.csv').read().splitlines()
+    assert len(before.splitlines()) == 2 and len(after) == 4  # a header; out_dir is another, so a row; seed 1, so a row
+
+
+def test_augmentation_fine_tuning_and_every_option_of_the_decoder_run(scene_data, tmp_path):
+    for i, flags in enumerate((['--augment=true', '--freeze=false', '--loss=focal', '--grad_accum=2'],
+                               ['--pixel=true', '--class_weights=sqrt', '--window_stride=4'], ['--cache_gb=0', '--batch_size=1'])):
+        train('segment.py', scene_data, tmp_path / str(i), '--steps=3', *flags)
+        assert np.isfinite(losses(tmp_path / str(i))).all()
+
+
 # ============ networks and losses in training ============
 
 def test_every_trainable_parameter_gets_a_gradient_and_none_is_uninitialised():
