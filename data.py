@@ -9,13 +9,14 @@ A tile directory holds {tr,val,ts}_images.npy (N, C, S, S) in the sensor's own t
 (0 = unlabelled, classes from 1) and meta.json. Everything after that is memory-mapped: no worker processes, no file formats.
 """
 import argparse
+import hashlib
+import itertools
 import json
 import logging
 import math
 import os
 import sys
 import time
-import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -114,7 +115,7 @@ def read_scene(path, labels=''):
         raise UserError(f'{path}: cannot be read ({type(error).__name__}: {one_line(error)}): copy or convert it again') from None
     if labels:
         other = read_scene(labels)
-        raw = other.labels if other.labels is not None else other.cube[0]
+        raw = other.labels if other.labels is not None else np.where(other.cube[0] == other.nodata, 0, other.cube[0])
         if raw.shape != scene.cube.shape[1:]:
             raise UserError(f'{labels}: labels of {shape_text(raw)} pixels for an image of {shape_text(scene.cube[0])} ({path}): '
                             'give the label file of the same scene')
@@ -186,10 +187,14 @@ def read_numpy(path):
     loaded = np.load(path, allow_pickle=False)
     if isinstance(loaded, np.ndarray):
         loaded = {'cube': loaded}
+    if 'cube' not in loaded and 'labels' in loaded:
+        loaded = {'cube': loaded['labels']}  # a file of labels only
     if 'cube' not in loaded:
         raise UserError(f'{path}: holds {sorted(loaded)[:6]} but no array "cube": save the image under that name')
     cube, get = loaded['cube'], lambda name: loaded[name].tolist() if name in loaded else None
     wavelengths = get('wavelengths_nm')
+    if cube.ndim == 2:
+        cube = cube[..., None]  # one band, or labels
     if cube.ndim == 3 and not (wavelengths and len(wavelengths) == cube.shape[0] != cube.shape[2]):
         cube = np.moveaxis(cube, 2, 0)  # (H, W, C) -> (C, H, W)
     names = get('class_names')
@@ -227,15 +232,15 @@ def read_envi(path):
 def resample_bands(x, from_nm, to_nm, fwhm=15.0):
     """x (C, H, W) at band centres `from_nm` -> (C', H, W) float32 at `to_nm`: Gaussian response of `fwhm` nm where the source is
     finer than that, linear interpolation where it is coarser. Raises UserError outside the source's range."""
-    source, to_nm = np.asarray(from_nm, float), np.asarray(to_nm, float)
-    step = np.median(np.diff(np.sort(source)))
+    order = np.argsort(np.asarray(from_nm, float))
+    source, to_nm, x = np.asarray(from_nm, float)[order], np.asarray(to_nm, float), x[order]
+    step = np.median(np.diff(source))
     if to_nm.min() < source.min() - step or to_nm.max() > source.max() + step:
         raise UserError(f'bands at {to_nm.min():.0f}-{to_nm.max():.0f} nm are asked for, the scene has {source.min():.0f}-'
                         f'{source.max():.0f} nm: choose bands inside its range')
-    order = np.argsort(source)
     gauss = np.exp(-4 * np.log(2) * ((to_nm[:, None] - source) / fwhm) ** 2)
-    linear = np.stack([np.interp(to_nm, source[order], row) for row in np.eye(len(source))[order]], 1)[:, np.argsort(order)]
-    spacing = np.interp(to_nm, source[order][:-1], np.diff(source[order])) if len(source) > 1 else np.inf
+    linear = np.stack([np.interp(to_nm, source, row) for row in np.eye(len(source))], 1)  # (C', C)
+    spacing = np.interp(to_nm, source[:-1], np.diff(source))
     weights = np.where((spacing <= fwhm)[:, None], gauss / gauss.sum(1, keepdims=True).clip(1e-30), linear)
     return np.tensordot(weights.astype(np.float32), x.astype(np.float32), 1)
 
@@ -303,6 +308,8 @@ class TileWriter:
         for split in SPLITS:
             for kind, (kind_dtype, shape) in self.kinds.items():
                 path = os.path.join(out, f'{split}_{kind}.npy.part')
+                if os.path.exists(path.removesuffix('.part')):  # killed in finish(), between two renames
+                    os.replace(path.removesuffix('.part'), path)
                 file = self.files[split, kind] = open(path, 'r+b' if os.path.exists(path) else 'w+b')
                 file.truncate(256 + progress['tiles'][split] * kind_dtype.itemsize * math.prod(shape))
                 file.seek(0, os.SEEK_END)
@@ -330,16 +337,15 @@ class TileWriter:
             file.seek(0)
             file.write(b'\x93NUMPY\x01\x00' + (246).to_bytes(2, 'little') + header.ljust(245).encode() + b'\n')
             file.close()
-            path = os.path.join(self.out, f'{split}_{kind}.npy')
             if kind == 'index':
                 meta['tiles'][split] = np.load(file.name).tolist() if count else []
         for (split, kind), file in self.files.items():
-            if kind == 'index' or not self.progress['tiles'][split]:
-                os.remove(file.name)
-            else:
+            if kind != 'index' and self.progress['tiles'][split]:
                 os.replace(file.name, file.name.removesuffix('.part'))
         write_json(os.path.join(self.out, 'meta.json'), meta)
-        os.remove(os.path.join(self.out, 'progress.json'))
+        for name in os.listdir(self.out):
+            if name.endswith('.part') or name == 'progress.json':
+                os.remove(os.path.join(self.out, name))
 
 
 def write_json(path, content):
@@ -389,7 +395,7 @@ def list_inputs(root, labels):
     for path in paths:
         if not os.path.isfile(path):
             raise UserError(f'{path}: there is no such file or folder: check --root')
-    return [(os.path.basename(path), path, label, '') for path, label in zip(paths, label_paths)]
+    return [(path, path, label, '') for path, label in zip(paths, label_paths)]
 
 
 def read_input(path, label_path, bands_nm):
@@ -428,9 +434,11 @@ def check_fits(path, scene, facts, first, parts, args):
         if facts[key] != first[key] and None not in (facts[key], first[key]):
             raise UserError(f'{path}: its {key} ({str(facts[key])[:60]}) differ from the first file\'s ({str(first[key])[:60]}): '
                             'tile scenes of one sensor together, others into a directory of their own')
+    if facts['nodata'] != first['nodata']:
+        raise UserError(f'{path}: its nodata value is {facts["nodata"]}, the first file\'s {first["nodata"]}: convert it, or tile it apart')
     if not valid_pixels(scene.cube, scene.nodata).any():
         raise UserError(f'{path}: no valid pixel, all are NaN or nodata: remove the file')
-    if os.path.isdir(args.root) and facts['bands'] == 32 and scene.labels is not None and scene.labels.max() > 24:
+    if os.path.isdir(args.root) and (facts['bands'], facts['dtype']) == (32, 'int16') and scene.labels is not None and scene.labels.max() > 24:
         raise UserError(f'{path}: its label file has the value {scene.labels.max()}, WHU-OHS has classes 1 to 24 '
                         '(0 = unlabelled): repair the label file')
     for split, cube, *_ in parts:
@@ -444,7 +452,6 @@ def tile(args):
     settings = {key: value for key, value in vars(args).items() if key not in ('command', 'skip_bad', 'out')}
     command = 'python data.py tile ' + ' '.join(f'--{k}={v}' for k, v in vars(args).items() if k != 'command' and v != '')
     inputs = list_inputs(args.root, args.labels)
-    settings['inputs'] = zlib.crc32('\n'.join(entry[0] for entry in inputs).encode())
     try:
         bands_nm = OHS_NM if args.bands == 'ohs' else tuple(float(nm) for nm in args.bands.split(',') if nm)
     except ValueError:
@@ -457,6 +464,10 @@ def tile(args):
             if changed:
                 raise UserError(f'{args.out}: was made with other settings: {", ".join(changed)}: choose another --out or delete it')
     if os.path.exists(meta_path):
+        meta = json.load(open(meta_path))
+        new = [entry[0] for entry in inputs if entry[0] not in meta['scenes'] + meta['skipped']]
+        if new:
+            raise UserError(f'{args.out}: is complete, and {len(new)} inputs are new ({new[0]} ...): choose another --out or delete it')
         print(f'{args.out}: complete, nothing to do')
         return
     os.makedirs(args.out, exist_ok=True)
@@ -466,9 +477,9 @@ def tile(args):
     else:
         progress = {'settings': settings, 'command': command, 'done': {}, 'tiles': dict.fromkeys(SPLITS, 0), 'scene': None,
                     'statistics': {'pixels': 0, 'valid': 0}, 'class_counts': {split: [0] * 255 for split in SPLITS}}
-    writer, failures, names = None, [], [entry[0] for entry in inputs]
+    writer, failures = None, {}
     labelled = any(entry[2] for entry in inputs) or not os.path.isdir(args.root)
-    for number, (name, path, label_path, split) in enumerate(tqdm(inputs, desc='tiling', unit='file', disable=len(inputs) == 1)):
+    for name, path, label_path, split in tqdm(inputs, desc='tiling', unit='file', disable=len(inputs) == 1):
         if name in progress['done']:
             continue
         try:
@@ -478,7 +489,7 @@ def tile(args):
             parts = parts_of(scene, split, args)
             check_fits(path, scene, facts, progress['scene'] or facts, parts, args)
         except UserError as error:
-            failures.append(str(error))
+            failures[name] = str(error)
             continue
         first = progress['scene'] = progress['scene'] or facts
         if writer is None:
@@ -493,7 +504,7 @@ def tile(args):
                     image = cube[:, row:row + args.tile_size, col:col + args.tile_size]
                     label = labels[row:row + args.tile_size, col:col + args.tile_size]
                     if valid_pixels(image, scene.nodata).any() and (train or label.any() or not labelled):
-                        writer.add(part_split, image, label, (number, top + row, left + col))
+                        writer.add(part_split, image, label, (len(progress['done']), top + row, left + col))
                     if not train:
                         label[:] = 0  # where tiles overlap at the border, each test pixel counts once
             if train:
@@ -503,11 +514,11 @@ def tile(args):
     if writer:
         writer.save_progress(0)
     if failures and not (args.skip_bad and progress['scene']):
-        raise UserError('\n'.join(failures) + f'\n{args.out}: {len(failures)} of {len(inputs)} inputs could not be used; what is finished '
+        raise UserError('\n'.join(failures.values()) + f'\n{args.out}: {len(failures)} of {len(inputs)} inputs could not be used; what is finished '
                         'is kept: repair or remove them and run the same command again, or go on without them with --skip_bad=true')
-    for failure in failures:
+    for failure in failures.values():
         print('skipped:', failure)
-    meta = make_meta(progress, names, args, os.path.isdir(args.root))
+    meta = make_meta(progress, list(failures), args, os.path.isdir(args.root))
     if writer is None:
         writer = TileWriter(args.out, meta['dtype'], meta['num_bands'], args.tile_size, labelled, progress)  # all done before
     writer.finish(meta)
@@ -515,7 +526,7 @@ def tile(args):
           f'labelled pixels { {s: sum(c) for s, c in meta["class_counts"].items()} }')
 
 
-def make_meta(progress, names, args, is_folder):
+def make_meta(progress, skipped, args, is_folder):
     """progress of a complete run -> the content of meta.json"""
     scene, stats = progress['scene'], progress['statistics']
     if not stats['valid']:
@@ -523,16 +534,16 @@ def make_meta(progress, names, args, is_folder):
     n, total = stats['valid'], np.array(stats['sum'])
     covariance = (np.array(stats['outer']) - np.outer(total, total) / n) / max(n - 1, 1)
     used = max((k + 1 for counts in progress['class_counts'].values() for k, c in enumerate(counts) if c), default=0)
-    names_known = scene['class_names'] or (list(OHS_CLASSES) if is_folder and scene['bands'] == 32 else [])
+    names_known = scene['class_names'] or (list(OHS_CLASSES) if is_folder and (scene['bands'], scene['dtype']) == (32, 'int16') else [])
     class_names = names_known + [f'class {k + 1}' for k in range(len(names_known), used)]
     how = {'blocks': f'blocks of {args.split_block} px, gap {args.split_gap} px: the splits share the image, no label (transductive)',
            'halves': 'the scene is cut: the splits share no pixel (inductive)'}[args.split]
     return {'settings': progress['settings'], 'command': progress['command'], 'num_bands': scene['bands'], 'dtype': scene['dtype'],
-            'wavelengths_nm': scene['wavelengths_nm'] or (list(OHS_NM) if is_folder and scene['bands'] == 32 else None),
+            'wavelengths_nm': scene['wavelengths_nm'] or (list(OHS_NM) if is_folder and (scene['bands'], scene['dtype']) == (32, 'int16') else None),
             'nodata': scene['nodata'], 'nodata_share': 1 - n / stats['pixels'], 'mean': (np.array(stats['shift']) + total / n).tolist(),
             'std': np.sqrt(covariance.diagonal()).tolist(), 'covariance': covariance.tolist(), 'num_classes': len(class_names),
             'class_names': class_names, 'class_counts': {s: c[:len(class_names)] for s, c in progress['class_counts'].items()},
-            'split': 'as the folders say' if is_folder else how, 'scenes': names, 'tile_size': args.tile_size, 'tiles': {}}
+            'split': 'as the folders say' if is_folder else how, 'scenes': list(progress['done']), 'skipped': skipped, 'tile_size': args.tile_size, 'tiles': {}}
 
 
 # ============ tiles in, batches out ============
@@ -704,14 +715,15 @@ def resized_crop_labels(labels, boxes, turns, out):
 
 def labelled_pixels(tiles, features, limit=50_000, max_tiles=2000, seed=0, device='cpu'):
     """Features and classes of labelled pixels: x (n, D) float32, y (n,), about `limit` of them at the most, drawn at random from
-    at most `max_tiles` evenly spaced tiles.
+    at most `max_tiles` tiles that have labels.
 
     `features(raw images) -> maps (B, D, h, w)`; maps coarser than the tile are upsampled (bilinear) to its pixels.
     """
     if tiles.labels is None:
         raise UserError(f'{tiles.directory}: the split "{tiles.split}" has no labels')
     generator = torch.Generator().manual_seed(seed)
-    chosen = np.linspace(0, len(tiles) - 1, min(len(tiles), max_tiles)).round().astype(int)
+    order = np.random.default_rng(seed).permutation(len(tiles))
+    chosen = np.sort(list(itertools.islice((i for i in order if tiles.labels[i].any()), max_tiles))).astype(int)
     total = sum(np.count_nonzero(tiles.labels[i]) for i in chosen)
     xs, ys = [], []
     for start in range(0, len(chosen), 4):
@@ -855,7 +867,7 @@ def check(args):
             image = np.asarray(tiles[split].images[i])
             labels = np.asarray(tiles[split].labels[i]) if tiles[split].labels is not None else np.zeros(image.shape[1:], np.uint8)
             counts[split] += np.bincount(labels.ravel(), minlength=256)
-            key = zlib.crc32(image.tobytes())
+            key = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
             if key in seen:
                 other_split, j = seen[key]
                 same['within a split' if other_split == split else 'across splits'] += 1

@@ -356,7 +356,7 @@ def dense_features(encoder, x, n=4, window=0, stride=0):
     if window < 0 or (H <= (window or encoder.img_size) and W <= (window or encoder.img_size)):
         return torch.cat(encoder.get_intermediate_layers(x, n), dim=1)
     window = window or encoder.img_size
-    stride = max(P, (stride or window // 2) // P * P)
+    stride = max(P, min(stride or window // 2, window) // P * P)
 
     def starts(length):
         return list(range(0, max(length - window, 0), stride)) + [max(length - window, 0)]

@@ -172,7 +172,7 @@ def native_bfloat16(device):
 # ---- end of boilerplate: helpers ----
 
 
-# ============ method: what is cropped, what is masked, what is predicted ============
+# ============ method: what is cropped and masked; the target is the crop itself (MaskedAutoencoder.forward_loss in models.py) ============
 
 def get_batch(train, step, *, rank, world, img_size, patch_size, batch_size, scale_min, scale_max, turns, seed):
     """This rank's share of the global batch of `step` -> raw windows (b, C, side, side), boxes, turns, mask noise (b, N).
@@ -261,7 +261,7 @@ if __name__ == '__main__':
         dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
     if dtype not in ('bfloat16', 'float16', 'float32'):
         raise UserError(f'--dtype={dtype}: choose auto, bfloat16, float16 or float32')
-    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
+    autocast = functools.partial(torch.autocast, device.type, getattr(torch, dtype), enabled=dtype != 'float32')
     torch.manual_seed(seed)  # the same weights on every rank
     print0 = print if rank == 0 else lambda *args, **kwargs: None
     if rank == 0:
@@ -288,12 +288,12 @@ if __name__ == '__main__':
     prepare = lambda raw: standardize(raw, mean, matrix, meta['nodata'])
     watched = rank == 0 and all(os.path.exists(os.path.join(data, f'{split}_labels.npy')) for split in ('tr', 'val'))
     if watched:
-        val = Tiles(data, 'val')
-        floors = {f'{name} floor': probe(spectrum_features(meta, windows, device), train, val, probe_tiles, device)
+        probe_train, val = Tiles(data, 'tr'), Tiles(data, 'val')  # of their own: a batch waits in the buffers of `train`
+        floors = {f'{name} floor': probe(spectrum_features(meta, windows, device), probe_train, val, probe_tiles, device)
                   for name, windows in FLOORS.items()}
     crops = len(train) * max(1, round((meta['tile_size'] / img_size) ** 2))
     total_steps = max(1, round(epochs * crops / batch_size))
-    warmup_steps = round(warmup_epochs * crops / batch_size)
+    warmup_steps = min(round(warmup_epochs * crops / batch_size), total_steps // 2)
     last_step = min(max_steps or total_steps, total_steps)
 
     # ---- model
@@ -303,7 +303,7 @@ if __name__ == '__main__':
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'], dropout=dropout, **SIZES[size])
     model = MaskedAutoencoder(**encoder_args, decoder_embed_dim=decoder[0], decoder_depth=decoder[1], decoder_num_heads=decoder[2],
                               norm_pix_loss=norm_pix_loss).to(device)
-    encoder_args['fixed_positions'] = True
+    encoder_args['fixed_positions'] = True  # as MaskedAutoencoder builds its ViT; load_encoder builds it from these
     print0(f'{sum(p.numel() for p in model.parameters()):,} parameters; {meta["num_bands"]} bands, {img_size} px crops, '
            f'{(img_size // patch_size) ** 2} patches of {patch_size} px, {mask_ratio:.0%} hidden; {crops} crops an epoch, '
            f'{total_steps} steps of {batch_size}; {device}, {dtype}, {world} process(es); {out_dir}')
@@ -315,7 +315,7 @@ if __name__ == '__main__':
 
     if device.type == 'cpu' and rank == 0:  # how long will this take? forward and backward of 8 crops tell
         sample, tick = torch.randn(8, meta['num_bands'], img_size, img_size), time.time()
-        with autocast:
+        with autocast():
             model(sample, mask_ratio)[0].backward()
         optimizer.zero_grad()
         hours = (time.time() - tick) / 8 * batch_size / world * last_step / 3600
@@ -355,13 +355,13 @@ if __name__ == '__main__':
         if rank == 0 and (step == last_step or step == 0 or (eval_every and step % eval_every == 0)):
             model.eval()
             if watched and not any(e['step'] == step and 'probe_miou' in e for e in log):
-                with autocast:
-                    miou = probe(lambda raw: dense_features(model.encoder, prepare(raw)), train, val, probe_tiles, device)
+                with autocast():
+                    miou = probe(lambda raw: dense_features(model.encoder, prepare(raw)), probe_train, val, probe_tiles, device)
                 log.append({'step': step, 'probe_miou': miou, **floors})
                 append_line(log_path, log[-1])
                 bar.write(f'step {step}: probe mIoU {miou:.3f}; random encoder {log[0]["probe_miou"]:.3f}, '
                           + ', '.join(f'{name} {value:.3f}' for name, value in floors.items()))
-            save_reconstruction(os.path.join(out_dir, 'reconstruction.png'), model, train.batch(range(min(4, len(train))))[0].to(device),
+            save_reconstruction(os.path.join(out_dir, 'reconstruction.png'), model, torch.from_numpy(np.array(train.images[:4])).to(device),
                                 mean, matrix, meta, img_size, mask_ratio)
             save_curves(os.path.join(out_dir, 'curves.png'), log)
             model.train()
@@ -374,12 +374,12 @@ if __name__ == '__main__':
         for group in optimizer.param_groups:
             group['lr'] = cosine(step, total_steps, warmup_steps, lr, min_lr)
 
-        # ---- method: forward, loss, backward
+        # ---- method: forward, loss, backward. Target: the standardised pixels of the hidden patches; pixels cannot collapse
         total_loss = 0.0
         pieces = [t.to(device, non_blocking=True).chunk(grad_accum) for t in batch]
         for raw, boxes, turned, noise in zip(*pieces):
             x = resized_crop(prepare(raw), boxes, turned, img_size)
-            with autocast:
+            with autocast():
                 loss, _, _ = net(x, mask_ratio, noise)
             scaler.scale(loss / grad_accum).backward()
             total_loss += loss.detach() / grad_accum
@@ -391,7 +391,7 @@ if __name__ == '__main__':
         if not torch.isfinite(norm) and dtype != 'float16':  # the scaler of float16 skips such steps and lowers its scale
             raise UserError(f'step {step}: the gradient is not finite (loss {float(total_loss):.4g}): the weights were left as they '
                             f'were and {last_path} is of an earlier step. Look for NaN or huge values in the data (python data.py '
-                            'check), or lower the learning rate')
+                            f'check --data={data}), or lower the learning rate')
         # ---- end of boilerplate: clip and finite check
         scaler.step(optimizer)
         scaler.update()

@@ -5,7 +5,7 @@ scored on the test split, beside the floors it must beat. Without --encoder the 
 
     python segment.py --encoder=runs/mae/last.pt                       # frozen encoder, linear decoder
     python segment.py --size=tiny                                       # the same with a random encoder
-    torchrun --nproc_per_node=4 segment.py --data=data/whu --encoder=runs/mae/last.pt --freeze=false
+    torchrun --nproc_per_node=4 segment.py --data=data/whu --encoder=runs/mae/last.pt --freeze=false --lr=1e-4
 
 Reads a tile directory with labels (python data.py tile). Writes out_dir: best.pt, last.pt, report.json, confusion.png,
 examples.png, curves.png, log.jsonl, and appends a row to results.csv.
@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import torch
@@ -186,7 +187,8 @@ class Segmenter(nn.Module):
         super().__init__()
         self.encoder, self.head, self.pixel_head = encoder, head, pixel_head
         self.freeze, self.window_stride = freeze, window_stride
-        encoder.requires_grad_(not freeze)
+        for parameter in encoder.parameters():
+            parameter.requires_grad_(parameter.requires_grad and not freeze)  # a fixed position table stays fixed
 
     def train(self, mode=True):
         super().train(mode)
@@ -216,8 +218,9 @@ class FrozenFeatures:
         """tile numbers (B,) -> maps (B, 4*D, h, w)"""
         for i in ids:
             if int(i) not in self.kept:
-                with torch.no_grad(), self.autocast:
-                    self.kept[int(i)] = self.model.features(self.prepare(self.tiles.batch([int(i)])[0]))[0].float()
+                x = self.prepare(self.tiles.batch([int(i)])[0])
+                with torch.no_grad(), self.autocast():
+                    self.kept[int(i)] = self.model.features(x)[0].float()
         return torch.stack([self.kept[int(i)] for i in ids])
 
 
@@ -242,8 +245,9 @@ def evaluate(model, tiles, prepare, autocast, device, rank, world, frozen=None):
     cm = torch.zeros(K, K, dtype=torch.int64, device=device)
     for i in range(rank, len(tiles), world):
         images, labels = tiles.batch([i])
-        with autocast:
-            logits = model(prepare(images), frozen([i]) if frozen else None)
+        x, maps = prepare(images), frozen([i]) if frozen else None
+        with autocast():
+            logits = model(x, maps)
         cm += confusion_matrix(logits.argmax(1), label_to_class(labels).to(device), K)
     if world > 1:
         dist.all_reduce(cm)
@@ -321,6 +325,8 @@ def save_pictures(out_dir, cm, model, tiles, prepare, meta, log):
 if __name__ == '__main__':
     plain_errors()
     config = override_constants()
+    if os.path.isfile(encoder):
+        config['encoder_crc32'] = zlib.crc32(open(encoder, 'rb').read())  # a run on another state of the encoder is another run
 
     # ---- boilerplate: distributed setup
     world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
@@ -338,7 +344,7 @@ if __name__ == '__main__':
         dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
     if dtype not in ('bfloat16', 'float16', 'float32'):
         raise UserError(f'--dtype={dtype}: choose auto, bfloat16, float16 or float32')
-    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
+    autocast = functools.partial(torch.autocast, device.type, getattr(torch, dtype), enabled=dtype != 'float32')
     torch.manual_seed(seed)  # the same weights on every rank
     print0 = print if rank == 0 else lambda *args, **kwargs: None
     if rank == 0:
@@ -390,7 +396,7 @@ if __name__ == '__main__':
            f'{"frozen" if freeze else "trained"}; {decoder} decoder, {sum(p.numel() for p in head.parameters()):,}; '
            f'{len(labelled)} labelled training tiles of {meta["tile_size"]} px; {device}, {dtype}, {world} process(es); {out_dir}')
 
-    prepare = lambda images: standardize(images.to(device, non_blocking=True), mean, matrix, meta['nodata'])
+    prepare = lambda images: standardize(images.to(device), mean, matrix, meta['nodata'])
     grid = meta['tile_size'] // vit.patch_size
     feature_bytes = 4 * (len(labelled) + len(splits['val'])) * 4 * vit.embed_dim * grid * grid
     fits = freeze and not augment and feature_bytes < cache_gb * 1e9
@@ -460,7 +466,7 @@ if __name__ == '__main__':
             if augment:
                 x = resized_crop(x, boxes[micro], turned[micro], x.shape[-1])
             maps = frozen['tr'](ids[micro]) if fits else None
-            with autocast:
+            with autocast():
                 logits = net(x, maps)
             loss_sum, _ = segmentation_loss(logits, target[micro], weight, loss)
             scaler.scale(loss_sum / count).backward()
@@ -473,7 +479,7 @@ if __name__ == '__main__':
         if not torch.isfinite(norm) and dtype != 'float16':  # the scaler of float16 skips such steps and lowers its scale
             raise UserError(f'step {step}: the gradient is not finite (loss {float(total_loss):.4g}): the weights were left as they '
                             f'were and {last_path} is of an earlier step. Look for NaN or huge values in the data (python data.py '
-                            'check), or lower the learning rate')
+                            f'check --data={data}), or lower the learning rate')
         # ---- end of boilerplate: clip and finite check
         scaler.step(optimizer)
         scaler.update()
@@ -541,7 +547,7 @@ if __name__ == '__main__':
                    'class_names': meta['class_names'], 'confusion_matrix': cm.tolist(), 'best_step': chosen['step'], 'warning': warning,
                    'config': config, 'torch': torch.__version__, 'seconds': time.time() - started})
         model.eval()
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast():
             save_pictures(out_dir, cm, model, splits['ts'], prepare, meta, log)
         row = {'data': data, 'encoder': encoder or f'random {size}/{patch_size}', 'whiten': whiten, 'decoder': decoder, 'freeze': freeze,
                'pixel': pixel, 'seed': seed, 'steps': step, 'best_step': chosen['step'],

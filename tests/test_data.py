@@ -104,6 +104,12 @@ def test_numpy_mat_and_envi_scenes(tmp_path):
     scene = read_scene(str(tmp_path / 'a.npz'))
     assert scene.cube.shape == (3, 6, 7) and scene.labels.dtype == np.uint8 and scene.class_names == ['a', 'b', 'c']
     np.testing.assert_array_equal(read_scene(str(tmp_path / 'a.npy')).cube, np.moveaxis(cube, 2, 0))
+    np.save(tmp_path / 'gt.npy', labels)
+    np.savez(tmp_path / 'gt.npz', labels=labels)
+    for name in ('gt.npy', 'gt.npz'):
+        np.testing.assert_array_equal(read_scene(str(tmp_path / 'a.npy'), str(tmp_path / name)).labels, labels)
+    tifffile.imwrite(tmp_path / 'gt.tif', np.where(labels == 0, -9999, labels).astype(np.int16), extratags=[(42113, 's', 0, '-9999', True)])
+    np.testing.assert_array_equal(read_scene(str(tmp_path / 'a.npy'), str(tmp_path / 'gt.tif')).labels, labels)
     scipy_io = pytest.importorskip('scipy.io')
     scipy_io.savemat(tmp_path / 'a.mat', {'cube': cube})
     scipy_io.savemat(tmp_path / 'gt.mat', {'gt': labels})
@@ -139,7 +145,7 @@ def bad_files(folder):
              'missing': (str(folder / 'none.tif'), 'no such file')}
     for name, array, words in [
             ('huge claim', None, 'damaged'), ('text', np.array([['a']]), 'not'), ('complex', np.zeros((4, 4, 2), complex), 'complex'),
-            ('two-d', np.zeros((4, 4)), '3-d'), ('no pixels', np.zeros((0, 4, 3)), '3-d'), ('objects', np.array([{}], object), 'cannot')]:
+            ('one-d', np.zeros(4), '3-d'), ('no pixels', np.zeros((0, 4, 3)), '3-d'), ('objects', np.array([{}], object), 'cannot')]:
         if array is not None:
             np.save(folder / f'{name}.npy', array, allow_pickle=True)
             files[name] = (str(folder / f'{name}.npy'), words)
@@ -264,10 +270,11 @@ def whu_layout(root, shape, axes, compression, n=1):
             tifffile.imwrite(f'{root}/{split}/label/O1_{i:04d}.tif', labels, compression=compression)
 
 
-@pytest.mark.parametrize('axes, compression', [('YXC', None), ('CYX', 'zlib')])
-def test_whu_ohs_layout_tiles_trains_and_scores(tmp_path, axes, compression):
-    whu_layout(str(tmp_path / 'whu'), (512, 512), axes, compression)
-    run('data.py', 'tile', f'--root={tmp_path / "whu"}', f'--out={tmp_path / "out"}', '--tile_size=64')
+def test_whu_ohs_layout_tiles_trains_and_scores(tmp_path):
+    for axes, compression, out in (('CYX', 'zlib', 'planar'), ('YXC', None, 'out')):
+        whu_layout(str(tmp_path / 'whu'), (512, 512), axes, compression)
+        data.tile(tile_args(root=tmp_path / 'whu', out=tmp_path / out, tile_size=64))
+    assert contents(tmp_path / 'planar') == contents(tmp_path / 'out')  # both axis orders, plain and deflate
     meta = json.load(open(tmp_path / 'out' / 'meta.json'))
     assert meta['wavelengths_nm'] == list(data.OHS_NM) and meta['class_names'][23] == 'Ocean' and len(meta['tiles']['tr']) == 64
     run('pretrain_mae.py', f'--data={tmp_path / "out"}', f'--out_dir={tmp_path / "mae"}', *MAE_TINY, '--img_size=64', '--patch_size=16',
@@ -319,8 +326,39 @@ def test_a_folder_with_bad_files_keeps_the_good_ones_and_can_be_finished(tmp_pat
         assert failed.stderr.count(f'O1_000{i}.tif: ') == 1, failed.stderr
     assert '5 of 18 inputs' in failed.stderr and not (out / 'meta.json').exists()
     assert run(*command, check=False).returncode == 1
+    (image / 'O1_0005.tif').unlink()
+    assert '4 of 17 inputs' in run(*command, check=False).stderr
     run(*command, '--skip_bad=true')
-    assert len(Tiles(str(out), 'tr')) == 4
+    assert len(Tiles(str(out), 'tr')) == 4 and 'nothing to do' in run(*command).stdout
+
+
+def test_scenes_of_one_name_are_two_scenes_and_nodata_must_agree(tmp_path):
+    for folder in 'ab':
+        os.makedirs(tmp_path / folder)
+        make_scene(tmp_path / folder / 's.npz', seed=ord(folder))
+    data.tile(tile_args(root=f'{tmp_path}/a/s.npz,{tmp_path}/b/s.npz', out=tmp_path / 'out', tile_size=16, stride=16))
+    scenes, tiles = [read_scene(str(tmp_path / folder / 's.npz')) for folder in 'ab'], Tiles(str(tmp_path / 'out'), 'tr')
+    assert {where[0] for where in tiles.meta['tiles']['tr']} == {0, 1}
+    for image, (scene, row, col) in zip(tiles.images, tiles.meta['tiles']['tr']):
+        np.testing.assert_array_equal(image, scenes[scene].cube[:, row:row + 16, col:col + 16])
+    make_scene(tmp_path / 'c.npz', nodata=7)
+    with pytest.raises(UserError, match='nodata value is 7'):
+        data.tile(tile_args(root=f'{tmp_path}/a/s.npz,{tmp_path}/c.npz', out=tmp_path / 'out2', tile_size=16))
+
+
+def test_killed_between_the_last_renames_loses_nothing(tmp_path, monkeypatch):
+    args = dict(root=make_scene(tmp_path / 's.npz'), tile_size=16)
+    data.tile(tile_args(out=tmp_path / 'a', **args))
+
+    def disk_full(path, content, write_json=data.write_json):
+        if path.endswith('meta.json'):
+            raise OSError('no space left')
+        write_json(path, content)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(data, 'write_json', disk_full)
+        data.tile(tile_args(out=tmp_path / 'b', **args))
+    data.tile(tile_args(out=tmp_path / 'b', **args))
+    assert {k: v for k, v in contents(tmp_path / 'a').items() if k != 'meta.json'} == {k: v for k, v in contents(tmp_path / 'b').items() if k != 'meta.json'}
 
 
 @pytest.mark.parametrize('flags, words', [
@@ -374,6 +412,8 @@ def test_resampled_bands_follow_the_gaussian_response():
         assert value == pytest.approx((response * spectrum).sum() / response.sum(), rel=1e-4)
     coarse = data.resample_bands(np.array([1.0, 2.0, 4.0])[:, None, None], [500, 600, 700], [550, 650])[:, 0, 0]
     np.testing.assert_allclose(coarse, [1.5, 3.0])
+    backwards = data.resample_bands(np.array([4.0, 2.0, 1.0])[:, None, None], [700, 600, 500], [550, 650])[:, 0, 0]
+    np.testing.assert_allclose(backwards, [1.5, 3.0])
     with pytest.raises(UserError, match='inside its range'):
         data.resample_bands(spectrum[:, None, None], nm, [2000])
 
@@ -406,7 +446,7 @@ def test_resized_crop_is_torchs_bilinear_with_antialias_and_turns_labels_alike()
     labels = data.resized_crop_labels((x[:, 0] > 0).long(), boxes, turns, 12)
     for i, ((top, left, h, w), (flip_rows, flip_cols, transpose)) in enumerate(zip(boxes.tolist(), turns.tolist())):
         crop = x[i:i + 1, :, top:top + h, left:left + w]
-        for source, result, mode in ((crop, got[i], dict(mode='bilinear', antialias=True)), ((crop[:, :1] > 0).float(), labels[i][None], dict(mode='nearest'))):
+        for source, result, mode in ((crop, got[i], dict(mode='bilinear', antialias=True)), ((crop[:, :1] > 0).float(), labels[i][None], dict(mode='nearest-exact'))):
             expected = F.interpolate(source, size=(12, 12), **mode)[0]
             expected = expected.flip([1] * flip_rows) if flip_rows else expected
             expected = expected.flip([2]) if flip_cols else expected

@@ -265,6 +265,7 @@ def test_dense_features_of_one_window_are_the_encoders_own_and_cover_larger_imag
         maps = dense_features(encoder, x, 2, stride=16)
         assert maps.shape == (2, 48, 10, 8) and torch.isfinite(maps).all()
         torch.testing.assert_close(maps[..., :4, :4], own)
+        assert torch.isfinite(dense_features(encoder, x, 2, stride=24)).all()
         torch.testing.assert_close(maps[..., 8:, 4:], (torch.cat(encoder.get_intermediate_layers(x[..., 24:, 16:], 2), 1))[..., 2:, :])
 
 
@@ -316,6 +317,13 @@ def test_a_frozen_encoder_stays_as_it_is(scene_data, whole, tmp_path):
         same = equal({k: v for k, v in weights(tmp_path / freeze).items() if k.startswith('encoder.')},
                      {k: v for k, v in weights(whole / 'pretrain_mae.py').items() if k.startswith('encoder.')})
         assert same == (freeze == 'true')
+        assert torch.equal(weights(tmp_path / freeze)['encoder.pos_embed'], weights(whole / 'pretrain_mae.py')['encoder.pos_embed'])
+    shutil.copy(encoder, tmp_path / 'last.pt')
+    train('segment.py', scene_data, tmp_path / 'run', f'--encoder={tmp_path}/last.pt', '--steps=3')
+    train('pretrain_mae.py', scene_data, tmp_path / 'longer', '--max_steps=3')
+    shutil.copy(tmp_path / 'longer' / 'last.pt', tmp_path / 'last.pt')
+    again = train('segment.py', scene_data, tmp_path / 'run', f'--encoder={tmp_path}/last.pt', '--steps=3', check=False)
+    assert again.returncode == 1 and 'encoder_crc32' in again.stderr  # the file is another encoder now
 
 
 def test_models_compile_without_graph_breaks():
