@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from models import MaskedAutoencoder, ViT, LinearHead, dense_features, patchify, unpatchify
+from models import MaskedAutoencoder, ViT, patchify
 
 REFERENCE = os.path.join(os.path.dirname(__file__), '..', '..', 'shared', 'reference')
 needs_reference = pytest.mark.skipif(not os.path.isdir(REFERENCE), reason='recorded reference outputs are not here')
