@@ -670,30 +670,31 @@ def draw_crops(n, tile_size, img_size, scale_min, scale_max, generator, turns=Tr
     return corners.long(), side, boxes, (u[:, 4:] < 0.5) & turns
 
 
-def resize_weights(start, length, source, out, flip):
+def resize_weights(start, length, source, out, flip, soften):
     """(B,) box starts and lengths -> (B, out, source): row i of a product that crops, resizes and flips one axis.
 
     Triangle filter, widened when shrinking: bilinear interpolation with anti-aliasing, as torch's interpolate(antialias=True).
+    `soften` (B,) or 1 widens it further: a blur that costs nothing.
     """
     scale = length / out  # source pixels per output pixel
     where = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * scale[:, None] - 0.5  # (B, out)
     where = torch.where(flip[:, None], where.flip(1), where)
     pixel = torch.arange(source, device=start.device)
-    weights = (1 - (pixel - where[..., None]).abs() / scale.clamp(min=1)[:, None, None]).clamp(min=0)  # (B, out, source)
+    weights = (1 - (pixel - where[..., None]).abs() / (soften * scale.clamp(min=1))[:, None, None]).clamp(min=0)  # (B, out, source)
     inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
     weights = weights * inside[:, None]
     return weights / weights.sum(-1, keepdim=True)
 
 
-def resized_crop(x, boxes, turns, out, chunk=8):
-    """x (B, C, H, W), boxes (B, 4), turns (B, 3) of draw_crops -> (B, C, out, out) float32.
+def resized_crop(x, boxes, turns, out, soften=1.0, chunk=8):
+    """x (B, C, H, W), boxes (B, 4), turns (B, 3) of draw_crops -> (B, C, out, out) float32, blurred where `soften` (B,) is above 1.
 
     Two small matrix products per sample, columns then rows, are exact bilinear resizing; flips ride along for free. Done a few
     samples at a time, so that intermediate results stay in the CPU's cache (a GPU takes the whole batch).
     """
     boxes, turns = boxes.to(x.device), turns.to(x.device)
-    rows = resize_weights(boxes[:, 0], boxes[:, 2], x.shape[2], out, turns[:, 0])
-    cols = resize_weights(boxes[:, 1], boxes[:, 3], x.shape[3], out, turns[:, 1]).transpose(1, 2)
+    rows = resize_weights(boxes[:, 0], boxes[:, 2], x.shape[2], out, turns[:, 0], soften)
+    cols = resize_weights(boxes[:, 1], boxes[:, 3], x.shape[3], out, turns[:, 1], soften).transpose(1, 2)
     chunk = len(x) if x.is_cuda else chunk
     y = torch.cat([rows[i:i + chunk, None] @ (x[i:i + chunk].float() @ cols[i:i + chunk, None]) for i in range(0, len(x), chunk)])
     return torch.where(turns[:, 2, None, None, None], y.transpose(2, 3), y)
@@ -709,6 +710,53 @@ def resized_crop_labels(labels, boxes, turns, out):
         picks.append(torch.where(turns[:, axis, None], pick.flip(1), pick))
     y = labels[torch.arange(len(labels), device=labels.device)[:, None, None], picks[0][:, :, None], picks[1][:, None, :]]
     return torch.where(turns[:, 2, None, None], y.transpose(1, 2), y)
+
+
+def center_valid(x, mean, nodata=None):
+    """x (B, C, H, W) raw values -> (B, C + 1, H, W) float32: the values less `mean` (0 where invalid), and last 1 = valid, 0 = not.
+    Crop this, then augment_spectra: what is invalid stays known through resizing."""
+    valid = valid_pixels(x, nodata)[:, None]
+    return torch.cat([torch.where(valid, x.float() - mean[:, None, None], 0.0), valid.float()], 1)
+
+
+def augment_spectra(x, u, field, mean, std, matrix, wavelengths_nm, gain=0.0, offset=0.0, tilt=0.0, noise=0.0, band_dropout=0.0,
+                    jitter=0.0, solarize=0.0):
+    """x (B, C + 1, H, W) of center_valid -> (B, C, H, W) standardised, each sample seen in another light. Invalid pixels are 0.
+
+    On the sensor's values, as light and air do it: all bands times up to 1 +- gain (illumination), a slope over the wavelengths of up
+    to +- tilt (haze), plus up to +- offset standard deviations in all bands (path radiance). On standardised values: `noise`, the
+    largest standard deviation of white noise; `band_dropout`, the probability that a run of neighbouring bands (up to a third) is 0;
+    `jitter` of contrast and brightness and `solarize`, the probability that what is above the mean is mirrored, are the dissertation's,
+    for any number of bands.
+    u (B, 12) uniform in 0..1; field (C, F, F) standard normal, F >= H: windows of it are the noise of all samples, so that it need
+    not be drawn for each; mean, std (C,), matrix (C,) or (C, C) of standardization().
+    """
+    C, (H, W) = x.shape[1] - 1, x.shape[2:]
+    x, valid, signed = x[:, :C], x[:, C:], 2 * u - 1
+    nm = wavelengths_nm - wavelengths_nm.min()
+    slope = 2 * nm / nm.max().clamp(min=1e-6) - 1  # (C,) from -1 to 1
+    factor = (1 + gain * signed[:, :1]) * (1 + tilt * signed[:, 1:2] * slope)  # (B, C)
+    shift = (factor - 1) * mean + offset * signed[:, 2:3] * std  # (B, C)
+    if matrix.ndim == 1:
+        y = x * (factor * matrix)[..., None, None] + (shift * matrix)[..., None, None]
+    else:  # one matrix product for light and whitening together
+        y = torch.matmul(matrix * factor[:, None], x.flatten(2)).reshape(x.shape) + (shift @ matrix.T)[..., None, None]
+    if noise:
+        places = (u[:, 3:5] * (field.shape[1] - H + 1)).long().tolist()
+        windows = torch.stack([field[:, row:row + H, col:col + W] for row, col in places])
+        y = y + windows * (noise * u[:, 5])[:, None, None, None]
+    if jitter:
+        middle = y.mean((1, 2, 3), keepdim=True)
+        y = middle + (y - middle) * (1 + jitter * signed[:, 6])[:, None, None, None] + jitter * signed[:, 7, None, None, None]
+    if solarize:
+        y = torch.where((u[:, 8] < solarize)[:, None, None, None], -y.abs(), y)
+    if band_dropout:
+        length = (u[:, 10] * C / 3).ceil()
+        start = (u[:, 11] * (C - length + 1)).floor()
+        band = torch.arange(C, device=x.device)
+        dropped = (band >= start[:, None]) & (band < (start + length)[:, None]) & (u[:, 9] < band_dropout)[:, None]  # (B, C)
+        y = y.masked_fill(dropped[..., None, None], 0.0)
+    return y * valid
 
 
 # ============ linear classifiers: probes and floors ============

@@ -253,6 +253,150 @@ class ViT(nn.Module):
         return maps
 
 
+# ============ spatial-spectral Vision Transformer ============
+
+def sincos_encoding(values, dim):
+    """values (G,), e.g. wavelengths in units of 10 nm -> (1, G, dim): sine and cosine at geometric frequencies (Vaswani et al. 2017)"""
+    omega = 1 / 10000 ** (torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angle = torch.as_tensor(values, dtype=torch.float64)[:, None] * omega
+    return torch.cat([angle.sin(), angle.cos()], dim=1)[None].float()
+
+
+class SpatialSpectralViT(ViT):
+    """A ViT with a second stream whose tokens are groups of neighbouring bands; the streams are fused after each block.
+
+    The spatial stream is the ViT above, its parameters keep their names. Fusion concatenates the two streams and adds a 1x1
+    convolution of that to each (the dissertation's Fig. 3.5 and 3.6, after Chen et al. 2023). Two designs:
+
+    `fusion='token'`, the dissertation's: a spectral token is the flattened pixel plane of its bands, and the 1x1 convolution takes
+    the tokens of both streams as its channels. So sizes are fixed: crops of img_size, and of half that side (a second set of weights).
+    `fusion='channel'`, ours: a spectral token is its bands pooled to a small grid, with one projection for all groups, and the
+    convolution mixes channels: each token with the mean token of the other stream. Any image size.
+
+    `wavelengths_nm` (C,) places the spectral tokens by a sine-cosine code of their mean wavelength; without them by band number.
+    Spectral tokens are [spectral cls, registers (the same parameters as the spatial ones), G groups].
+    """
+
+    def __init__(self, *args, spectral_patch_size: int = 2, fusion: str = 'channel', wavelengths_nm: list = None,
+                 wavelength_encoding: bool = True, spectral_grid: int = 4, mlp_ratio: float = 4.0, ffn: str = 'mlp',
+                 init_values: float = 0.0, drop_path_rate: float = 0.0, dropout: float = 0.0, **kwargs):
+        super().__init__(*args, mlp_ratio=mlp_ratio, ffn=ffn, init_values=init_values, drop_path_rate=drop_path_rate, dropout=dropout, **kwargs)
+        if fusion not in ('token', 'channel'):
+            raise UserError(f'fusion {fusion}: choose token or channel')
+        D, depth, num_heads = self.embed_dim, len(self.blocks), self.blocks[0].attn.num_heads
+        groups = -(-self.in_chans // spectral_patch_size)  # the last band is repeated where the last group is not full
+        self.fusion, self.spectral_patch_size, self.spectral_grid, self.num_groups = fusion, spectral_patch_size, spectral_grid, groups
+        self.spectral_cls_token = nn.Parameter(torch.empty(1, 1, D))
+        self.spectral_mask_token = nn.Parameter(torch.zeros(1, D)) if self.mask_token is not None else None
+        self.spectral_blocks = nn.ModuleList(Block(D, num_heads, mlp_ratio, ffn, init_values, drop_path_rate, dropout) for _ in range(depth))
+        self.spectral_norm = nn.LayerNorm(D, eps=1e-6)
+        nm = torch.arange(self.in_chans) if wavelengths_nm is None else torch.tensor(wavelengths_nm, dtype=torch.float64) / 10
+        nm = torch.cat([nm, nm[-1:].expand(groups * spectral_patch_size - len(nm))]).double().reshape(groups, -1).mean(1)
+        code = sincos_encoding(nm, D) if wavelength_encoding else torch.zeros(1, groups, D)
+        self.register_buffer('wavelength_code', code, persistent=False)  # (1, G, D)
+        if fusion == 'token':
+            sizes = {'': self.img_size, '_local': self.img_size // 2}
+            self.spectral_pos_embed = nn.Parameter(torch.empty(1, 1 + groups, D))
+            nn.init.trunc_normal_(self.spectral_pos_embed, std=0.02)
+            self.fuse = nn.ModuleDict()
+            for name, side in sizes.items():
+                setattr(self, f'spectral_embed{name}', nn.Conv1d(side * side, D, spectral_patch_size, stride=spectral_patch_size))
+                spatial, spectral = self.num_prefix_tokens + (side // self.patch_size) ** 2, self.num_prefix_tokens + groups
+                self.fuse['spatial' + name] = nn.ModuleList(nn.Conv1d(spatial + spectral, spatial, 1) for _ in range(depth))
+                self.fuse['spectral' + name] = nn.ModuleList(nn.Conv1d(spatial + spectral, spectral, 1) for _ in range(depth))
+        else:
+            self.spectral_pos_embed = None
+            self.spectral_embed = nn.Linear(spectral_patch_size * spectral_grid ** 2, D)
+            self.fuse = nn.ModuleDict({name: nn.ModuleList(nn.Linear(2 * D, D) for _ in range(depth)) for name in ('spatial', 'spectral')})
+
+        for module in (self.spectral_blocks, self.spectral_embed):
+            module.apply(init_linear)
+        for parameter in self.fuse.parameters():
+            nn.init.zeros_(parameter)  # the streams start apart and learn what to take from each other
+        nn.init.normal_(self.spectral_cls_token, std=0.02)
+
+    def embed_spectra(self, x, mask=None):
+        """x (B, C, H, W), mask (B, G) True = replaced -> spectral tokens (B, 1 + R + G, D) before the first block"""
+        B, C, H, W = x.shape
+        missing = self.num_groups * self.spectral_patch_size - C
+        if missing:
+            x = torch.cat([x, x[:, -1:].expand(-1, missing, -1, -1)], dim=1)
+        if self.fusion == 'token':
+            if H != W or H not in (self.img_size, self.img_size // 2):
+                raise UserError(f'an image of {H} x {W} pixels: token fusion works at {self.img_size} and {self.img_size // 2} px only, '
+                                'where its weights were made: choose --fusion=channel')
+            embed = self.spectral_embed if H == self.img_size else self.spectral_embed_local
+            tokens = embed(x.flatten(2).transpose(1, 2)).transpose(1, 2)  # (B, G, D)
+        else:
+            x = F.adaptive_avg_pool2d(x, self.spectral_grid)  # (B, C, 4, 4)
+            tokens = self.spectral_embed(x.reshape(B, self.num_groups, -1))  # (B, G, D)
+        if mask is not None:
+            tokens = torch.where(mask[..., None], self.spectral_mask_token.to(tokens.dtype), tokens)
+        tokens, cls = tokens + self.wavelength_code, self.spectral_cls_token
+        if self.spectral_pos_embed is not None:
+            tokens, cls = tokens + self.spectral_pos_embed[:, 1:], cls + self.spectral_pos_embed[:, :1]
+        prefix = [cls.expand(B, -1, -1)]
+        if self.register_tokens is not None:
+            prefix.append(self.register_tokens.expand(B, -1, -1))
+        return torch.cat(prefix + [tokens], dim=1)
+
+    def run_blocks(self, x, mask=None, spectral_mask=None):
+        """Yields the two streams after each block and its fusion: spatial (B, T, D), spectral (B, 1 + R + G, D)"""
+        local = '_local' if self.fusion == 'token' and x.shape[-1] != self.img_size else ''
+        spatial, spectral = self.embed(x, mask), self.embed_spectra(x, spectral_mask)
+        for i, (block, spectral_block) in enumerate(zip(self.blocks, self.spectral_blocks)):
+            spatial, spectral = block(spatial), spectral_block(spectral)
+            if self.fusion == 'token':
+                both = torch.cat([spatial, spectral], dim=1)  # (B, T + 1 + R + G, D)
+            to_spatial, to_spectral = self.fuse['spatial' + local][i], self.fuse['spectral' + local][i]
+            if self.fusion == 'token':
+                spatial, spectral = spatial + to_spatial(both), spectral + to_spectral(both)
+            else:
+                means = spatial.mean(1, keepdim=True), spectral.mean(1, keepdim=True)  # (B, 1, D) each
+                spatial = spatial + to_spatial(torch.cat([spatial, means[1].expand_as(spatial)], dim=2))
+                spectral = spectral + to_spectral(torch.cat([spectral, means[0].expand_as(spectral)], dim=2))
+            yield spatial, spectral
+
+    def forward(self, x, mask=None, spectral_mask=None):
+        """x (B, C, H, W) standardised, masks (B, N) and (B, G) bool or None -> normalised tokens (B, 1 + R + N, D), (B, 1 + R + G, D)"""
+        for spatial, spectral in self.run_blocks(x, mask, spectral_mask):
+            pass
+        return self.norm(spatial), self.spectral_norm(spectral)
+
+    def get_intermediate_layers(self, x, n=4):
+        """x (B, C, H, W) -> the spatial stream's last n maps (B, D, h, w). What the spectral stream found has reached them by fusion."""
+        B, _, H, W = x.shape
+        outputs = [self.norm(spatial)[:, self.num_prefix_tokens:] for spatial, _ in list(self.run_blocks(x))[-n:]]
+        return [tokens.transpose(1, 2).reshape(B, -1, H // self.patch_size, W // self.patch_size) for tokens in outputs]
+
+
+# ============ projection head of DINO and iBOT ============
+
+class DINOHead(nn.Module):
+    """Three linear layers, L2 normalisation, and the cosine to K learned prototypes (Caron et al. 2021, arXiv 2104.14294, appendix C).
+
+    `last_layer.weight_g`, the prototypes' lengths, stays at 1 as in DINOv2 (`norm_last_layer` in DINO): lengths make training unstable.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048, bottleneck_dim: int = 256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+                                 nn.Linear(hidden_dim, bottleneck_dim))
+        self.last_layer = nn.Module()
+        self.last_layer.weight_v = nn.Parameter(torch.empty(out_dim, bottleneck_dim))
+        self.last_layer.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=False)
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        nn.init.trunc_normal_(self.last_layer.weight_v, std=0.02)
+
+    def forward(self, x):
+        """x (..., D) -> logits (..., K): cosines in -1..1, before any temperature"""
+        x = F.normalize(self.mlp(x).float(), dim=-1)  # (..., bottleneck)
+        prototypes = F.normalize(self.last_layer.weight_v, dim=-1) * self.last_layer.weight_g  # (K, bottleneck)
+        return F.linear(x, prototypes)
+
+
 # ============ masked autoencoder ============
 
 class MaskedAutoencoder(nn.Module):
@@ -407,15 +551,36 @@ def load_checkpoint(path):
 
 
 def load_encoder(path):
-    """The encoder (ViT) of a checkpoint written by a pre-training script, in eval mode.
+    """The encoder of a checkpoint written by a pre-training script, in eval mode: of a DINO run the teacher, as its papers do.
 
-    `encoder.config` holds the run's constants (the standardisation among them), `encoder.args` the ViT's arguments. Raises UserError when the file is damaged.
+    `encoder.config` holds the run's constants (the standardisation among them), `encoder.args` its arguments. Raises UserError when
+    the file is damaged.
     """
     checkpoint = load_checkpoint(path)
     if 'encoder_args' not in checkpoint:
         raise UserError(f'{path}: holds no encoder of ours (found {sorted(checkpoint)[:6]}): pass the last.pt of a pre-training run')
-    encoder = ViT(**checkpoint['encoder_args'])
-    weights = {name.removeprefix('encoder.'): value for name, value in checkpoint['model'].items() if name.startswith('encoder.')}
+    encoder = (SpatialSpectralViT if 'fusion' in checkpoint['encoder_args'] else ViT)(**checkpoint['encoder_args'])
+    prefix = 'teacher.encoder.' if any(name.startswith('teacher.') for name in checkpoint['model']) else 'encoder.'
+    weights = {name.removeprefix(prefix): value for name, value in checkpoint['model'].items() if name.startswith(prefix)}
     encoder.load_state_dict(weights, strict=True)
     encoder.config, encoder.args = checkpoint['config'], checkpoint['encoder_args']
     return encoder.eval()
+
+
+def resize_positions(weights, like, path):
+    """Weights of a checkpoint -> the same with each position table interpolated (bicubic) to the grid of the state `like`.
+
+    Raises UserError naming what else does not fit: names, or shapes (another size, patch, number of bands or prototypes).
+    """
+    weights = dict(weights)
+    for name, table in weights.items():
+        if name in like and name.endswith('pos_embed') and table.shape[1] != like[name].shape[1]:
+            old, new = math.isqrt(table.shape[1] - 1), math.isqrt(like[name].shape[1] - 1)
+            grid = table[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+            grid = F.interpolate(grid, size=(new, new), mode='bicubic').flatten(2).transpose(1, 2)
+            weights[name] = torch.cat([table[:, :1], grid], dim=1)
+    wrong = sorted(set(weights) ^ set(like)) or sorted(name for name in like if like[name].shape != weights[name].shape)
+    if wrong:
+        raise UserError(f'{path}: does not fit this network: {len(wrong)} tensors differ ({", ".join(wrong[:4])} ...): pass the --size, '
+                        '--patch_size, --out_dim and data of the run that wrote it')
+    return weights

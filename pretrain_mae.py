@@ -156,12 +156,22 @@ def cosine(step, total, warmup, peak, end):
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def parameter_groups(model, weight_decay):
-    """Weight decay on matrices only: not on biases, norms, tokens and positions."""
+def parameter_groups(model, weight_decay, layer_decay=1.0, patch_embed_lr=1.0):
+    """Weight decay on matrices only: not on biases, norms, tokens and positions. A group's learning rate is to be multiplied by its
+    `lr_scale`: layer_decay ** (blocks above it), times `patch_embed_lr` for the patch embedding (Clark et al. 2020; DINOv2)."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    bare = [p for name, p in named if p.ndim == 1 or name.endswith(('_token', '_tokens', 'pos_embed'))]
-    rest = [p for name, p in named if not (p.ndim == 1 or name.endswith(('_token', '_tokens', 'pos_embed')))]
-    return [{'params': rest, 'weight_decay': weight_decay}, {'params': bare, 'weight_decay': 0.0}]
+    depth = 1 + max((int(number) for name, _ in named for number in re.findall(r'encoder\.blocks\.(\d+)\.', name)), default=-1)
+    groups = {}
+    for name, p in named:
+        block = re.search(r'encoder\..*blocks\.(\d+)\.', name)
+        first = re.search(r'encoder\.\w*(embed|token)', name)  # patch embedding, tokens and positions come before block 0
+        scale = layer_decay ** (depth - int(block[1]) if block else depth + 1 if first else 0)
+        scale *= patch_embed_lr if 'patch_embed' in name or 'spectral_embed' in name else 1
+        decay = 0.0 if p.ndim == 1 or name.endswith(('_token', '_tokens', 'pos_embed')) else weight_decay
+        last_layer = 'last_layer' in name  # DINO holds it still for its first epoch
+        group = groups.setdefault((decay, scale, last_layer), {'params': [], 'weight_decay': decay, 'lr_scale': scale, 'last_layer': last_layer})
+        group['params'].append(p)
+    return list(groups.values())
 
 
 def native_bfloat16(device):
@@ -375,7 +385,7 @@ if __name__ == '__main__':
             group['lr'] = cosine(step, total_steps, warmup_steps, lr, min_lr)
 
         # ---- method: forward, loss, backward. Target: the standardised pixels of the hidden patches; pixels cannot collapse
-        total_loss = 0.0
+        total_loss, extras = 0.0, {}
         pieces = [t.to(device, non_blocking=True).chunk(grad_accum) for t in batch]
         for raw, boxes, turned, noise in zip(*pieces):
             x = resized_crop(prepare(raw), boxes, turned, img_size)
@@ -405,7 +415,7 @@ if __name__ == '__main__':
                 dist.all_reduce(total_loss, op=dist.ReduceOp.SUM)
                 total_loss /= world
             entry = {'step': step, 'loss': float(total_loss), 'lr': optimizer.param_groups[0]['lr'], 'grad_norm': float(norm),
-                     'seconds': time.time() - started}
+                     **{name: float(value) for name, value in extras.items()}, 'seconds': time.time() - started}
             log.append(entry)
             if rank == 0:
                 append_line(log_path, entry)
