@@ -85,7 +85,10 @@ class Attention(nn.Module):
     def forward(self, x):
         B, T, D = x.shape
         q, k, v = self.qkv(x).reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hd)
-        x = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / sqrt(hd)) v
+        if x.is_cuda or T > 512:
+            x = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / sqrt(hd)) v, fused
+        else:  # the same spelled out: on CPUs, for short sequences, forward and backward are 2 to 8 times as fast, most so in bfloat16
+            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1).to(v.dtype) @ v
         x = x.transpose(1, 2).reshape(B, T, D)
         return self.drop(self.proj(x))
 

@@ -44,6 +44,7 @@ data = 'data/demo'  # tile directory with labels; the demo is made on first use
 augment = False  # random flips, turns and resized crops of whole tiles; features can then not be kept in memory
 # ---- model
 encoder = ''  # last.pt of a pre-training run; '' = a random encoder of the four constants below (the row every table needs)
+untrained = False  # true = the architecture of that encoder with random weights: what pre-training is to be compared with
 size = 'base'  # random encoder: tiny, small or base
 img_size = 64  # random encoder: side of its window in pixels
 patch_size = 8  # random encoder: side of a patch
@@ -388,6 +389,7 @@ if __name__ == '__main__':
     if encoder:
         vit = load_encoder(encoder)
         whiten, encoder_args = vit.config['whiten'], vit.args
+        vit = type(vit)(**encoder_args).eval() if untrained else vit
         if vit.in_chans != meta['num_bands']:
             raise UserError(f'{encoder}: the encoder was trained on {vit.in_chans} bands, {data} has {meta["num_bands"]}: tile the scene '
                             'with --bands= the wavelengths of the encoder\'s data')
@@ -402,7 +404,8 @@ if __name__ == '__main__':
     if world > 1 and device.type == 'cuda' and not freeze:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # it has no CPU form; frozen encoders do without (calibrate_norm)
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
-    print0(f'{"random" if not encoder else encoder} encoder, {sum(p.numel() for p in vit.parameters()):,} parameters, '
+    kind = 'random' if untrained or not encoder else 'trained'
+    print0(f'{kind} encoder {encoder}, {sum(p.numel() for p in vit.parameters()):,} parameters, '
            f'{"frozen" if freeze else "trained"}; {decoder} decoder, {sum(p.numel() for p in head.parameters()):,}; '
            f'{len(labelled)} labelled training tiles of {meta["tile_size"]} px; {device}, {dtype}, {world} process(es); {out_dir}')
 
@@ -545,7 +548,7 @@ if __name__ == '__main__':
     cm = evaluate(model, splits['ts'], prepare, autocast, device, rank, world)
     if rank == 0:
         result = scores(cm)
-        rows = {**floors(data, 'ts'), f'{"random" if not encoder else "trained"} encoder + {decoder}': result}
+        rows = {**floors(data, 'ts'), f'{kind} encoder + {decoder}': result}
         print(f'\ntest split of {data} (%), best state on val: step {chosen["step"]}; split: {meta["split"]}')
         print_scores(rows)
         for name, iou, n in zip(meta['class_names'], result['iou'], cm.sum(1).tolist()):
@@ -559,7 +562,7 @@ if __name__ == '__main__':
         model.eval()
         with torch.no_grad(), autocast():
             save_pictures(out_dir, cm, model, splits['ts'], prepare, meta, log)
-        row = {'data': data, 'encoder': encoder or f'random {size}/{patch_size}', 'whiten': whiten, 'decoder': decoder, 'freeze': freeze,
+        row = {'data': data, 'encoder': encoder or f'random {size}/{patch_size}', 'kind': kind, 'whiten': whiten, 'decoder': decoder, 'freeze': freeze,
                'pixel': pixel, 'seed': seed, 'steps': step, 'best_step': chosen['step'],
                **{k: round(result[k], 5) for k in ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1')},
                'pixel_floor': round(rows['pixel']['miou'], 5), 'window_floor': round(rows['window']['miou'], 5), 'out_dir': out_dir}

@@ -1,0 +1,153 @@
+"""Speed of the main job at ViT-B/8, 65,536 prototypes: python tests/bench_step.py [batch]. Prints ratios measured in this run.
+
+1. pretrain_dino's step in bfloat16 against float32, and each against a matrix product of its type: steps and products take turns, so
+   that a busy machine slows all alike.
+2. The student's crops in two passes (one for each size) against one pass a crop.
+3. Augmentation of 32 tiles into 2 + 8 crops, batched, against a loop over samples with torch's own operations.
+"""
+import os
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import pretrain_dino
+from data import draw_crops
+from models import DINOHead, ViT
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def make_step(dtype, batch):
+    """One optimizer step as the training loop makes it, on random crops -> function, crops"""
+    torch.manual_seed(0)
+    student = pretrain_dino.Branch(ViT(ffn='swiglu', num_register_tokens=4, init_values=1.0, mask_token=True), DINOHead(768, 65_536))
+    model = pretrain_dino.SelfDistillation(student, 65_536).train()
+    optimizer = torch.optim.AdamW(pretrain_dino.parameter_groups(model, 0.04), lr=1e-4, fused=True)
+    big, small = torch.randn(2 * batch, 32, 64, 64), torch.randn(8 * batch, 32, 32, 32)
+    mask = pretrain_dino.block_masks(2 * batch, 8, 8, 0.5, 0.1, 0.5, __import__('numpy').random.default_rng(0))
+    rows = mask.flatten().nonzero()[:, 0]
+
+    def step():
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
+            with torch.no_grad():
+                _, *logits = model.teacher(big, None, rows)
+            targets = [pretrain_dino.sinkhorn_knopp(part, 0.05) for part in logits]
+            outputs = model(big, mask, rows, small)
+        losses = pretrain_dino.distillation_losses(outputs, *targets, mask)
+        (losses['dino'] + losses['ibot'] + 0.1 * losses['koleo']).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_teacher(0.99)
+    return step, model, (big, small)
+
+
+def flops_of(step):
+    """Multiplications and additions of the matrix products in a step (attention's too)."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def steps_and_products(batch, rounds=3):
+    steps = {dtype: make_step(dtype, batch) for dtype in ('float32', 'bfloat16')}
+    flops = {dtype: flops_of(step) for dtype, (step, *_) in steps.items()}
+    tokens = 2 * batch * 69
+    shapes = {dtype: (torch.randn(tokens, 768, dtype=getattr(torch, dtype)), torch.randn(768, 3072, dtype=getattr(torch, dtype))) for dtype in steps}
+    times = {name: [] for name in ('float32', 'bfloat16', 'float32 product', 'bfloat16 product')}
+    for _ in range(rounds):
+        for dtype, (step, *_) in steps.items():
+            times[dtype].append(seconds(step))
+            a, b = shapes[dtype]
+            repeats = max(1, int(5e11 / (2 * tokens * 768 * 3072)))
+            times[dtype + ' product'].append(seconds(lambda: [a @ b for _ in range(repeats)]) / repeats)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    print(f'{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}; ViT-B/8, 65,536 prototypes, batch {batch}, '
+          f'2 x 64 px + 8 x 32 px, medians of {rounds}')
+    for dtype in steps:
+        achieved, peak = flops[dtype] / median[dtype] / 1e9, 2 * tokens * 768 * 3072 / median[dtype + ' product'] / 1e9
+        print(f'{dtype}: {median[dtype]:.2f} s a step, {flops[dtype] / 1e12:.2f} TFLOP, {achieved:.0f} GFLOP/s; a product of {tokens} x 768 x 3072: '
+              f'{peak:.0f} GFLOP/s; share {achieved / peak:.0%}')
+    print(f'bfloat16 is {median["float32"] / median["bfloat16"]:.2f} times as fast as float32')
+    return steps
+
+
+def passes(model, big, small, rounds=5):
+    """Student forward and backward: all crops of a size together, or crop by crop."""
+    def together():
+        sum(model.student(x)[1].square().mean() for x in (big, small)).backward()
+
+    def one_by_one():
+        sum(model.student(x)[1].square().mean() for x in (*big.chunk(2), *small.chunk(8))).backward()
+    times = {f: [] for f in (together, one_by_one)}
+    for _ in range(rounds):
+        for f in times:
+            with torch.autocast('cpu', torch.bfloat16):
+                times[f].append(seconds(f))
+    print(f'student in 2 passes is {statistics.median(times[one_by_one]) / statistics.median(times[together]):.2f} times as fast as in 10')
+
+
+def augmentation(rounds=5):
+    """32 tiles of 32 x 64 x 64 -> 2 + 8 crops: the script's make_crops against a loop over samples with torch's own operations."""
+    torch.manual_seed(0)
+    raw = torch.randint(0, 3000, (32, 32, 64, 64), dtype=torch.int16)
+    generator = torch.Generator().manual_seed(0)
+    crops = [draw_crops(32, 64, 64, *scale, generator)[2:] for scale in [(0.4, 1.0)] * 2 + [(0.15, 0.4)] * 8]
+    boxes, turned = (torch.stack(parts, 1) for parts in zip(*crops))
+    u, soften = torch.rand(32, 10, 12), torch.ones(32, 10)
+    meta = {'nodata': None, 'std': [900.0] * 32, 'wavelengths_nm': list(range(450, 930, 15)), 'num_bands': 32}
+    mean, matrix, field = torch.full((32,), 1500.0), torch.eye(32) / 900, torch.randn(32, 128, 128)
+    strengths = dict(gain=0.05, offset=0.1, noise=0.2, band_dropout=0.2)
+
+    def batched():
+        return pretrain_dino.make_crops(raw, boxes, turned, soften, u, meta, mean, matrix, 64, 32, field, strengths)
+
+    def loop():
+        out = [[], []]
+        for i in range(32):
+            for view in range(10):
+                top, left, height, width = boxes[i, view].tolist()
+                size, draw = (64, 32)[view > 1], u[i, view]
+                x = raw[i:i + 1, :, top:top + height, left:left + width].float()
+                x = F.interpolate(x, size=(size, size), mode='bilinear', antialias=True, align_corners=False)
+                if turned[i, view, 0]:
+                    x = x.flip(2)
+                if turned[i, view, 1]:
+                    x = x.flip(3)
+                if turned[i, view, 2]:
+                    x = x.transpose(2, 3)
+                x = x * (1 + 0.05 * (2 * draw[0] - 1)) + 0.1 * (2 * draw[2] - 1) * 900
+                x = torch.einsum('cd,bdhw->bchw', matrix, x - mean[:, None, None])
+                x = x + 0.2 * draw[5] * torch.randn_like(x)
+                if draw[9] < 0.2:
+                    length = int(draw[10] * 32 / 3) + 1
+                    start = int(draw[11] * (33 - length))
+                    x[:, start:start + length] = 0
+                out[view > 1].append(x)
+        return [torch.cat(part) for part in out]
+
+    times = {f: [] for f in (batched, loop)}
+    for f in times:
+        f()
+    for _ in range(rounds):
+        for f in times:
+            times[f].append(seconds(f))
+    median = {f: statistics.median(values) for f, values in times.items()}
+    print(f'augmentation of 32 tiles into 2 + 8 crops: {1000 * median[batched]:.0f} ms batched, {1000 * median[loop]:.0f} ms in a loop over samples: '
+          f'{median[loop] / median[batched]:.2f} times as fast')
+
+
+if __name__ == '__main__':
+    augmentation()
+    steps = steps_and_products(int(sys.argv[1]) if len(sys.argv) > 1 else 8)
+    _, model, crops = steps['bfloat16']
+    passes(model, *crops)
