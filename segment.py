@@ -267,9 +267,9 @@ def evaluate(model, tiles, prepare, autocast, device, rank, world, frozen=None):
 
 
 def segmentation_loss(logits, target, weight, kind):
-    """logits (B, K, H, W), target (B, H, W) classes or 255 = ignored, weight (K,) -> sum of pixel losses, sum of pixel weights.
+    """logits (B, K, H, W), target (B, H, W) classes or 255 = ignored, weight (K,) -> sum of the pixels' losses.
 
-    Sums, not means: with sparse labels a mean of means is far from the mean (the caller divides by the count over all ranks).
+    A sum, not a mean: with sparse labels a mean of means is far from the mean (the caller divides by the count over all ranks).
     focal: -(1 - p)^2 log p, with p the probability of the right class.
     """
     log_p = F.log_softmax(logits.float(), dim=1)
@@ -278,7 +278,7 @@ def segmentation_loss(logits, target, weight, kind):
     safe = target.where(known, 0)
     if kind == 'focal':
         pixel_loss = pixel_loss * (1 - log_p.gather(1, safe[:, None])[:, 0].exp()).square()
-    return pixel_loss[known].sum(), weight[safe[known]].sum()
+    return pixel_loss[known].sum()
 
 
 def get_batch(train, labelled, step, *, rank, world, batch_size, augment, seed):
@@ -481,7 +481,7 @@ if __name__ == '__main__':
             maps = frozen['tr'](ids[micro]) if fits else None
             with autocast():
                 logits = net(x, maps)
-            loss_sum, _ = segmentation_loss(logits, target[micro], weight, loss)
+            loss_sum = segmentation_loss(logits, target[micro], weight, loss)
             scaler.scale(loss_sum / count).backward()
             total_loss += loss_sum.detach() / count
         batch = draw(step + 1)  # while a GPU is still at work

@@ -1,7 +1,5 @@
 """DINOv2 and its spatial-spectral form: parameter counts, losses against float64 formulas, crops, masks, both fusions."""
-import functools
 import math
-import os
 import subprocess
 import sys
 
@@ -14,7 +12,7 @@ import pretrain_dino
 import pretrain_dino_hsi
 from conftest import ROOT, make_scene, run
 from data import Tiles, UserError, augment_spectra, center_valid, resized_crop, standardization, standardize
-from models import SIZES, DINOHead, SpatialSpectralViT, ViT, dense_features, load_checkpoint, load_encoder
+from models import DINOHead, SpatialSpectralViT, ViT
 
 MODULES = [pretrain_dino, pretrain_dino_hsi]
 each_script = pytest.mark.parametrize('script', MODULES, ids=['dino', 'dino_hsi'])
@@ -325,7 +323,7 @@ def test_ranks_share_one_batch(script, scene_data):
 
 
 def test_all_crops_of_a_tile_lie_in_one_window(tmp_path):
-    size, coordinates = 64, np.mgrid[:64, :64].astype(np.float32)
+    coordinates = np.mgrid[:64, :64].astype(np.float32)
     run('data.py', 'tile', f'--root={make_scene(tmp_path / "s.npz", cube=np.moveaxis(coordinates, 0, 2), labels=None, wavelengths_nm=None)}',
         f'--out={tmp_path / "t"}', '--tile_size=64')
     tiles = Tiles(str(tmp_path / 't'), 'tr')

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from models import MaskedAutoencoder, ViT, patchify
+from models import Attention, MaskedAutoencoder, ViT, patchify, unpatchify
 
 REFERENCE = os.path.join(os.path.dirname(__file__), '..', '..', 'shared', 'reference')
 needs_reference = pytest.mark.skipif(not os.path.isdir(REFERENCE), reason='recorded reference outputs are not here')
@@ -91,3 +91,14 @@ def test_vit_agrees_with_the_public_dinov2(file, ffn):
     np.testing.assert_allclose(maps[0], expected['inter_first'], atol=1e-4)
     np.testing.assert_allclose(maps[3], expected['inter_last'], atol=1e-4)
     np.testing.assert_allclose(corner[:, 0], expected['cls32'], atol=1e-2)
+
+
+def test_unpatchify_undoes_patchify_and_attention_on_a_cpu_is_the_fused_one():
+    x = torch.randn(2, 5, 8, 12)
+    assert torch.equal(unpatchify(patchify(x, 4), 4, 2, 3), x)
+    attention = Attention(24, 3)
+    x = torch.randn(2, 700, 24)  # beyond 512 tokens the fused form is taken: compare the first tokens' outputs for the same keys
+    q, k, v = attention.qkv(x[:, :500]).reshape(2, 500, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    fused = attention.proj(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 500, 24))
+    torch.testing.assert_close(attention(x[:, :500]), fused, atol=1e-5, rtol=1e-4)
+    assert attention(x).shape == x.shape
