@@ -51,11 +51,11 @@ local_crops_scale_max = 0.4  # the local crop should see clearly less than the t
 local_crops_number = 8  # local crops a tile
 turns = True  # random flips and quarter turns: seen from above there is no up. dissertation: flips only
 blur = 0.3  # probability that a crop is blurred (the resize filter is up to twice as wide). dissertation: always
-gain = 0.05  # all bands times 1 +- this: illumination
+gain = 0.02  # all bands times 1 +- this: illumination
 offset = 0.1  # all bands plus +- this many standard deviations: path radiance
 tilt = 0.0  # slope over the wavelengths of +- this: haze; whitening magnifies it, so keep it below 0.01
-noise = 0.2  # largest standard deviation of white noise on standardised values
-band_dropout = 0.2  # probability that a run of neighbouring bands (up to a third) is removed from a crop
+noise = 0.5  # largest standard deviation of white noise on standardised values
+band_dropout = 0.3  # probability that a run of neighbouring bands (up to a third) is removed from a crop
 jitter = 0.0  # of contrast and brightness, on standardised values. dissertation: meant to be 0.4, never ran
 solarize = 0.0  # probability that values above the mean are mirrored. dissertation: 0.2
 # ---- model
@@ -71,14 +71,14 @@ out_dim = 4096  # prototypes: 65,536 (dissertation) suit 100 million images; Sin
 separate_heads = False  # true = heads of their own for DINO and iBOT (DINOv2); one shared head (iBOT, dissertation) costs less
 dino_weight = 1.0  # of the loss on cls tokens
 ibot_weight = 1.0  # of the loss on masked patches
-koleo_weight = 0.1  # of the loss that spreads cls features over the sphere
-mask_probability = 0.5  # share of the global crops that are masked
-mask_ratio_min = 0.1  # smallest share of masked patches
-mask_ratio_max = 0.5  # largest share of masked patches
+koleo_weight = 0.02  # of the loss that spreads cls features over the sphere; 0.1 in DINOv2, where every image is another place
+mask_probability = 0.8  # share of the global crops that are masked; 0.5 in DINOv2
+mask_ratio_min = 0.3  # smallest share of masked patches; 0.1 in DINOv2, whose patches hold more
+mask_ratio_max = 0.7  # largest share of masked patches; 0.5 in DINOv2
 centering = 'sinkhorn'  # sinkhorn (Sinkhorn-Knopp, as SwAV) or softmax (subtract a running mean, DINO): either prevents collapse
 center_momentum = 0.9  # of that running mean
 warmup_teacher_temp = 0.04  # the teacher's softmax temperature at the start: the smaller, the more one-hot its targets
-teacher_temp = 0.07  # after the warm-up; above 0.07 is unstable (DINO)
+teacher_temp = 0.05  # after the warm-up; 0.07 in DINO, and above is unstable
 warmup_teacher_temp_epochs = 30.0  # epochs of that warm-up: 30 of 100 in DINO
 momentum_teacher = 0.992  # the teacher keeps this share of itself each step, rising to 1 by a cosine; .9995 for very long runs
 # ---- optimizer
