@@ -344,8 +344,8 @@ def koleo_loss(features, eps=1e-8):
     return -torch.log((x - x[nearest]).square().sum(1).add(eps).sqrt()).mean()
 
 
-def distillation_losses(outputs, cls_probs, patch_probs, mask):
-    """outputs of SelfDistillation, the teacher's targets (2B, K) and (M, K), mask (2B, N) -> dict of the three losses
+def distillation_losses(outputs, cls_probs, patch_probs, mask, koleo=True):
+    """outputs of SelfDistillation, the teacher's targets (2B, K) and (M, K), mask (2B, N) -> dict of the three losses (KoLeo 0 if not asked for)
 
     Each student crop is compared with the teacher's view of the *other* global crop (or both, for local crops): 2 + 2L pairs.
     """
@@ -355,7 +355,8 @@ def distillation_losses(outputs, cls_probs, patch_probs, mask):
     other = cls_probs.roll(B, 0)
     both = (cls_probs[:B] + cls_probs[B:]) / 2  # cross-entropy is linear in the target: two pairs for the price of one
     dino = (dino_loss(big, other) + L * dino_loss(small.reshape(L, B, -1), both)) / (1 + L)
-    return {'dino': dino, 'ibot': ibot_loss(patches, patch_probs, mask), 'koleo': sum(koleo_loss(half) for half in cls.chunk(2))}
+    spread = sum(koleo_loss(half) for half in cls.chunk(2)) if koleo else dino.new_zeros(())
+    return {'dino': dino, 'ibot': ibot_loss(patches, patch_probs, mask), 'koleo': spread}
 
 
 @torch.no_grad()
@@ -420,7 +421,8 @@ def make_crops(raw, boxes, turned, soften, u, meta, mean, matrix, img_size, loca
     out = []
     for views, size in ((range(2), img_size), (range(2, boxes.shape[1]), local_crops_size)):
         crops = [resized_crop(x, boxes[:, i], turned[:, i], size, soften[:, i].to(x.device)) for i in views]
-        out.append(torch.cat([augment_spectra(crop, u[:, i].to(x.device), field, mean, std, matrix, nm, **strengths) for i, crop in zip(views, crops)]))
+        out.append(torch.cat([augment_spectra(crop, u[:, i].to(x.device), field, mean, std, matrix, nm, **strengths)
+                              for i, crop in zip(views, crops)]))
     return out
 
 
@@ -463,9 +465,9 @@ def save_curves(path, log, out_dim):
     left.axhline(math.log(out_dim), color='gray', linestyle=':', label='ln K: nothing learned')
     left.set(xlabel='step', ylabel='cross-entropy')
     left.legend(fontsize=8)
-    for name, scale in {'teacher_entropy': math.log(out_dim), 'feature_std': 1, 'prototypes_used': out_dim}.items():
-        middle.plot([e['step'] for e in trained], [e[name] / scale for e in trained],
-                    label={1: name}.get(scale, f'{name} / {"ln K" if scale < 20 else "K"}'))
+    for name, scale, label in (('teacher_entropy', math.log(out_dim), 'teacher entropy / ln K'), ('feature_std', 1, 'feature std'),
+                               ('prototypes_used', out_dim, 'prototypes used / K')):
+        middle.plot([e['step'] for e in trained], [e[name] / scale for e in trained], label=label)
     middle.set(xlabel='step', ylabel='signs of collapse', ylim=(0, None))
     middle.legend(fontsize=8)
     probed = [e for e in log if 'probe_miou' in e]
@@ -536,7 +538,6 @@ if __name__ == '__main__':
     total_steps = max(1, round(epochs * windows / batch_size))
     warmup_steps = min(round(warmup_epochs * windows / batch_size), total_steps // 2)
     last_step = min(max_steps or total_steps, total_steps)
-
     warmup_temp_steps = round(warmup_teacher_temp_epochs * windows / batch_size)
     frozen_steps = round(freeze_last_layer_epochs * windows / batch_size)
 
@@ -567,9 +568,9 @@ if __name__ == '__main__':
         tick = time.time()
         with autocast():
             crops = [torch.randn(n, meta['num_bands'], side, side) for n, side in ((2, img_size), (local_crops_number, local_crops_size))]
-            rows = torch.arange(len(crops[0]))
+            rows, mask = torch.arange(2), torch.zeros(2, (img_size // patch_size) ** 2, dtype=torch.bool)
             model.teacher(crops[0], None, rows)
-            sum(out.float().mean() for out in model(crops[0], torch.zeros(2, (img_size // patch_size) ** 2, dtype=torch.bool), rows, crops[1])).backward()
+            sum(out.float().mean() for out in model(crops[0], mask, rows, crops[1])).backward()
         optimizer.zero_grad()
         hours = (time.time() - tick) * batch_size / world * last_step / 3600
         print(f'on this CPU: at most {hours:.1f} hours' + (', try --size=tiny, fewer --epochs or --max_steps' if hours > 1 else ''))
@@ -657,7 +658,7 @@ if __name__ == '__main__':
         for (big, mask, rows, small), cls_target, patch_target in zip(pieces, cls_probs, patch_probs):
             with autocast():
                 outputs = net(big, mask, rows, small)
-            losses = distillation_losses(outputs, cls_target, patch_target, mask)
+            losses = distillation_losses(outputs, cls_target, patch_target, mask, koleo_weight > 0)
             loss = dino_weight * losses['dino'] + ibot_weight * losses['ibot'] + koleo_weight * losses['koleo']
             scaler.scale(loss / grad_accum).backward()
             total_loss += loss.detach() / grad_accum
@@ -693,7 +694,8 @@ if __name__ == '__main__':
         # ---- end of boilerplate: log
         if extras and rank == 0 and step > warmup_steps and (entry['feature_std'] < 0.05 or entry['teacher_entropy'] > 0.99 * math.log(out_dim)):
             bar.write(f'step {step}: WARNING: the features are collapsing (feature_std {entry["feature_std"]:.3f}, teacher entropy '
-                      f'{entry["teacher_entropy"]:.3f} where ln K is {math.log(out_dim):.3f}, DINO loss {entry["dino"]:.3f}): try a lower --teacher_temp or --base_lr, or more --koleo_weight')
+                      f'{entry["teacher_entropy"]:.3f} where ln K is {math.log(out_dim):.3f}, DINO loss {entry["dino"]:.3f}): try a lower '
+                      '--teacher_temp or --base_lr, or more --koleo_weight')
 
         # ---- boilerplate: checkpoint, stop
         flag = torch.tensor(stop[0] if stop else 0, device=device)

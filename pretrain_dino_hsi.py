@@ -352,8 +352,8 @@ def koleo_loss(features, eps=1e-8):
     return -torch.log((x - x[nearest]).square().sum(1).add(eps).sqrt()).mean()
 
 
-def distillation_losses(outputs, cls_probs, patch_probs, mask):
-    """outputs of SelfDistillation, the teacher's targets (2B, K) and (M, K), mask (2B, N) -> dict of the three losses
+def distillation_losses(outputs, cls_probs, patch_probs, mask, koleo=True):
+    """outputs of SelfDistillation, the teacher's targets (2B, K) and (M, K), mask (2B, N) -> dict of the three losses (KoLeo 0 if not asked for)
 
     Each student crop is compared with the teacher's view of the *other* global crop (or both, for local crops): 2 + 2L pairs.
     """
@@ -363,7 +363,8 @@ def distillation_losses(outputs, cls_probs, patch_probs, mask):
     other = cls_probs.roll(B, 0)
     both = (cls_probs[:B] + cls_probs[B:]) / 2  # cross-entropy is linear in the target: two pairs for the price of one
     dino = (dino_loss(big, other) + L * dino_loss(small.reshape(L, B, -1), both)) / (1 + L)
-    return {'dino': dino, 'ibot': ibot_loss(patches, patch_probs, mask), 'koleo': sum(koleo_loss(half) for half in cls.chunk(2))}
+    spread = sum(koleo_loss(half) for half in cls.chunk(2)) if koleo else dino.new_zeros(())
+    return {'dino': dino, 'ibot': ibot_loss(patches, patch_probs, mask), 'koleo': spread}
 
 
 @torch.no_grad()
@@ -440,7 +441,8 @@ def make_crops(raw, boxes, turned, soften, u, meta, mean, matrix, img_size, loca
     out = []
     for views, size in ((range(2), img_size), (range(2, boxes.shape[1]), local_crops_size)):
         crops = [resized_crop(x, boxes[:, i], turned[:, i], size, soften[:, i].to(x.device)) for i in views]
-        out.append(torch.cat([augment_spectra(crop, u[:, i].to(x.device), field, mean, std, matrix, nm, **strengths) for i, crop in zip(views, crops)]))
+        out.append(torch.cat([augment_spectra(crop, u[:, i].to(x.device), field, mean, std, matrix, nm, **strengths)
+                              for i, crop in zip(views, crops)]))
     return out
 
 
@@ -483,9 +485,9 @@ def save_curves(path, log, out_dim):
     left.axhline(math.log(out_dim), color='gray', linestyle=':', label='ln K: nothing learned')
     left.set(xlabel='step', ylabel='cross-entropy')
     left.legend(fontsize=8)
-    for name, scale in {'teacher_entropy': math.log(out_dim), 'feature_std': 1, 'prototypes_used': out_dim}.items():
-        middle.plot([e['step'] for e in trained], [e[name] / scale for e in trained],
-                    label={1: name}.get(scale, f'{name} / {"ln K" if scale < 20 else "K"}'))
+    for name, scale, label in (('teacher_entropy', math.log(out_dim), 'teacher entropy / ln K'), ('feature_std', 1, 'feature std'),
+                               ('prototypes_used', out_dim, 'prototypes used / K')):
+        middle.plot([e['step'] for e in trained], [e[name] / scale for e in trained], label=label)
     middle.set(xlabel='step', ylabel='signs of collapse', ylim=(0, None))
     middle.legend(fontsize=8)
     probed = [e for e in log if 'probe_miou' in e]
@@ -556,7 +558,6 @@ if __name__ == '__main__':
     total_steps = max(1, round(epochs * windows / batch_size))
     warmup_steps = min(round(warmup_epochs * windows / batch_size), total_steps // 2)
     last_step = min(max_steps or total_steps, total_steps)
-
     warmup_temp_steps = round(warmup_teacher_temp_epochs * windows / batch_size)
     frozen_steps = round(freeze_last_layer_epochs * windows / batch_size)
 
@@ -579,7 +580,8 @@ if __name__ == '__main__':
         model.load_state_dict(resize_positions(weights, model.state_dict(), init_from), strict=True)
     parameters = sum(p.numel() for p in model.student.parameters())
     print0(f'{parameters:,} parameters, twice (student and teacher); {meta["num_bands"]} bands, 2 crops of {img_size} px and '
-           f'{local_crops_number} of {local_crops_size} px, patches of {patch_size} px, {encoder.num_groups} groups of {spectral_patch_size} bands, {fusion} fusion, {out_dim:,} prototypes; {windows} windows an epoch, '
+           f'{local_crops_number} of {local_crops_size} px, patches of {patch_size} px, {encoder.num_groups} groups of {spectral_patch_size} bands, '
+           f'{fusion} fusion, {out_dim:,} prototypes; {windows} windows an epoch, '
            f'{total_steps} steps of {batch_size}; {device}, {dtype}, {world} process(es); {out_dir}')
 
     # ---- optimizer
@@ -591,7 +593,8 @@ if __name__ == '__main__':
         tick = time.time()
         with autocast():
             crops = [torch.randn(n, meta['num_bands'], side, side) for n, side in ((2, img_size), (local_crops_number, local_crops_size))]
-            rows, masks = [torch.arange(len(crops[0]))] * 2, [torch.zeros(2, n, dtype=torch.bool) for n in ((img_size // patch_size) ** 2, encoder.num_groups)]
+            rows, counts = [torch.arange(2)] * 2, ((img_size // patch_size) ** 2, encoder.num_groups)
+            masks = [torch.zeros(2, n, dtype=torch.bool) for n in counts]
             model.teacher(crops[0], (None, None), rows)
             sum(out.float().mean() for stream in model(crops[0], masks, rows, crops[1]) for out in stream).backward()
         optimizer.zero_grad()
@@ -686,14 +689,16 @@ if __name__ == '__main__':
         for i, (big, masks, rows, small) in enumerate(pieces):
             with autocast():
                 outputs = net(big, masks, rows, small)
-            losses, spectral = (distillation_losses(out, *(probs[i] for probs in target), mask) for out, target, mask in zip(outputs, targets, masks))
+            losses, spectral = (distillation_losses(out, cls_probs[i], masked_probs[i], mask, koleo_weight > 0)
+                                for out, (cls_probs, masked_probs), mask in zip(outputs, targets, masks))
             loss = dino_weight * losses['dino'] + ibot_weight * losses['ibot'] + koleo_weight * losses['koleo']
             loss = loss + spectral_weight * (dino_weight * spectral['dino'] + ibot_weight * spectral['ibot'] + koleo_weight * spectral['koleo'])
             losses.update({f'{name}_spectral': value for name, value in spectral.items()})
             scaler.scale(loss / grad_accum).backward()
             total_loss += loss.detach() / grad_accum
         if (step + 1) % log_every == 0 or step + 1 == last_step:
-            extras = {**{name: value.detach() for name, value in losses.items()}, **collapse_watch(outputs[0][0], targets[0][0][-1]), 'teacher_temp': temp}
+            extras = {**{name: value.detach() for name, value in losses.items()}, **collapse_watch(outputs[0][0], targets[0][0][-1]),
+                      'teacher_temp': temp}
 
         # ---- boilerplate: clip and finite check
         scaler.unscale_(optimizer)
@@ -724,7 +729,8 @@ if __name__ == '__main__':
         # ---- end of boilerplate: log
         if extras and rank == 0 and step > warmup_steps and (entry['feature_std'] < 0.05 or entry['teacher_entropy'] > 0.99 * math.log(out_dim)):
             bar.write(f'step {step}: WARNING: the features are collapsing (feature_std {entry["feature_std"]:.3f}, teacher entropy '
-                      f'{entry["teacher_entropy"]:.3f} where ln K is {math.log(out_dim):.3f}, DINO loss {entry["dino"]:.3f}): try a lower --teacher_temp or --base_lr, or more --koleo_weight')
+                      f'{entry["teacher_entropy"]:.3f} where ln K is {math.log(out_dim):.3f}, DINO loss {entry["dino"]:.3f}): try a lower '
+                      '--teacher_temp or --base_lr, or more --koleo_weight')
 
         # ---- boilerplate: checkpoint, stop
         flag = torch.tensor(stop[0] if stop else 0, device=device)
