@@ -329,6 +329,7 @@ def test_all_crops_of_a_tile_lie_in_one_window(tmp_path):
     tiles = Tiles(str(tmp_path / 't'), 'tr')
     raw, boxes, turned, soften, u, _ = batch_of(pretrain_dino, tiles, blur=0.0)
     assert raw.shape[-1] == 16 and (soften == 1).all()
+    assert len({tuple(window[:, 0, 0].tolist()) for window in raw}) > 4  # and the windows move over the tile
     mean, matrix = standardization(tiles.meta)
     big, small = pretrain_dino.make_crops(raw, boxes, turned, soften, u, tiles.meta, mean, matrix, 16, 8, torch.zeros(2, 32, 32), {})
     assert big.shape == (16, 2, 16, 16) and small.shape == (24, 2, 8, 8)
