@@ -75,6 +75,7 @@ koleo_weight = 0.02  # of the loss that spreads cls features over the sphere; 0.
 mask_probability = 0.8  # share of the global crops that are masked; 0.5 in DINOv2
 mask_ratio_min = 0.3  # smallest share of masked patches; 0.1 in DINOv2, whose patches hold more
 mask_ratio_max = 0.7  # largest share of masked patches; 0.5 in DINOv2
+center_patches = True  # take the mean over an image's masked patches out of their targets: else "which window" is the easiest answer
 centering = 'sinkhorn'  # sinkhorn (Sinkhorn-Knopp, as SwAV) or softmax (subtract a running mean, DINO): either prevents collapse
 center_momentum = 0.9  # of that running mean
 warmup_teacher_temp = 0.04  # the teacher's softmax temperature at the start: the smaller, the more one-hot its targets
@@ -309,6 +310,17 @@ def teacher_probs(logits, temp, centering, center, center_momentum):
         dist.all_reduce(total)
     center.lerp_(total[:-1] / total[-1].clamp(min=1), 1 - center_momentum)
     return probs
+
+
+def remove_image_mean(logits, mask):
+    """Logits (M, K) of the masked patches less their mean over each image; mask (2B, N) with M True.
+
+    Ours. In a small scene all patches of a window can agree on saying which window they are in: Sinkhorn and iBOT are content, and the
+    features tell places instead of materials (docs/log.md). Without the mean, only differences inside an image are left to be said.
+    """
+    image = mask.nonzero()[:, 0]  # (M,) the image of each patch
+    total = logits.new_zeros(len(mask), logits.shape[1]).index_add(0, image, logits)
+    return logits - (total / mask.sum(1, keepdim=True).clamp(min=1))[image]
 
 
 def dino_loss(student_logits, teacher_probs, student_temp=0.1):
@@ -650,6 +662,8 @@ if __name__ == '__main__':
         # same of every image, the trivial solution, is not open to it
         with torch.no_grad(), autocast():
             logits = [model.teacher(big, None, rows)[1:] for big, _, rows, _ in pieces]
+            if center_patches:
+                logits = [(cls_logits, remove_image_mean(patch_logits, mask)) for (cls_logits, patch_logits), (_, mask, _, _) in zip(logits, pieces)]
         cls_probs, patch_probs = (teacher_probs(torch.cat(parts), temp, centering, center, center_momentum).split([len(p) for p in parts])
                                   for parts, center in zip(zip(*logits), (model.cls_center, model.patch_center)))
 

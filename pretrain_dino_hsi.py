@@ -78,6 +78,7 @@ koleo_weight = 0.02  # of the loss that spreads cls features over the sphere; 0.
 mask_probability = 0.8  # share of the global crops that are masked; 0.5 in DINOv2
 mask_ratio_min = 0.3  # smallest share of masked patches; 0.1 in DINOv2, whose patches hold more
 mask_ratio_max = 0.7  # largest share of masked patches; 0.5 in DINOv2
+center_patches = True  # take the mean over an image's masked patches out of their targets: else "which window" is the easiest answer
 spectral_weight = 0.3  # of all losses on the spectral stream, added to those on the spatial stream; at 1 the probe fell (docs/log.md)
 spectral_mask_ratio_min = 0.3  # smallest share of masked band groups: one run of neighbours, single bands are too easily guessed
 spectral_mask_ratio_max = 0.6  # largest share of masked band groups; masked with the same probability, drawn on its own
@@ -317,6 +318,17 @@ def teacher_probs(logits, temp, centering, center, center_momentum):
         dist.all_reduce(total)
     center.lerp_(total[:-1] / total[-1].clamp(min=1), 1 - center_momentum)
     return probs
+
+
+def remove_image_mean(logits, mask):
+    """Logits (M, K) of the masked patches less their mean over each image; mask (2B, N) with M True.
+
+    Ours. In a small scene all patches of a window can agree on saying which window they are in: Sinkhorn and iBOT are content, and the
+    features tell places instead of materials (docs/log.md). Without the mean, only differences inside an image are left to be said.
+    """
+    image = mask.nonzero()[:, 0]  # (M,) the image of each patch
+    total = logits.new_zeros(len(mask), logits.shape[1]).index_add(0, image, logits)
+    return logits - (total / mask.sum(1, keepdim=True).clamp(min=1))[image]
 
 
 def dino_loss(student_logits, teacher_probs, student_temp=0.1):
@@ -678,9 +690,11 @@ if __name__ == '__main__':
         # same of every image, the trivial solution, is not open to it
         with torch.no_grad(), autocast():
             logits = [model.teacher(big, (None, None), rows) for big, _, rows, _ in pieces]  # pieces x streams x (cls, its logits, masked)
+            logits = [[(out[1], remove_image_mean(out[2], mask) if center_patches else out[2]) for out, mask in zip(streams, masks)]
+                      for streams, (_, masks, _, _) in zip(logits, pieces)]
         targets = []
         for stream in range(2):
-            parts = [piece[stream][1:] for piece in logits]
+            parts = [piece[stream] for piece in logits]
             targets.append([teacher_probs(torch.cat(part), temp, centering, center[stream], center_momentum).split([len(p) for p in part])
                             for part, center in zip(zip(*parts), (model.cls_center, model.patch_center))])
 

@@ -59,8 +59,13 @@ def whole(scene_data, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('processes', [1, 2])
-@pytest.mark.parametrize('script', SCRIPTS)
+def slow_unless(fast, *args):
+    """A parameter set that only the full run takes: the same blocks are tested through other scripts in the fast one."""
+    return pytest.param(*args, marks=[] if args in fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize('script, processes', [slow_unless([(s, 1) for s in SCRIPTS] + [('segment.py', 2), ('pretrain_dino_hsi.py', 2)], script, n)
+                                               for script in SCRIPTS for n in (1, 2)])
 def test_12_steps_are_5_and_7_bit_for_bit(script, processes, scene_data, whole, tmp_path):
     reference = whole / script
     if processes == 2:
@@ -89,7 +94,8 @@ def test_two_processes_are_one(script, scene_data, tmp_path):
         assert reports[0]['confusion_matrix'] == reports[1]['confusion_matrix']
 
 
-@pytest.mark.parametrize('script, processes', [(script, 1) for script in SCRIPTS] + [('pretrain_mae.py', 2)])
+@pytest.mark.parametrize('script, processes', [slow_unless([('pretrain_dino_hsi.py', 1), ('segment.py', 1), ('pretrain_mae.py', 2)], script, n)
+                                               for script in SCRIPTS for n in (1, 2)])
 def test_sigterm_loses_nothing(script, processes, scene_data, whole, tmp_path):
     slow = tmp_path / 'slow'  # a copy of the script that sleeps in each step, so that the signal comes in mid-run
     os.makedirs(slow)
@@ -164,13 +170,21 @@ def test_a_directory_with_another_run_is_refused_and_resume_false_starts_beside_
     assert equal(before, weights(tmp_path / 'run')) and load_checkpoint(tmp_path / 'run-2' / 'last.pt')['step'] == 1
 
 
-@pytest.mark.parametrize('script', SCRIPTS)
-@pytest.mark.parametrize('flags, code, words', [
+MISTAKES = [
     (['--no_such_flag=1'], 2, 'unrecognized arguments'), (['--batch_siz=8'], 2, 'unrecognized'), (['--seed=one'], 2, 'invalid int'),
     (['--resume=maybe'], 2, 'invalid'), (['--size=huge'], 1, 'choose one of'), (['--data=nowhere'], 1, 'data.py tile'),
     (['--batch_size=7', '--grad_accum=2'], 1, 'does not divide'), (['--patch_size=5'], 1, '5'), (['--dtype=int8'], 1, 'choose auto'),
     (['--whiten=-1'], 1, 'choose 0'),
-])
+]
+DINO_MISTAKES = [(['--size=huge'], 1, 'choose one of'), (['--patch_size=5'], 1, '--patch_size=5'), (['--local_crops_number=0'], 1, 'at least 1'),
+                 (['--centering=none'], 1, 'choose one of'), (['--init_from=nowhere.pt'], 1, 'no such checkpoint'),
+                 (['--batch_size=1'], 1, '--koleo_weight=0')]
+
+
+@pytest.mark.parametrize('script, flags, code, words', [(script, *mistake) for script in ('pretrain_mae.py', 'segment.py') for mistake in MISTAKES]
+                         + [(script, *mistake) for script in PRETRAINERS[1:] for mistake in DINO_MISTAKES]
+                         + [('pretrain_dino_hsi.py', ['--fusion=both'], 1, 'choose'),
+                            ('pretrain_dino_hsi.py', ['--fusion=token', '--local_crops_size=4'], 1, '--local_crops_size=8')])
 def test_mistakes_are_told_in_a_sentence(script, flags, code, words, scene_data, tmp_path):
     if script == 'segment.py' and flags == ['--size=huge']:
         flags = ['--decoder=huge']
