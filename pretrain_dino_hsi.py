@@ -78,7 +78,6 @@ koleo_weight = 0.02  # of the loss that spreads cls features over the sphere; 0.
 mask_probability = 0.8  # share of the global crops that are masked; 0.5 in DINOv2
 mask_ratio_min = 0.3  # smallest share of masked patches; 0.1 in DINOv2, whose patches hold more
 mask_ratio_max = 0.7  # largest share of masked patches; 0.5 in DINOv2
-center_patches = True  # take the mean over an image's masked patches out of their targets: else "which window" is the easiest answer
 spectral_weight = 0.3  # of all losses on the spectral stream, added to those on the spatial stream; at 1 the probe fell (docs/log.md)
 spectral_mask_ratio_min = 0.3  # smallest share of masked band groups: one run of neighbours, single bands are too easily guessed
 spectral_mask_ratio_max = 0.6  # largest share of masked band groups; masked with the same probability, drawn on its own
@@ -320,17 +319,6 @@ def teacher_probs(logits, temp, centering, center, center_momentum):
     return probs
 
 
-def remove_image_mean(logits, mask):
-    """Logits (M, K) of the masked patches less their mean over each image; mask (2B, N) with M True.
-
-    Ours. In a small scene all patches of a window can agree on saying which window they are in: Sinkhorn and iBOT are content, and the
-    features tell places instead of materials (docs/log.md). Without the mean, only differences inside an image are left to be said.
-    """
-    image = mask.nonzero()[:, 0]  # (M,) the image of each patch
-    total = logits.new_zeros(len(mask), logits.shape[1]).index_add(0, image, logits)
-    return logits - (total / mask.sum(1, keepdim=True).clamp(min=1))[image]
-
-
 def dino_loss(student_logits, teacher_probs, student_temp=0.1):
     """Cross-entropy - sum_k p_k log softmax(s / 0.1)_k, mean over samples. (..., B, K) and (B, K) -> scalar"""
     return -(teacher_probs * F.log_softmax(student_logits.float() / student_temp, dim=-1)).sum(-1).mean()
@@ -380,12 +368,12 @@ def distillation_losses(outputs, cls_probs, patch_probs, mask, koleo=True):
 
 
 @torch.no_grad()
-def collapse_watch(cls, cls_probs):
-    """What to look at in the log: the entropy of a target (ln K = says nothing), the spread of cls features (0 = all the same, 1 = as
-    random vectors) and the number of prototypes that are the first choice for a crop of this process."""
+def collapse_watch(cls, cls_probs, patch_probs):
+    """What to look at in the log: the entropy of a target for a crop and for a patch (ln K = says nothing), the spread of cls features (0 = all
+    the same, 1 = as random vectors) and the number of prototypes that are the first choice for a crop of this process."""
     spread = F.normalize(cls.float(), dim=-1).std(0).mean() * math.sqrt(cls.shape[1])
-    entropy = -(cls_probs * cls_probs.clamp(min=1e-30).log()).sum(1).mean()
-    return {'teacher_entropy': entropy, 'feature_std': spread, 'prototypes_used': cls_probs.argmax(1).unique().numel()}
+    entropy, patch_entropy = (-(probs * probs.clamp(min=1e-30).log()).sum() / max(len(probs), 1) for probs in (cls_probs, patch_probs))
+    return {'teacher_entropy': entropy, 'patch_entropy': patch_entropy, 'feature_std': spread, 'prototypes_used': cls_probs.argmax(1).unique().numel()}
 
 
 # ============ method: crops and masks ============
@@ -497,7 +485,8 @@ def save_curves(path, log, out_dim):
     left.axhline(math.log(out_dim), color='gray', linestyle=':', label='ln K: nothing learned')
     left.set(xlabel='step', ylabel='cross-entropy')
     left.legend(fontsize=8)
-    for name, scale, label in (('teacher_entropy', math.log(out_dim), 'teacher entropy / ln K'), ('feature_std', 1, 'feature std'),
+    for name, scale, label in (('teacher_entropy', math.log(out_dim), 'teacher entropy / ln K'),
+                               ('patch_entropy', math.log(out_dim), 'its entropy for patches / ln K'), ('feature_std', 1, 'feature std'),
                                ('prototypes_used', out_dim, 'prototypes used / K')):
         middle.plot([e['step'] for e in trained], [e[name] / scale for e in trained], label=label)
     middle.set(xlabel='step', ylabel='signs of collapse', ylim=(0, None))
@@ -647,7 +636,7 @@ if __name__ == '__main__':
                              num_groups=encoder.num_groups, spectral_mask_ratio_min=spectral_mask_ratio_min,
                              spectral_mask_ratio_max=spectral_mask_ratio_max, seed=seed)
     strengths = dict(gain=gain, offset=offset, tilt=tilt, noise=noise, band_dropout=band_dropout, jitter=jitter, solarize=solarize)
-    batch = draw(step)
+    batch, collapsed = draw(step), False
     bar = tqdm(total=last_step, initial=step, disable=rank > 0, unit='step', dynamic_ncols=True)
     while step <= last_step:
         # ---- evaluate: the teacher's encoder as it is now, before the step; at step 0 it is the random encoder
@@ -690,11 +679,9 @@ if __name__ == '__main__':
         # same of every image, the trivial solution, is not open to it
         with torch.no_grad(), autocast():
             logits = [model.teacher(big, (None, None), rows) for big, _, rows, _ in pieces]  # pieces x streams x (cls, its logits, masked)
-            logits = [[(out[1], remove_image_mean(out[2], mask) if center_patches else out[2]) for out, mask in zip(streams, masks)]
-                      for streams, (_, masks, _, _) in zip(logits, pieces)]
         targets = []
         for stream in range(2):
-            parts = [piece[stream] for piece in logits]
+            parts = [piece[stream][1:] for piece in logits]
             targets.append([teacher_probs(torch.cat(part), temp, centering, center[stream], center_momentum).split([len(p) for p in part])
                             for part, center in zip(zip(*parts), (model.cls_center, model.patch_center))])
 
@@ -711,7 +698,7 @@ if __name__ == '__main__':
             scaler.scale(loss / grad_accum).backward()
             total_loss += loss.detach() / grad_accum
         if (step + 1) % log_every == 0 or step + 1 == last_step:
-            extras = {**{name: value.detach() for name, value in losses.items()}, **collapse_watch(outputs[0][0], targets[0][0][-1]),
+            extras = {**{name: value.detach() for name, value in losses.items()}, **collapse_watch(outputs[0][0], targets[0][0][-1], targets[0][1][-1]),
                       'teacher_temp': temp}
 
         # ---- boilerplate: clip and finite check
@@ -741,9 +728,11 @@ if __name__ == '__main__':
                 append_line(log_path, entry)
             bar.set_postfix(loss=f'{entry["loss"]:.4f}', tiles_per_s=round(batch_size * (step - first_step) / entry['seconds']))
         # ---- end of boilerplate: log
-        if extras and rank == 0 and step > warmup_steps and (entry['feature_std'] < 0.05 or entry['teacher_entropy'] > 0.99 * math.log(out_dim)):
+        if extras and rank == 0 and step > warmup_steps and not collapsed and (
+                entry['feature_std'] < 0.05 or max(entry['teacher_entropy'], entry['patch_entropy']) > 0.99 * math.log(out_dim)):
+            collapsed = True  # say it once
             bar.write(f'step {step}: WARNING: the features are collapsing (feature_std {entry["feature_std"]:.3f}, teacher entropy '
-                      f'{entry["teacher_entropy"]:.3f} where ln K is {math.log(out_dim):.3f}, DINO loss {entry["dino"]:.3f}): try a lower '
+                      f'{entry["teacher_entropy"]:.3f} (crops) and {entry["patch_entropy"]:.3f} (patches) where ln K is {math.log(out_dim):.3f}, DINO loss {entry["dino"]:.3f}): try a lower '
                       '--teacher_temp or --base_lr, or more --koleo_weight')
 
         # ---- boilerplate: checkpoint, stop
