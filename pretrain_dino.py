@@ -426,6 +426,7 @@ def make_crops(raw, boxes, turned, soften, u, meta, mean, matrix, img_size, loca
     return out
 
 
+# Copied from pretrain_mae.py
 @torch.no_grad()
 def probe(features, train, val, probe_tiles, device):
     """mIoU on val of a closed-form linear classifier on `features` (raw images -> maps), fitted on tr."""

@@ -280,6 +280,7 @@ class SelfDistillation(nn.Module):
 
 # ============ method: targets and losses ============
 
+# Copied from pretrain_dino.py
 def total_logsumexp(x):
     """log sum exp over the rows (B) of x (B, K) on all processes together -> (1, K)"""
     value = torch.logsumexp(x, dim=0, keepdim=True)
@@ -292,6 +293,7 @@ def total_logsumexp(x):
     return value
 
 
+# Copied from pretrain_dino.py
 @torch.no_grad()
 def sinkhorn_knopp(logits, temp, n_iterations=3):
     """Targets whose prototypes are used equally often (Cuturi 2013; SwAV, arXiv 2006.09882).
@@ -306,6 +308,7 @@ def sinkhorn_knopp(logits, temp, n_iterations=3):
     return log_q.exp()
 
 
+# Copied from pretrain_dino.py
 @torch.no_grad()
 def teacher_probs(logits, temp, centering, center, center_momentum):
     """Targets (B, K) from the teacher's logits (B, K); softmax centring also moves its `center` (K,)."""
@@ -319,11 +322,13 @@ def teacher_probs(logits, temp, centering, center, center_momentum):
     return probs
 
 
+# Copied from pretrain_dino.py
 def dino_loss(student_logits, teacher_probs, student_temp=0.1):
     """Cross-entropy - sum_k p_k log softmax(s / 0.1)_k, mean over samples. (..., B, K) and (B, K) -> scalar"""
     return -(teacher_probs * F.log_softmax(student_logits.float() / student_temp, dim=-1)).sum(-1).mean()
 
 
+# Copied from pretrain_dino.py
 def ibot_loss(student_logits, teacher_probs, mask, student_temp=0.1):
     """The same on masked patches (iBOT, arXiv 2111.07832): (M, K), (M, K), mask (B, N) with M True -> scalar.
 
@@ -334,6 +339,7 @@ def ibot_loss(student_logits, teacher_probs, mask, student_temp=0.1):
     return (loss * weight).sum() / len(mask)
 
 
+# Copied from pretrain_dino.py
 def koleo_loss(features, eps=1e-8):
     """Minus the mean log distance to the nearest neighbour on the sphere (Sablayrolles et al. 2019, arXiv 1806.03198): spreads features.
 
@@ -352,6 +358,7 @@ def koleo_loss(features, eps=1e-8):
     return -torch.log((x - x[nearest]).square().sum(1).add(eps).sqrt()).mean()
 
 
+# Copied from pretrain_dino.py
 def distillation_losses(outputs, cls_probs, patch_probs, mask, koleo=True):
     """outputs of SelfDistillation, the teacher's targets (2B, K) and (M, K), mask (2B, N) -> dict of the three losses (KoLeo 0 if not asked for)
 
@@ -367,6 +374,7 @@ def distillation_losses(outputs, cls_probs, patch_probs, mask, koleo=True):
     return {'dino': dino, 'ibot': ibot_loss(patches, patch_probs, mask), 'koleo': spread}
 
 
+# Copied from pretrain_dino.py
 @torch.no_grad()
 def collapse_watch(cls, cls_probs, patch_probs):
     """What to look at in the log: the entropy of a target for a crop and for a patch (ln K = says nothing), the spread of cls features (0 = all
@@ -378,6 +386,7 @@ def collapse_watch(cls, cls_probs, patch_probs):
 
 # ============ method: crops and masks ============
 
+# Copied from pretrain_dino.py
 def block_masks(n, h, w, probability, ratio_min, ratio_max, rng):
     """Masks of rectangles (BEiT, arXiv 2106.08254) -> (n, h*w) bool, True = masked; about `probability` of the n samples get one,
     with shares of patches spread evenly over ratio_min..ratio_max."""
@@ -434,6 +443,7 @@ def get_batch(train, step, *, rank, world, img_size, patch_size, batch_size, glo
     return images, boxes[mine], turned[mine], soften[mine], u[mine, :, 2:], masks[mine], spectral_masks[mine]
 
 
+# Copied from pretrain_dino.py
 def make_crops(raw, boxes, turned, soften, u, meta, mean, matrix, img_size, local_crops_size, field, strengths):
     """Raw windows (B, C, S, S) and the draws of get_batch -> global crops (2B, C, img_size, img_size), local crops (L * B, C, s, s)"""
     x = center_valid(raw, mean, meta['nodata'])
@@ -446,6 +456,7 @@ def make_crops(raw, boxes, turned, soften, u, meta, mean, matrix, img_size, loca
     return out
 
 
+# Copied from pretrain_dino.py
 @torch.no_grad()
 def probe(features, train, val, probe_tiles, device):
     """mIoU on val of a closed-form linear classifier on `features` (raw images -> maps), fitted on tr."""
@@ -453,6 +464,7 @@ def probe(features, train, val, probe_tiles, device):
     return ridge_probe(*pixels[0], *pixels[1], train.meta['num_classes'])['miou']
 
 
+# Copied from pretrain_dino.py
 @torch.no_grad()
 def save_features(path, encoder, raw, prepare, meta):
     """Four tiles in false colour, and the three leading principal components of the teacher's patch features as red, green, blue."""
@@ -475,6 +487,7 @@ def save_features(path, encoder, raw, prepare, meta):
     save_figure(figure, path)
 
 
+# Copied from pretrain_dino.py
 def save_curves(path, log, out_dim):
     """Losses, signs of collapse, and the probe over the steps, with the floors and the random encoder (the probe at step 0) as lines."""
     figure = Figure(figsize=(13, 3.6), layout='constrained')

@@ -30,6 +30,19 @@ def test_boilerplate_is_the_same_text_in_every_script():
             assert text == first[block], f'{name}: the block "{block}" differs from {SCRIPTS[0]}\'s: make them the same again'
 
 
+def function(text, name):
+    """The text of a top-level function, without what follows it."""
+    found = re.search(rf'^def {name}\(.*?(?=^[^\s)]|\Z)', text, re.S | re.M)
+    return found and re.sub(r'\n#.*', '', found[0]).strip()
+
+
+def test_copied_functions_are_the_same_text_as_their_source():
+    copies = [(name, *copy) for name in SCRIPTS for copy in re.findall(r'^# Copied from (\w+\.py)\n(?:@.*\n)?def (\w+)', read(name), re.M)]
+    assert len(copies) >= 10
+    for name, source, copied in copies:
+        assert function(read(name), copied) == function(read(source), copied), f'{name}: {copied} differs from {source}\'s: make them the same again'
+
+
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_every_constant_explains_itself_and_has_a_plain_type(name):
     head = read(name).split('# ---- boilerplate: overrides')[0]
