@@ -767,4 +767,5 @@ if __name__ == '__main__':
     bar.close()
     print0(f'done: {step} steps in {time.time() - started:.0f} s; encoder in {last_path}; next: python segment.py --encoder={last_path}')
     if world > 1:
+        dist.barrier()  # rank 0 may still be at its last pictures: leave together
         dist.destroy_process_group()

@@ -575,4 +575,5 @@ if __name__ == '__main__':
             if {k: str(v) for k, v in row.items()} not in known:  # a finished run, run again, reports again but adds no row
                 writer.writerow(row)
     if world > 1:
+        dist.barrier()  # rank 0 may still be at its last pictures: leave together
         dist.destroy_process_group()

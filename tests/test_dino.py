@@ -140,6 +140,8 @@ weight.grad /= world  # as DDP does
 center = torch.zeros(40)
 script.teacher_probs(logits[uneven], 0.05, 'softmax', center, 0.9)
 torch.save([probs, loss.detach(), weight.grad, center], sys.argv[2] + str(rank))
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
