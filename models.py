@@ -40,18 +40,26 @@ def unpatchify(patches, patch_size, h, w):
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, h * P, w * P)
 
 
+def sincos_encoding(values, dim):
+    """values (G,), e.g. wavelengths in units of 10 nm -> (1, G, dim): sine and cosine at geometric frequencies (Vaswani et al. 2017)"""
+    omega = 1 / 10000 ** (torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angle = torch.as_tensor(values, dtype=torch.float64)[:, None] * omega
+    return torch.cat([angle.sin(), angle.cos()], dim=1)[None].float()
+
+
 def sincos_positions(dim, h, w):
-    """Fixed 2-d sine-cosine table (1, h*w, dim): half the channels code the column, half the row (MAE; Vaswani et al. 2017)."""
+    """Fixed 2-d sine-cosine table (1, h*w, dim): half the channels code the column, half the row (MAE)."""
     if dim % 4:
         raise UserError(f'sine-cosine positions need a width that is a multiple of 4, not {dim}')
-    omega = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing='ij')
+    return torch.cat([sincos_encoding(cols.flatten(), dim // 2), sincos_encoding(rows.flatten(), dim // 2)], dim=2)  # (1, h*w, dim)
 
-    def encode(position):  # (N,) -> (N, dim / 2)
-        angle = position[:, None] * omega[None]
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
 
-    rows, cols = torch.meshgrid(torch.arange(h).double(), torch.arange(w).double(), indexing='ij')
-    return torch.cat([encode(cols.flatten()), encode(rows.flatten())], dim=1)[None].float()  # (1, h*w, dim)
+def interpolate_positions(table, h, w):
+    """Position table of a square grid (1, N, D) -> of an h x w grid (1, h*w, D), bicubic"""
+    side = math.isqrt(table.shape[1])
+    table = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    return F.interpolate(table.float(), size=(h, w), mode='bicubic').flatten(2).transpose(1, 2)
 
 
 class PatchEmbed(nn.Module):
@@ -219,8 +227,12 @@ class ViT(nn.Module):
         side = math.isqrt(table.shape[1])
         if (h, w) == (side, side):
             return table
-        table = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        return F.interpolate(table.float(), size=(h, w), mode='bicubic').flatten(2).transpose(1, 2)
+        return interpolate_positions(table, h, w)
+
+    def add_prefix(self, cls, tokens):
+        """cls (1, 1, D), tokens (B, N, D) -> [cls, registers, tokens] (B, T, D)"""
+        prefix = [cls] if self.register_tokens is None else [cls, self.register_tokens]
+        return torch.cat([token.expand(len(tokens), -1, -1) for token in prefix] + [tokens], dim=1)
 
     def embed(self, x, mask=None):
         """x (B, C, H, W), mask (B, N) True = replaced by the mask token -> tokens (B, T, D) before the first block"""
@@ -231,10 +243,7 @@ class ViT(nn.Module):
         if mask is not None:
             tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
         tokens = tokens + self.positions(H // self.patch_size, W // self.patch_size)
-        prefix = [(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)]
-        if self.register_tokens is not None:
-            prefix.append(self.register_tokens.expand(B, -1, -1))
-        return torch.cat(prefix + [tokens], dim=1)  # (B, T, D)
+        return self.add_prefix(self.cls_token + self.pos_embed[:, :1], tokens)  # (B, T, D)
 
     def forward(self, x, mask=None):
         """x (B, C, H, W) standardised, mask (B, N) bool or None -> normalised tokens (B, 1 + R + N, D)"""
@@ -257,13 +266,6 @@ class ViT(nn.Module):
 
 
 # ============ spatial-spectral Vision Transformer ============
-
-def sincos_encoding(values, dim):
-    """values (G,), e.g. wavelengths in units of 10 nm -> (1, G, dim): sine and cosine at geometric frequencies (Vaswani et al. 2017)"""
-    omega = 1 / 10000 ** (torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
-    angle = torch.as_tensor(values, dtype=torch.float64)[:, None] * omega
-    return torch.cat([angle.sin(), angle.cos()], dim=1)[None].float()
-
 
 class SpatialSpectralViT(ViT):
     """A ViT with a second stream whose tokens are groups of neighbouring bands; the streams are fused after each block.
@@ -314,9 +316,11 @@ class SpatialSpectralViT(ViT):
 
         for module in (self.spectral_blocks, self.spectral_embed):
             module.apply(init_linear)
-        self.fuse_scale = 0.1  # slows these layers down: AdamW moves a weight by lr whatever its gradient, and what is added to all tokens
-        for parameter in self.fuse.parameters():  # alike soon drowns what tells them apart (the probe fell by 4 points without)
+        for parameter in self.fuse.parameters():
             nn.init.zeros_(parameter)  # the streams start apart and learn what to take from each other
+        # Fusion is slowed down: AdamW moves a weight by lr whatever its gradient, and what is added to all tokens alike soon drowns what
+        # tells them apart (the probe fell by 4 points without).
+        self.fuse_scale = 0.1
         nn.init.normal_(self.spectral_cls_token, std=0.02)
 
     def embed_spectra(self, x, mask=None):
@@ -339,10 +343,7 @@ class SpatialSpectralViT(ViT):
         tokens, cls = tokens + self.wavelength_code, self.spectral_cls_token
         if self.spectral_pos_embed is not None:
             tokens, cls = tokens + self.spectral_pos_embed[:, 1:], cls + self.spectral_pos_embed[:, :1]
-        prefix = [cls.expand(B, -1, -1)]
-        if self.register_tokens is not None:
-            prefix.append(self.register_tokens.expand(B, -1, -1))
-        return torch.cat(prefix + [tokens], dim=1)
+        return self.add_prefix(cls, tokens)
 
     def run_blocks(self, x, mask=None, spectral_mask=None):
         """Yields the two streams after each block and its fusion: spatial (B, T, D), spectral (B, 1 + R + G, D)"""
@@ -351,15 +352,13 @@ class SpatialSpectralViT(ViT):
         for i, (block, spectral_block) in enumerate(zip(self.blocks, self.spectral_blocks)):
             spatial, spectral = block(spatial), spectral_block(spectral)
             if self.fusion == 'token':
-                both = torch.cat([spatial, spectral], dim=1)  # (B, T + 1 + R + G, D)
-            to_spatial, to_spectral = self.fuse['spatial' + local][i], self.fuse['spectral' + local][i]
-            if self.fusion == 'token':
-                to_spatial, to_spectral = to_spatial(both), to_spectral(both)
-            else:
-                means = spatial.mean(1, keepdim=True), spectral.mean(1, keepdim=True)  # (B, 1, D) each
-                to_spatial = to_spatial(torch.cat([spatial, means[1].expand_as(spatial)], dim=2))
-                to_spectral = to_spectral(torch.cat([spectral, means[0].expand_as(spectral)], dim=2))
-            spatial, spectral = spatial + self.fuse_scale * to_spatial, spectral + self.fuse_scale * to_spectral
+                for_spatial = for_spectral = torch.cat([spatial, spectral], dim=1)  # (B, T + 1 + R + G, D)
+            else:  # each token with the other stream's mean: (B, T, 2D) and (B, 1 + R + G, 2D)
+                spatial_mean, spectral_mean = spatial.mean(1, keepdim=True), spectral.mean(1, keepdim=True)  # (B, 1, D)
+                for_spatial = torch.cat([spatial, spectral_mean.expand_as(spatial)], dim=2)
+                for_spectral = torch.cat([spectral, spatial_mean.expand_as(spectral)], dim=2)
+            spatial = spatial + self.fuse_scale * self.fuse['spatial' + local][i](for_spatial)
+            spectral = spectral + self.fuse_scale * self.fuse['spectral' + local][i](for_spectral)
             yield spatial, spectral
 
     def forward(self, x, mask=None, spectral_mask=None):
@@ -580,10 +579,8 @@ def resize_positions(weights, like, path):
     weights = dict(weights)
     for name, table in weights.items():
         if name in like and name.endswith('pos_embed') and table.shape[1] != like[name].shape[1]:
-            old, new = math.isqrt(table.shape[1] - 1), math.isqrt(like[name].shape[1] - 1)
-            grid = table[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-            grid = F.interpolate(grid, size=(new, new), mode='bicubic').flatten(2).transpose(1, 2)
-            weights[name] = torch.cat([table[:, :1], grid], dim=1)
+            side = math.isqrt(like[name].shape[1] - 1)
+            weights[name] = torch.cat([table[:, :1], interpolate_positions(table[:, 1:], side, side)], dim=1)
     wrong = sorted(set(weights) ^ set(like)) or sorted(name for name in like if like[name].shape != weights[name].shape)
     if wrong:
         raise UserError(f'{path}: does not fit this network: {len(wrong)} tensors differ ({", ".join(wrong[:4])} ...): pass the --size, '

@@ -234,22 +234,21 @@ class Branch(nn.Module):
         super().__init__()
         self.encoder, self.head, self.patch_head = encoder, head, patch_head
 
+    def project(self, tokens, rows):
+        """tokens (B, T, D) of one stream, rows (M,) -> cls (B, D), its logits (B, K), logits of the masked tokens (M, K)"""
+        cls = tokens[:, 0]
+        if rows is None:
+            return cls, self.head(cls), None
+        masked = tokens[:, self.encoder.num_prefix_tokens:].flatten(0, 1).index_select(0, rows)  # (M, D)
+        if self.patch_head is not None:
+            return cls, self.head(cls), self.patch_head(masked)
+        logits = self.head(torch.cat([cls, masked]))
+        return cls, logits[:len(cls)], logits[len(cls):]
+
     def forward(self, x, masks=(None, None), rows=(None, None)):
         """x (B, C, H, W); for the spatial and the spectral stream mask (B, N) True = masked, rows (M,) numbers of the masked tokens among
-        all B * N -> for each stream cls (B, D), its logits (B, K), logits of the masked tokens (M, K): only those go through the head"""
-        out = []
-        for tokens, row in zip(self.encoder(x, *masks), rows):
-            cls = tokens[:, 0]
-            if row is None:
-                out.append((cls, self.head(cls), None))
-                continue
-            masked = tokens[:, self.encoder.num_prefix_tokens:].flatten(0, 1).index_select(0, row)  # (M, D)
-            if self.patch_head is not None:
-                out.append((cls, self.head(cls), self.patch_head(masked)))
-                continue
-            logits = self.head(torch.cat([cls, masked]))
-            out.append((cls, logits[:len(cls)], logits[len(cls):]))
-        return out
+        all B * N -> for each stream cls, its logits and those of the masked tokens, see project(): only those go through the head"""
+        return [self.project(tokens, row) for tokens, row in zip(self.encoder(x, *masks), rows)]
 
 
 class SelfDistillation(nn.Module):
@@ -678,7 +677,7 @@ if __name__ == '__main__':
         temp = warmup_teacher_temp + (teacher_temp - warmup_teacher_temp) * min(1, step / max(1, warmup_temp_steps))
 
         # ---- method: crops
-        field = torch.randn(meta['num_bands'], 2 * img_size, 2 * img_size, generator=torch.Generator().manual_seed(step)).to(device)
+        field = torch.randn(meta['num_bands'], 2 * img_size, 2 * img_size, generator=torch.Generator().manual_seed(seed * 1_000_003 + step)).to(device)
         pieces = []
         for raw, boxes, turned, soften, u, *masks in zip(*(t.chunk(grad_accum) for t in batch)):
             big, small = make_crops(raw.to(device, non_blocking=True), boxes, turned, soften, u, meta, mean, matrix, img_size, local_crops_size,

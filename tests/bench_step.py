@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,7 +34,7 @@ def make_step(dtype, batch):
     model = pretrain_dino.SelfDistillation(student, 65_536).train()
     optimizer = torch.optim.AdamW(pretrain_dino.parameter_groups(model, 0.04), lr=1e-4, fused=True)
     big, small = torch.randn(2 * batch, 32, 64, 64), torch.randn(8 * batch, 32, 32, 32)
-    mask = pretrain_dino.block_masks(2 * batch, 8, 8, 0.5, 0.1, 0.5, __import__('numpy').random.default_rng(0))
+    mask = pretrain_dino.block_masks(2 * batch, 8, 8, 0.5, 0.1, 0.5, np.random.default_rng(0))
     rows = mask.flatten().nonzero()[:, 0]
 
     def step():
