@@ -9,12 +9,14 @@ A tile directory holds {tr,val,ts}_images.npy (N, C, S, S) in the sensor's own t
 (0 = unlabelled, classes from 1) and meta.json. Everything after that is memory-mapped: no worker processes, no file formats.
 """
 import argparse
+import csv
 import hashlib
 import itertools
 import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 from typing import NamedTuple
@@ -89,13 +91,15 @@ class Scene(NamedTuple):
     wavelengths_nm: list          # of length C; or None
     nodata: float                 # value that marks missing pixels; or None. NaN always does
     class_names: list             # names of classes 1, 2, ...; or None
+    geotags: tuple = ()           # GeoTIFF tags (code, type, count, value) that place it on the earth; () = none
 
 
-def read_scene(path, labels=''):
+def read_scene(path, labels='', mmap=False):
     """Read a scene: .tif (axes as the file states them), .npz / .npy / .mat ((H, W, C), the habit of the field) or ENVI .hdr.
 
     An .npz holds `cube` and, if known, `labels`, `wavelengths_nm`, `class_names`, `nodata`; a .mat its largest 3-d array and a
-    2-d integer array of the same H x W. `labels` names a second file of labels. Raises UserError naming the file.
+    2-d integer array of the same H x W. `labels` names a second file of labels. With `mmap`, .tif and .npy stay on disk (compressed .tif are
+    unpacked into a temporary file) unless their type has to be converted. Raises UserError naming the file.
     """
     if not os.path.isfile(path):
         raise UserError(f'{path}: there is no such file: check the path')
@@ -106,7 +110,7 @@ def read_scene(path, labels=''):
     if ending not in readers:
         raise UserError(f'{path}: files of type "{ending}" are not read: convert it to one of {", ".join(readers)}')
     try:
-        scene = readers[ending](path)
+        scene = readers[ending](path, mmap) if ending in ('.tif', '.tiff', '.npy') else readers[ending](path)
     except UserError:
         raise
     except ImportError as error:
@@ -152,7 +156,10 @@ def checked_labels(labels, path):
     return labels.astype(np.uint8)
 
 
-def read_tiff(path):
+GEOTAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # pixel scale, tie points, transformation; keys, their numbers and their texts
+
+
+def read_tiff(path, mmap=False):
     import tifffile
     logging.getLogger('tifffile').setLevel(logging.CRITICAL)  # its warnings come back as our own sentences
     with tifffile.TiffFile(path) as tif:
@@ -164,7 +171,7 @@ def read_tiff(path):
             if page is not None and max(map(sum, zip(page.dataoffsets, page.databytecounts)), default=0) > os.path.getsize(path):
                 raise UserError(f'{path}: the file is truncated: copy it again')
         try:
-            image = series.asarray()
+            image = series.asarray(out='memmap' if mmap else None)
         except ValueError as error:
             if 'imagecodecs' not in str(error):
                 raise
@@ -172,6 +179,8 @@ def read_tiff(path):
                             'pip install imagecodecs') from None
         tag = series.keyframe.tags.get(42113)  # GDAL_NODATA
         nodata = float(tag.value) if tag else None
+        tags = [series.keyframe.tags[code] for code in GEOTAGS if code in series.keyframe.tags]
+        geotags = tuple((tag.code, int(tag.dtype), tag.count, tag.value) for tag in tags)
     axes, shape = series.axes, image.shape
     if image.ndim == 2:
         axes, image = 'S' + axes, image[None]
@@ -180,11 +189,11 @@ def read_tiff(path):
     bands = axes.index(next(letter for letter in axes if letter not in 'YX'))
     if axes[bands] == 'Q':  # written without a stated meaning, as numpy arrays are: the odd one of three sides is the bands'
         bands = next((i for i in range(3) if shape.count(shape[i]) == 1 and len(set(shape)) == 2), int(np.argmin(shape)))
-    return Scene(np.moveaxis(image, bands, 0), None, None, None if nodata is None or math.isnan(nodata) else nodata, None)
+    return Scene(np.moveaxis(image, bands, 0), None, None, None if nodata is None or math.isnan(nodata) else nodata, None, geotags)
 
 
-def read_numpy(path):
-    loaded = np.load(path, allow_pickle=False)
+def read_numpy(path, mmap=False):
+    loaded = np.load(path, allow_pickle=False, mmap_mode='r' if mmap else None)
     if isinstance(loaded, np.ndarray):
         loaded = {'cube': loaded}
     if 'cube' not in loaded and 'labels' in loaded:
@@ -549,9 +558,10 @@ def make_meta(progress, skipped, args, is_folder):
 # ============ tiles in, batches out ============
 
 class Tiles:
-    """One split of a tile directory: `.images` (N, C, S, S) and `.labels` (N, S, S) or None, memory-mapped; `.meta` of meta.json."""
+    """One split of a tile directory: `.images` (N, C, S, S) and `.labels` (N, S, S) or None, memory-mapped; `.meta` of meta.json.
+    With a `label_share` below 1 the labels are those of keep_label_share(), in memory."""
 
-    def __init__(self, directory, split, pin_memory=False):
+    def __init__(self, directory, split, pin_memory=False, label_share=1.0, seed=0):
         meta_path = os.path.join(directory, 'meta.json')
         if not os.path.exists(meta_path):
             half_made = os.path.join(directory, 'progress.json')
@@ -565,6 +575,8 @@ class Tiles:
         self.images = self._open('images', (count, self.meta['num_bands'], size, size))
         has_labels = os.path.exists(os.path.join(directory, f'{split}_labels.npy'))
         self.labels = self._open('labels', (count, size, size)) if has_labels else None
+        if has_labels and label_share < 1:
+            self.labels = keep_label_share(self.labels, self.meta['tiles'][split], label_share, seed)
         self._buffers, self._turn = {}, 0
 
     def _open(self, kind, shape):
@@ -608,6 +620,27 @@ class Tiles:
                     buffer[i] = source[ids[i], ..., row:row + size, col:col + size]
             out.append(self._buffers[key])
         return tuple(out)
+
+
+def keep_label_share(labels, places, share, seed):
+    """Labels (N, S, S), places (N, 3) = scene, row, column of each tile -> the same with only `share` of the labelled pixels, drawn at random by
+    (seed, scene, row, column): where tiles overlap, a pixel is kept in all of them or in none. Each class keeps one pixel at least."""
+    labels, S = np.array(labels), labels.shape[-1]
+
+    def draws(scene, top, left):  # one number in 0..1 for each pixel of a scene, by mixing its coordinates (splitmix64)
+        x = np.uint64(seed * 1_000_003 + scene) << np.uint64(40)
+        x = x + (np.arange(top, top + S, dtype=np.uint64)[:, None] << np.uint64(20)) + np.arange(left, left + S, dtype=np.uint64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+        return x / 2.0 ** 64
+
+    limit = np.ones(256)
+    for tile, place in zip(labels, places):
+        np.minimum.at(limit, tile, draws(*place))
+    limit = limit.clip(min=share)
+    for tile, place in zip(labels, places):
+        tile[draws(*place) > limit[tile]] = 0
+    return labels
 
 
 def epoch_ids(num_tiles, batch_size, step, seed):
@@ -831,14 +864,15 @@ def spectrum_features(meta, windows, device='cpu'):
 FLOORS = {'pixel': (1,), 'window': (1, 3, 5, 9)}
 
 
-def floors(directory, split='ts'):
+def floors(directory, split='ts', label_share=1.0, seed=0):
     """What a network must beat on `split`: majority class, chance, and logistic regression on the pixel's spectrum and on spectra
-    averaged over windows of 1, 3, 5 and 9 px. Fitted on 'tr', kept in floors.json. -> dict name -> scores()"""
+    averaged over windows of 1, 3, 5 and 9 px. Fitted on 'tr' (see Tiles for `label_share`), kept in floors.json. -> dict name -> scores()"""
     path = os.path.join(directory, 'floors.json')
     known = json.load(open(path)) if os.path.exists(path) else {}
-    if split in known:
-        return known[split]
-    train, test = Tiles(directory, 'tr'), Tiles(directory, split)
+    key = split if label_share == 1 else f'{split}, {label_share:g} of the labels, seed {seed}'
+    if key in known:
+        return known[key]
+    train, test = Tiles(directory, 'tr', label_share=label_share, seed=seed), Tiles(directory, split)
     num_classes, result = train.meta['num_classes'], {}
     for name, windows in FLOORS.items():
         features = spectrum_features(train.meta, windows)
@@ -850,7 +884,7 @@ def floors(directory, split='ts'):
             result['chance'] = scores(counts[:, None].expand(-1, num_classes) / num_classes)
         result[name] = logistic_probe(train_x, train_y, test_x, test_y, num_classes)
     try:
-        write_json(path, {**known, split: result})
+        write_json(path, {**known, key: result})
     except OSError:
         pass  # a read-only data set: computed again next time
     return result
@@ -862,6 +896,128 @@ def print_scores(rows):
     for name, r in rows.items():
         print(f'{name:24s}{100 * r["oa"]:7.1f}{100 * r["mean_acc"]:10.1f}{100 * r["miou"]:7.1f}{100 * r["miou_all"]:10.1f}'
               f'{r["kappa"]:8.3f}{100 * r["mean_f1"]:9.1f}')
+
+
+def append_row(path, row):
+    """Add `row` (dict) to a .csv table unless it is there already; columns it does not know yet are added at the end."""
+    rows = list(csv.DictReader(open(path, newline=''))) if os.path.exists(path) else []
+    row = {name: str(value) for name, value in row.items()}
+    if row in rows:
+        return
+    columns = list(dict.fromkeys(name for known in [*rows, row] for name in known))
+    with open(path + '.tmp', 'w', newline='') as file:
+        writer = csv.DictWriter(file, columns, restval='')
+        writer.writeheader()
+        writer.writerows([*rows, row])
+    os.replace(path + '.tmp', path)
+
+
+def print_table(path):
+    """The rows of results.csv as a table: one line for each method, mean and standard deviation (n - 1) over its seeds, floors below."""
+    if not os.path.exists(path):
+        raise UserError(f'{path}: there are no results yet: run segment.py or baseline_deeplab.py first')
+    groups = {}
+    for row in csv.DictReader(open(path, newline='')):
+        data = re.sub(r'_\d+$', '', row['data'])  # data/ip_0, data/ip_1: the same scene, other splits
+        method = ' '.join([row['method'], row['decoder'], *(['fine-tuned'] if row['freeze'] == 'False' and row['decoder'] != 'DeepLabV3+' else []),
+                           *([f'whiten {row["whiten"]}'] if row['whiten'] != '16' else []), *(['+ pixel'] if row.get('pixel') == 'True' else [])])
+        groups.setdefault((data, float(row.get('label_share') or 1)), {}).setdefault(method, []).append(row)
+    for (data, share), methods in sorted(groups.items()):
+        every = [row for rows in methods.values() for row in rows]
+        print(f'\n{data}, {100 * share:g} % of the labels' + f'\n{"":44s}{"OA":>13s}{"mean acc":>13s}{"mIoU":>13s}{"mIoU all":>13s}{"seeds":>7s}')
+        for method, rows in sorted(methods.items(), key=lambda item: -np.mean([float(row['miou']) for row in item[1]])):
+            cells = [np.array([100 * float(row[key]) for row in rows]) for key in ('oa', 'mean_acc', 'miou', 'miou_all')]
+            print(f'{method[:43]:44s}' + ''.join(f'{v.mean():6.1f} ± {v.std(ddof=len(v) > 1):4.1f}' for v in cells) + f'{len(rows):7d}')
+        for floor in ('window', 'pixel'):
+            values = {(row['data'], row['seed'] if share < 1 else ''): 100 * float(row[f'{floor}_floor']) for row in every}
+            values = np.array(list(values.values()))
+            print(f'{floor + " floor":44s}{"":26s}{values.mean():6.1f} ± {values.std(ddof=len(values) > 1):4.1f}')
+
+
+# ============ whole scenes ============
+
+def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
+    """Predictions for an image of any size from overlapping windows, blended smoothly so that no seam shows.
+
+    predict(raw (B, C, window, window)) -> probabilities (B, K, window, window); cube (C, H, W), an array or a memory map. Yields
+    (first row, (K, rows, W) float32) from top to bottom, rows as soon as no further window touches them: memory holds one row of windows,
+    however large the scene. Weights are a raised cosine in each direction; an image smaller than the window is continued by its border.
+    """
+    C, H, W = cube.shape
+    starts = [list(range(0, max(size - window, 0), stride)) + [max(size - window, 0)] for size in (H, W)]
+    ramp = np.sin(np.pi * (np.arange(window) + 0.5) / window) ** 2 if stride < window else np.ones(window)
+    weight = (ramp[:, None] * ramp).astype(np.float32) + 1e-6  # (window, window); corners of the scene have one window only
+    total = np.zeros((num_classes, window, max(W, window)), np.float32)
+    norm = np.zeros((window, max(W, window)), np.float32)
+    for top, below in zip(starts[0], starts[0][1:] + [starts[0][-1] + window]):
+        for i in range(0, len(starts[1]), batch_size):
+            lefts = starts[1][i:i + batch_size]
+            pieces = [np.asarray(cube[:, top:top + window, left:left + window]) for left in lefts]
+            pieces = [np.pad(piece, [(0, 0)] + [(0, window - side) for side in piece.shape[1:]], mode='edge') for piece in pieces]
+            for left, probs in zip(lefts, predict(torch.from_numpy(np.stack(pieces))).float().cpu().numpy()):
+                total[:, :, left:left + window] += probs * weight
+                norm[:, left:left + window] += weight
+        done = min(below - top, H - top)
+        yield top, total[:, :done, :W] / norm[:done, :W]
+        for array in (total, norm):  # move what the next row of windows shares with this one to the top
+            keep = window - (below - top)
+            array[..., :keep, :] = array[..., window - keep:, :].copy()
+            array[..., keep:, :] = 0
+
+
+def map_scene(predict, path, meta, window, overlap, out, probabilities=''):
+    """Classify the scene at `path` by blended windows and write a map to `out`: a GeoTIFF of class numbers (uint8, 0 = missing pixel) with the
+    scene's georeference and the classes' colours, and their names in a .json beside it.
+
+    predict(raw (B, C, window, window)) -> probabilities (B, K, window, window), of the bands of `meta` (the training data's); a scene with
+    other wavelengths is resampled to them. `probabilities` names a second GeoTIFF, (K, H, W) uint8, 255 = certain. Files appear when complete.
+    """
+    import tifffile
+    scene = read_scene(path, mmap=True)
+    (C, H, W), K, nm = scene.cube.shape, meta['num_classes'], meta['wavelengths_nm']
+    same = C == meta['num_bands'] and (not nm or not scene.wavelengths_nm or np.allclose(nm, scene.wavelengths_nm, atol=1))
+    if not same and not (nm and scene.wavelengths_nm):
+        raise UserError(f'{path}: has {C} bands, the model was trained on {meta["num_bands"]}, and without wavelengths on both sides nobody knows '
+                        'which is which: give a scene of the same bands')
+    if not 0 <= overlap < 1:
+        raise UserError(f'--overlap={overlap}: choose a share of the window from 0 to below 1, as 0.5')
+    for name in filter(None, (out, probabilities)):
+        if os.path.splitext(name)[1].lower() not in ('.tif', '.tiff'):
+            raise UserError(f'{name}: the map is a GeoTIFF: choose a name that ends in .tif')
+    if not same:
+        print(f'{path}: {C} bands are resampled to the {meta["num_bands"]} of the model')
+
+    def classify(raw):  # invalid pixels become NaN, which every later step knows
+        x = raw.numpy()
+        valid = valid_pixels(x, scene.nodata)
+        if not same:
+            x = np.stack([resample_bands(image, scene.wavelengths_nm, nm) for image in np.nan_to_num(x)])
+        return predict(torch.from_numpy(np.where(valid[:, None], x, np.nan).astype(np.float32)))
+
+    def create(name, **kind):  # an array on disk under a temporary name
+        tags = [(*tag, True) for tag in scene.geotags] + [(42113, 's', 0, '0', True)]
+        return tifffile.memmap(name + '.tmp', dtype=np.uint8, extratags=tags, metadata=None, **kind)
+
+    colors = np.zeros((3, 256), np.uint16)
+    colors[:, :K + 1] = class_colors(meta['class_names']).T.astype(np.uint16) * 257
+    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    classes = create(out, shape=(H, W), photometric='palette', colormap=colors)
+    shares = create(probabilities, shape=(K, H, W), photometric='minisblack', planarconfig='separate') if probabilities else None
+    stride, started = max(1, round(window * (1 - overlap))), time.time()
+    with tqdm(total=H, unit='row', dynamic_ncols=True) as bar:
+        for top, probs in sliding_window(classify, scene.cube, window, stride, K):
+            rows = slice(top, top + probs.shape[1])
+            valid = valid_pixels(np.asarray(scene.cube[:, rows]), scene.nodata)
+            classes[rows] = np.where(valid, probs.argmax(0) + 1, 0)
+            if probabilities:
+                shares[:, rows] = np.where(valid, np.round(255 * probs), 0)
+            bar.update(probs.shape[1])
+    for name, array in ((out, classes), (probabilities, shares)):
+        if name:
+            array.flush()
+            os.replace(name + '.tmp', name)
+    write_json(os.path.splitext(out)[0] + '.json', {str(k + 1): name for k, name in enumerate(meta['class_names'])})
+    print(f'{out}: {H} x {W} pixels in {time.time() - started:.0f} s' + ('' if scene.geotags else '; no georeference: the scene has none'))
 
 
 # ============ pictures ============

@@ -541,6 +541,181 @@ class LinearHead(nn.Module):
         return F.interpolate(self.classifier(self.norm(maps)), size=size, mode='bilinear')
 
 
+def conv3x3(in_dim, dim):
+    """3x3 convolution; its norm is over groups of channels, so that a batch of 1 trains and N processes are one."""
+    return nn.Sequential(nn.Conv2d(in_dim, dim, 3, padding=1, bias=False), nn.GroupNorm(8, dim), nn.GELU())
+
+
+def deconv(in_dim, dim):
+    """Transposed convolution that doubles height and width"""
+    return nn.Sequential(nn.ConvTranspose2d(in_dim, dim, 2, stride=2, bias=False), nn.GroupNorm(8, dim), nn.GELU())
+
+
+class ConvHead(nn.Module):
+    """UNet-like decoder (Ronneberger et al. 2015, arXiv 1505.04597): deconvolutions double the map until a patch is a pixel wide, and at each
+    step an earlier block's map joins. A ViT's maps are all of one size, so skips are brought up by deconvolutions too (UNETR, arXiv 2103.10504).
+
+    log2(patch_size) steps; block maps that find no step of their own (small patches) join at the bottom.
+    """
+
+    def __init__(self, in_dim, num_classes, patch_size, width=256):
+        super().__init__()
+        D, steps = in_dim // 4, round(math.log2(patch_size))
+        widths = [max(min(width, D) >> step, 32) for step in range(steps + 1)]
+        self.num_skips = min(steps, 3)
+        self.norm = nn.BatchNorm2d(in_dim)
+        self.bottom = conv3x3((4 - self.num_skips) * D, widths[0])
+        self.up = nn.ModuleList(deconv(widths[i], widths[i + 1]) for i in range(steps))
+        self.skips = nn.ModuleList(nn.Sequential(*(deconv(D if j == 0 else widths[i + 1], widths[i + 1]) for j in range(i + 1)))
+                                   for i in range(self.num_skips))
+        self.merge = nn.ModuleList(conv3x3(widths[i + 1] * (2 if i < self.num_skips else 1), widths[i + 1]) for i in range(steps))
+        self.classifier = nn.Conv2d(widths[-1], num_classes, 1)
+
+    def forward(self, maps, size):
+        """maps (B, 4*D, h, w), size (H, W) -> logits (B, K, H, W)"""
+        maps = list(self.norm(maps).chunk(4, dim=1))  # earliest block first
+        skips = [maps.pop(-2) for _ in range(self.num_skips)]  # the latest block starts at the bottom, the one before joins first
+        x = self.bottom(torch.cat(maps, dim=1))  # (B, width, h, w)
+        for i, (up, merge) in enumerate(zip(self.up, self.merge)):
+            x = up(x)
+            x = merge(torch.cat([x, self.skips[i](skips[i])], dim=1) if i < self.num_skips else x)
+        return F.interpolate(self.classifier(x), size=size, mode='bilinear')  # changes nothing where patch_size is a power of 2
+
+
+class TransformerHead(nn.Module):
+    """Segmenter's mask transformer (Strudel et al. 2021, arXiv 2105.05633): class tokens attend to patches and to each other; a patch's logits are
+    its cosines with the class tokens, normalised over classes."""
+
+    def __init__(self, in_dim, num_classes, num_heads=12, depth=2):
+        super().__init__()
+        D = in_dim // 4
+        self.norm = nn.BatchNorm2d(in_dim)
+        self.embed = nn.Linear(in_dim, D)
+        self.class_tokens = nn.Parameter(torch.empty(1, num_classes, D))
+        self.blocks = nn.ModuleList(Block(D, num_heads) for _ in range(depth))
+        self.final_norm = nn.LayerNorm(D, eps=1e-6)
+        self.patch_proj, self.class_proj = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
+        self.mask_norm = nn.LayerNorm(num_classes)
+        self.apply(init_linear)
+        nn.init.trunc_normal_(self.class_tokens, std=0.02)
+
+    def forward(self, maps, size):
+        """maps (B, 4*D, h, w), size (H, W) -> logits (B, K, H, W)"""
+        B, _, h, w = maps.shape
+        K = self.class_tokens.shape[1]
+        x = self.embed(self.norm(maps).flatten(2).transpose(1, 2))  # (B, h*w, D)
+        x = torch.cat([x, self.class_tokens.expand(B, -1, -1)], dim=1)  # (B, h*w + K, D)
+        for block in self.blocks:
+            x = block(x)
+        patches, classes = self.final_norm(x).split([h * w, K], dim=1)
+        masks = F.normalize(self.patch_proj(patches), dim=-1) @ F.normalize(self.class_proj(classes), dim=-1).transpose(1, 2)
+        logits = self.mask_norm(masks).transpose(1, 2).reshape(B, K, h, w)
+        return F.interpolate(logits, size=size, mode='bilinear')
+
+
+# ============ the CNN baseline ============
+
+class Bottleneck(nn.Module):
+    """Residual block of ResNet-50 (He et al. 2015, arXiv 1512.03385) with torchvision's names of parameters."""
+
+    def __init__(self, in_dim, dim, stride=1, dilation=1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(in_dim, dim, 1, bias=False), nn.BatchNorm2d(dim)
+        self.conv2, self.bn2 = nn.Conv2d(dim, dim, 3, stride, dilation, dilation, bias=False), nn.BatchNorm2d(dim)
+        self.conv3, self.bn3 = nn.Conv2d(dim, 4 * dim, 1, bias=False), nn.BatchNorm2d(4 * dim)
+        self.downsample = None
+        if stride > 1 or in_dim != 4 * dim:
+            self.downsample = nn.Sequential(nn.Conv2d(in_dim, 4 * dim, 1, stride, bias=False), nn.BatchNorm2d(4 * dim))
+        nn.init.zeros_(self.bn3.weight)  # each block starts as the identity (Goyal et al. 2017)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+
+
+def conv_bn(in_dim, dim, kernel=3, stride=1, dilation=1, groups=1):
+    padding = dilation * (kernel // 2)
+    return nn.Sequential(nn.Conv2d(in_dim, dim, kernel, stride, padding, dilation, groups, bias=False), nn.BatchNorm2d(dim), nn.ReLU())
+
+
+def separable(in_dim, dim, dilation=1):
+    """3x3 convolution of each channel by itself, then 1x1 over the channels: a ninth of the work (DeepLabV3+, section 3.1)"""
+    return nn.Sequential(conv_bn(in_dim, in_dim, 3, dilation=dilation, groups=in_dim), conv_bn(in_dim, dim, 1))
+
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabV3+ (Chen et al. 2018, arXiv 1802.02611) on ResNetV1c-50: the dissertation's CNN baseline.
+
+    Stage 4 sees atrous convolutions at several rates (ASPP), the result is upsampled and merged with stage 1 for its edges. An FCN head on stage 3
+    gives a second, auxiliary output for training. `stem='three'` is V1c's three 3x3 convolutions, 'seven' ResNet's one 7x7 (torchvision's);
+    both halve the image, and pooling halves it again. `output_stride` 16 or 8 is the pixels between two features of stage 4.
+    """
+
+    def __init__(self, in_chans: int = 32, num_classes: int = 24, output_stride: int = 16, stem: str = 'three', width: int = 64,
+                 blocks: tuple = (3, 4, 6, 3), head_dim: int = 256):
+        super().__init__()
+        if output_stride not in (8, 16) or stem not in ('three', 'seven'):
+            raise UserError(f'output_stride {output_stride} and stem {stem}: choose 16 or 8, and three or seven')
+        # ---- backbone
+        self.stem = None
+        if stem == 'three':
+            self.stem = nn.Sequential(conv_bn(in_chans, width // 2, stride=2), conv_bn(width // 2, width // 2), conv_bn(width // 2, width))
+        else:
+            self.conv1, self.bn1 = nn.Conv2d(in_chans, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+        strides, dilations = {16: ((1, 2, 2, 1), (1, 1, 1, 2)), 8: ((1, 2, 1, 1), (1, 1, 2, 4))}[output_stride]
+        in_dim = width
+        for i, (count, stride, dilation) in enumerate(zip(blocks, strides, dilations)):
+            dim = width * 2 ** i
+            stage = [Bottleneck(in_dim if j == 0 else 4 * dim, dim, stride if j == 0 else 1, dilation) for j in range(count)]
+            setattr(self, f'layer{i + 1}', nn.Sequential(*stage))
+            in_dim = 4 * dim
+        # ---- head
+        rates = (6, 12, 18) if output_stride == 16 else (12, 24, 36)
+        self.aspp = nn.ModuleList([conv_bn(in_dim, head_dim, 1), *(separable(in_dim, head_dim, rate) for rate in rates)])
+        self.pool = nn.Conv2d(in_dim, head_dim, 1)  # of the mean over the image; no norm: one value a tile has no batch to speak of
+        self.bottleneck = conv_bn(5 * head_dim, head_dim, 1)
+        self.low_level = conv_bn(4 * width, 48, 1)
+        self.merge = nn.Sequential(separable(head_dim + 48, head_dim), separable(head_dim, head_dim), nn.Dropout(0.1))
+        self.classifier = nn.Conv2d(head_dim, num_classes, 1)
+        self.auxiliary = nn.Sequential(conv_bn(in_dim // 2, head_dim), nn.Dropout(0.1), nn.Conv2d(head_dim, num_classes, 1))  # FCN head
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+
+    def forward(self, x):
+        """x (B, C, H, W) standardised -> logits (B, K, H, W), in training also the auxiliary ones"""
+        size = x.shape[-2:]
+        x = F.relu(self.bn1(self.conv1(x))) if self.stem is None else self.stem(x)
+        low = self.layer1(F.max_pool2d(x, 3, 2, 1))  # (B, 256, H/4, W/4)
+        middle = self.layer3(self.layer2(low))  # (B, 1024, H/16, W/16) at output stride 16
+        x = self.layer4(middle)  # (B, 2048, H/16, W/16)
+        pooled = F.relu(self.pool(x.mean((2, 3), keepdim=True))).expand(-1, -1, *x.shape[-2:])
+        x = self.bottleneck(torch.cat([branch(x) for branch in self.aspp] + [pooled], dim=1))
+        x = F.interpolate(x, size=low.shape[-2:], mode='bilinear')
+        x = self.merge(torch.cat([x, self.low_level(low)], dim=1))
+        logits = F.interpolate(self.classifier(x), size=size, mode='bilinear')
+        if not self.training:
+            return logits
+        return logits, F.interpolate(self.auxiliary(middle), size=size, mode='bilinear')
+
+    def load_imagenet(self, path):
+        """Take the weights of a torchvision resnet50 file -> a sentence that says what was taken. The 7x7 stem is widened to any number of
+        bands: each takes the mean of the red, green and blue kernel, times 3 / C, so that a grey image gives the same response."""
+        weights = load_checkpoint(path)
+        own = {name: value for name, value in self.state_dict().items() if name.startswith(('layer', 'conv1', 'bn1'))}
+        if 'conv1.weight' in weights and self.stem is None:
+            C = self.conv1.in_channels
+            weights['conv1.weight'] = weights['conv1.weight'].mean(1, keepdim=True).expand(-1, C, -1, -1) * 3 / C
+        wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+        if wrong:
+            raise UserError(f'{path}: not the weights of a torchvision resnet50: {len(wrong)} tensors are missing or of another shape '
+                            f'({", ".join(wrong[:3])} ...): pass a file of that network')
+        self.load_state_dict({**self.state_dict(), **{name: weights[name] for name in own}})
+        return (f'{path}: {len(own)} tensors taken; ' + ('the 7x7 stem widened to all bands' if self.stem is None else
+                'the three-convolution stem is not in the file and starts fresh (--stem=seven takes the file\'s)'))
+
+
 # ============ checkpoints ============
 
 def load_checkpoint(path):
@@ -557,7 +732,7 @@ def load_checkpoint(path):
 def load_encoder(path):
     """The encoder of a checkpoint written by a pre-training script, in eval mode: of a DINO run the teacher, as its papers do.
 
-    `encoder.config` holds the run's constants (the standardisation among them), `encoder.args` its arguments. Raises UserError when
+    `encoder.config` holds the run's constants (the standardisation among them), `encoder.args` its arguments, `encoder.script` its script. Raises UserError when
     the file is damaged.
     """
     checkpoint = load_checkpoint(path)
@@ -567,7 +742,7 @@ def load_encoder(path):
     prefix = 'teacher.encoder.' if any(name.startswith('teacher.') for name in checkpoint['model']) else 'encoder.'
     weights = {name.removeprefix(prefix): value for name, value in checkpoint['model'].items() if name.startswith(prefix)}
     encoder.load_state_dict(weights, strict=True)
-    encoder.config, encoder.args = checkpoint['config'], checkpoint['encoder_args']
+    encoder.config, encoder.args, encoder.script = checkpoint['config'], checkpoint['encoder_args'], checkpoint['script']
     return encoder.eval()
 
 

@@ -126,8 +126,8 @@ def override_constants():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, comment in re.findall(r'^(\w+) = .*?  # (.*)$', open(__file__, encoding='utf-8').read(), re.M):
         value = globals()[name]
-        parser.add_argument(f'--{name}', default=value, metavar=repr(value), help=comment.replace('%', '%%'),
-                            type=boolean if isinstance(value, bool) else type(value))
+        kind = dict(type=boolean, nargs='?', const=True) if isinstance(value, bool) else dict(type=type(value))
+        parser.add_argument(f'--{name}', default=value, metavar=repr(value), help=comment.replace('%', '%%'), **kind)
     config = vars(parser.parse_args())
     globals().update(config)
     return config

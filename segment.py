@@ -2,16 +2,18 @@
 
 The last four blocks' maps of the encoder go through a decoder to one class per pixel. The best state on the validation split is
 scored on the test split, beside the floors it must beat. Without --encoder the encoder is random: the row every table needs.
+Afterwards the same script maps scenes of any size with what it learned, and prints the table of all results.
 
     python segment.py --encoder=runs/mae/last.pt                       # frozen encoder, linear decoder
     python segment.py --size=tiny                                       # the same with a random encoder
-    torchrun --nproc_per_node=4 segment.py --data=data/whu --encoder=runs/mae/last.pt --freeze=false --lr=1e-4
+    torchrun --nproc_per_node=4 segment.py --data=data/whu --encoder=runs/mae/last.pt --freeze=false
+    python segment.py --out_dir=runs/segment --predict=scene.tif --out=map.tif
+    python segment.py --table
 
 Reads a tile directory with labels (python data.py tile). Writes out_dir: best.pt, last.pt, report.json, confusion.png,
 examples.png, curves.png, log.jsonl, and appends a row to results.csv.
 """
 import argparse
-import csv
 import functools
 import itertools
 import json
@@ -34,14 +36,16 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (IGNORE_INDEX, UserError, Tiles, chance_warning, class_colors, confusion_matrix, demo_if_missing, draw_crops,
-                  epoch_ids, false_color, floors, label_to_class, plain_errors, print_scores, resized_crop, resized_crop_labels,
-                  save_figure, scores, standardization, standardize, write_json)
-from models import SIZES, LinearHead, ViT, dense_features, load_checkpoint, load_encoder
+from data import (IGNORE_INDEX, UserError, Tiles, append_row, chance_warning, class_colors, confusion_matrix, demo_if_missing, draw_crops,
+                  epoch_ids, false_color, floors, label_to_class, map_scene, plain_errors, print_scores, print_table, resized_crop,
+                  resized_crop_labels, save_figure, scores, sliding_window, standardization, standardize, write_json)
+from models import SIZES, ConvHead, LinearHead, SpatialSpectralViT, TransformerHead, ViT, dense_features, load_checkpoint, load_encoder
 
 # ---- data
 data = 'data/demo'  # tile directory with labels; the demo is made on first use
-augment = False  # random flips, turns and resized crops of whole tiles; features can then not be kept in memory
+label_share = 1.0  # share of the labelled pixels of tr and val that are used, drawn at random: 0.1, 0.01 ask how many labels it takes
+crop_size = 0  # side of the training crops, px; 0 = whole tiles. Larger tiles are then scored by windows of this side, blended
+augment = False  # random flips, turns and resized crops; features can then not be kept in memory
 # ---- model
 encoder = ''  # last.pt of a pre-training run; '' = a random encoder of the four constants below (the row every table needs)
 untrained = False  # true = the architecture of that encoder with random weights: what pre-training is to be compared with
@@ -49,18 +53,19 @@ size = 'base'  # random encoder: tiny, small or base
 img_size = 64  # random encoder: side of its window in pixels
 patch_size = 8  # random encoder: side of a patch
 whiten = 16  # random encoder: as in pretrain_mae.py (a trained encoder brings its own)
-decoder = 'linear'  # linear = batch norm and 1x1 convolution
-freeze = True  # false = fine-tune the encoder as well
+decoder = 'linear'  # linear (batch norm, 1x1 convolution), conv (UNet-like) or transformer (Segmenter)
+freeze = True  # false = fine-tune the encoder as well; with a random encoder: a ViT trained from scratch
 window_stride = 0  # step of the encoder's window over larger tiles, px; 0 = half a window, a quarter is worth 2 to 4 points
 pixel = False  # true = the pixel's own input spectrum goes into the classifier beside the features
 # ---- method
-loss = 'ce'  # ce = cross-entropy, focal = focal loss (arXiv 1708.02002) with gamma 2
-class_weights = 'none'  # none, or inverse / sqrt = classes weighted by 1 / (square root of) their number of training pixels
+loss = 'ce'  # ce = cross-entropy, focal = focal loss (arXiv 1708.02002) with gamma 2, dice = soft Dice (arXiv 1606.04797) of each image
+class_weights = 'none'  # none, or inverse / sqrt = classes weighted by 1 / (square root of) their number of training pixels (not for dice)
 # ---- optimizer
 steps = 1000  # optimizer steps; the dissertation stopped after 500 to 5,000
 batch_size = 16  # tiles per optimizer step over all processes
 grad_accum = 1  # micro-steps a batch is split into, when memory is short
-lr = 1e-2  # AdamW's; suits a linear decoder on a frozen encoder, 1e-3 to 1e-4 a fine-tuned one. dissertation: 1e-4, never done in its steps
+lr = 0.0  # AdamW's; 0 = 1e-2 for a linear decoder on a frozen encoder, 1e-3 for all else. dissertation: 1e-4, never done in its steps
+layer_decay = 0.75  # fine-tuning: learning rate of a block over that of the block above it (BEiT, MAE: 0.65 to 0.75)
 power = 0.9  # of the poly schedule: lr * (1 - step / steps) ** power
 weight_decay = 0.01  # none on biases, norms and tokens
 clip_grad = 0.0  # largest global gradient norm; 0 = no clipping
@@ -74,6 +79,12 @@ eval_every = 100  # steps between scores on the validation split
 save_every = 500  # steps between checkpoints
 keep_every = 0  # keep step_*.pt at multiples of this; 0 = keep last.pt and best.pt only
 results = 'results.csv'  # a row is appended here
+table = False  # only print that file as a table, methods side by side
+# ---- map: with --predict nothing is trained; the run in out_dir maps a scene
+predict = ''  # a scene file of any size
+out = 'map.tif'  # GeoTIFF to write: class numbers, with the scene's georeference, colours and nodata 0; names beside it in .json
+probabilities = ''  # GeoTIFF for the classes' probabilities (uint8, 255 = certain) as well; '' = none
+overlap = 0.5  # of the windows that are blended, as a share of their side
 # ---- system
 device = 'auto'  # auto = cuda if present, else cpu
 dtype = 'auto'  # of the autocast: bfloat16, float16 or float32; auto = bfloat16 where the hardware multiplies it natively
@@ -90,8 +101,8 @@ def override_constants():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, comment in re.findall(r'^(\w+) = .*?  # (.*)$', open(__file__, encoding='utf-8').read(), re.M):
         value = globals()[name]
-        parser.add_argument(f'--{name}', default=value, metavar=repr(value), help=comment.replace('%', '%%'),
-                            type=boolean if isinstance(value, bool) else type(value))
+        kind = dict(type=boolean, nargs='?', const=True) if isinstance(value, bool) else dict(type=type(value))
+        parser.add_argument(f'--{name}', default=value, metavar=repr(value), help=comment.replace('%', '%%'), **kind)
     config = vars(parser.parse_args())
     globals().update(config)
     return config
@@ -219,6 +230,14 @@ class Segmenter(nn.Module):
         return logits if self.pixel_head is None else logits + self.pixel_head(x)
 
 
+def build_segmenter(vit, num_classes, decoder, freeze, window_stride, pixel):
+    """Encoder -> Segmenter with a decoder of that name ('linear', 'conv', 'transformer')"""
+    heads = {'linear': LinearHead, 'conv': functools.partial(ConvHead, patch_size=vit.patch_size),
+             'transformer': functools.partial(TransformerHead, num_heads=vit.blocks[0].attn.num_heads)}  # 12 heads at ViT-B
+    head = heads[decoder](4 * vit.embed_dim, num_classes)
+    return Segmenter(vit, head, freeze, window_stride, nn.Conv2d(vit.in_chans, num_classes, 1) if pixel else None)
+
+
 class FrozenFeatures:
     """Feature maps of a frozen encoder for the tiles of one split: computed when first asked for, then kept in memory."""
 
@@ -248,18 +267,26 @@ def calibrate_norm(norm, batches):
 
 
 @torch.no_grad()
-def evaluate(model, tiles, prepare, autocast, device, rank, world, frozen=None):
+def evaluate(model, tiles, prepare, autocast, device, rank, world, window, frozen=None):
     """Every tile once, dealt out over the ranks -> (K, K) confusion matrix, summed over the ranks. Counted as it is predicted:
-    a prediction never leaves the side of its label."""
+    a prediction never leaves the side of its label. Tiles larger than `window` are predicted by blended windows of that side."""
     model.eval()
     K = tiles.meta['num_classes']
     cm = torch.zeros(K, K, dtype=torch.int64, device=device)
+
+    def probabilities(raw, ids=None):  # (B, C, H, W) -> (B, K, H, W)
+        x, maps = prepare(raw), () if ids is None else (frozen(ids),)
+        with autocast():
+            return model(x, *maps).float().softmax(1)
+
     for i in range(rank, len(tiles), world):
         images, labels = tiles.batch([i])
-        x, maps = prepare(images), frozen([i]) if frozen else None
-        with autocast():
-            logits = model(x, maps)
-        cm += confusion_matrix(logits.argmax(1), label_to_class(labels).to(device), K)
+        if window < images.shape[-1]:
+            strips = sliding_window(probabilities, images[0].numpy(), window, window // 2, K)
+            probs = torch.from_numpy(np.concatenate([strip for _, strip in strips], axis=1))[None].to(device)
+        else:
+            probs = probabilities(images, [i] if frozen else None)
+        cm += confusion_matrix(probs.argmax(1), label_to_class(labels).to(device), K)
     if world > 1:
         dist.all_reduce(cm)
     model.train()
@@ -267,28 +294,44 @@ def evaluate(model, tiles, prepare, autocast, device, rank, world, frozen=None):
 
 
 def segmentation_loss(logits, target, weight, kind):
-    """logits (B, K, H, W), target (B, H, W) classes or 255 = ignored, weight (K,) -> sum of the pixels' losses.
+    """logits (B, K, H, W), target (B, H, W) classes or 255 = ignored, weight (K,) -> sum of the losses of pixels ('dice': of images).
 
-    A sum, not a mean: with sparse labels a mean of means is far from the mean (the caller divides by the count over all ranks).
-    focal: -(1 - p)^2 log p, with p the probability of the right class.
+    A sum, not a mean: with sparse labels a mean of means is far from the mean (the caller divides by loss_count() over all ranks).
+    ce: -log p, with p the probability of the right class; focal: -(1 - p)^2 log p.
+    dice: 1 - mean over the image's classes of 2 sum(p t) / (sum(p) + sum(t)), sums over its known pixels, t = 1 at the class's.
     """
     log_p = F.log_softmax(logits.float(), dim=1)
-    pixel_loss = F.nll_loss(log_p, target, weight, ignore_index=IGNORE_INDEX, reduction='none')
     known = target != IGNORE_INDEX
     safe = target.where(known, 0)
+    if kind == 'dice':
+        p = log_p.exp() * known[:, None]
+        t = F.one_hot(safe, logits.shape[1]).movedim(-1, 1) * known[:, None]
+        both, size = (p * t).sum((2, 3)), t.sum((2, 3))  # (B, K)
+        dice = 2 * both / (p.sum((2, 3)) + size).clamp(min=1e-6)
+        present = size > 0
+        loss = 1 - (dice * present).sum(1) / present.sum(1).clamp(min=1)
+        return loss[present.any(1)].sum()
+    pixel_loss = F.nll_loss(log_p, target, weight, ignore_index=IGNORE_INDEX, reduction='none')
     if kind == 'focal':
         pixel_loss = pixel_loss * (1 - log_p.gather(1, safe[:, None])[:, 0].exp()).square()
     return pixel_loss[known].sum()
 
 
-def get_batch(train, labelled, step, *, rank, world, batch_size, augment, seed):
+def loss_count(target, weight, kind):
+    """What segmentation_loss is to be divided by: the weights of the known pixels, or for dice the number of images that have some"""
+    known = target != IGNORE_INDEX
+    return known.flatten(1).any(1).sum().float() if kind == 'dice' else weight[target[known]].sum()
+
+
+def get_batch(train, labelled, step, *, rank, world, batch_size, crop_size, augment, seed):
     """This rank's share of the global batch of `step` -> tile numbers, images, labels, boxes, turns (see pretrain_mae.get_batch)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    side = train.meta['tile_size']
-    _, _, boxes, turned = draw_crops(batch_size, side, side, 0.4 if augment else 1.0, 1.0, generator, augment)
+    corners, side, boxes, turned = draw_crops(batch_size, train.meta['tile_size'], crop_size, 0.4 if augment else 1.0, 1.0, generator, augment)
+    if not augment:
+        corners, side = corners + boxes[:, :2], crop_size  # just the box
     mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     ids = torch.from_numpy(labelled[epoch_ids(len(labelled), batch_size, step, seed)[mine]])
-    images, labels = train.batch(ids)
+    images, labels = train.batch(ids, corners[mine], side)
     return ids, images, labels, boxes[mine], turned[mine]
 
 
@@ -333,9 +376,40 @@ def save_pictures(out_dir, cm, model, tiles, prepare, meta, log):
     save_figure(figure, os.path.join(out_dir, 'curves.png'))
 
 
+def trained_segmenter(path):
+    """best.pt of a run -> the Segmenter in eval mode, the checkpoint"""
+    checkpoint = load_checkpoint(path)
+    if checkpoint.get('script') != 'segment.py' or 'meta' not in checkpoint:
+        raise UserError(f'{path}: holds no segmentation of this script: pass --out_dir=, the directory of a run of segment.py')
+    args, c = checkpoint['encoder_args'], checkpoint['config']
+    vit = (SpatialSpectralViT if 'fusion' in args else ViT)(**args)
+    model = build_segmenter(vit, checkpoint['meta']['num_classes'], c['decoder'], c['freeze'], c['window_stride'], c['pixel'])
+    model.load_state_dict(checkpoint['model'], strict=True)
+    return model.eval(), checkpoint
+
+
 if __name__ == '__main__':
     plain_errors()
     config = override_constants()
+    if table:
+        print_table(results)
+        sys.exit()
+    if predict:
+        model, checkpoint = trained_segmenter(os.path.join(out_dir, 'best.pt'))
+
+        # ---- boilerplate: map a scene (the same lines in segment.py and baseline_deeplab.py)
+        device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device)
+        model.to(device)
+        mean, matrix = (t.to(device) for t in standardization(checkpoint['meta'], checkpoint['whiten']))
+        autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype in ('auto', 'bfloat16') and native_bfloat16(device))
+
+        @torch.no_grad()
+        def classify(raw):
+            with autocast():
+                return model(standardize(raw.to(device), mean, matrix)).float().softmax(1)
+        map_scene(classify, predict, checkpoint['meta'], checkpoint['config']['crop_size'] or checkpoint['meta']['tile_size'], overlap, out, probabilities)
+        sys.exit()
+        # ---- end of boilerplate: map a scene
     if os.path.isfile(encoder):
         config['encoder_crc32'] = zlib.crc32(open(encoder, 'rb').read())  # a run on another state of the encoder is another run
 
@@ -374,57 +448,66 @@ if __name__ == '__main__':
         demo_if_missing(data)
     if world > 1:
         dist.barrier()
-    splits = {split: Tiles(data, split, pin_memory=device.type == 'cuda') for split in ('tr', 'val', 'ts')}
+    if not 0 < label_share <= 1:
+        raise UserError(f'--label_share={label_share}: a share of the labelled pixels lies between 0 and 1')
+    few = dict(label_share=label_share, seed=seed)
+    splits = {split: Tiles(data, split, device.type == 'cuda', **(few if split != 'ts' else {})) for split in ('tr', 'val', 'ts')}
     meta = splits['tr'].meta
     if splits['tr'].labels is None:
         raise UserError(f'{data}: has no labels, and a segmentation needs them: tile scenes that have some')
     labelled = np.array([i for i in range(len(splits['tr'])) if splits['tr'].labels[i].any()])
+    tile_size = meta['tile_size']
+    crop_size = min(crop_size or tile_size, tile_size)
 
     # ---- model
-    heads = {'linear': LinearHead}
-    for name, value, known in (('size', size, SIZES), ('decoder', decoder, heads), ('loss', loss, ('ce', 'focal')),
+    for name, value, known in (('size', size, SIZES), ('decoder', decoder, ('linear', 'conv', 'transformer')), ('loss', loss, ('ce', 'focal', 'dice')),
                                ('class_weights', class_weights, ('none', 'inverse', 'sqrt'))):
         if value not in known:
             raise UserError(f'--{name}={value}: choose one of {", ".join(known)}')
     if encoder:
         vit = load_encoder(encoder)
         whiten, encoder_args = vit.config['whiten'], vit.args
-        vit = type(vit)(**encoder_args).eval() if untrained else vit
+        method = {'pretrain_mae.py': 'MAE', 'pretrain_dino.py': 'DINOv2', 'pretrain_dino_hsi.py': 'HSI-DINOv2'}.get(vit.script, vit.script)
+        if untrained:
+            vit, method = type(vit)(**encoder_args).eval(), f'{method} untrained'
         if vit.in_chans != meta['num_bands']:
             raise UserError(f'{encoder}: the encoder was trained on {vit.in_chans} bands, {data} has {meta["num_bands"]}: tile the scene '
                             'with --bands= the wavelengths of the encoder\'s data')
     else:
         encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'], fixed_positions=True, **SIZES[size])
-        vit = ViT(**encoder_args)
-    if meta['tile_size'] % vit.patch_size:
-        raise UserError(f'tiles of {meta["tile_size"]} px do not divide into patches of {vit.patch_size}: tile again with a multiple')
-    head = heads[decoder](4 * vit.embed_dim, meta['num_classes'])
-    pixel_head = nn.Conv2d(meta['num_bands'], meta['num_classes'], 1) if pixel else None
-    model = Segmenter(vit, head, freeze, window_stride, pixel_head).to(device).train()
+        vit, method = ViT(**encoder_args), 'random ViT' if freeze else 'ViT from scratch'
+    if crop_size % vit.patch_size or tile_size % vit.patch_size:
+        raise UserError(f'tiles of {tile_size} px and crops of {crop_size} px do not divide into patches of {vit.patch_size}: tile again with a '
+                        'multiple, or pass another --crop_size')
+    model = build_segmenter(vit, meta['num_classes'], decoder, freeze, window_stride, pixel).to(device).train()
     if world > 1 and device.type == 'cuda' and not freeze:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # it has no CPU form; frozen encoders do without (calibrate_norm)
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
-    kind = 'random' if untrained or not encoder else 'trained'
-    print0(f'{kind} encoder {encoder}, {sum(p.numel() for p in vit.parameters()):,} parameters, '
-           f'{"frozen" if freeze else "trained"}; {decoder} decoder, {sum(p.numel() for p in head.parameters()):,}; '
-           f'{len(labelled)} labelled training tiles of {meta["tile_size"]} px; {device}, {dtype}, {world} process(es); {out_dir}')
+    print0(f'{method} encoder {encoder}, {sum(p.numel() for p in vit.parameters()):,} parameters, '
+           f'{"frozen" if freeze else "trained"}; {decoder} decoder, {sum(p.numel() for p in model.head.parameters()):,}; '
+           f'{len(labelled)} labelled training tiles of {tile_size} px, crops of {crop_size} px; {device}, {dtype}, {world} process(es); {out_dir}')
 
     prepare = lambda images: standardize(images.to(device), mean, matrix, meta['nodata'])
-    grid = meta['tile_size'] // vit.patch_size
-    feature_bytes = 4 * (len(labelled) + len(splits['val'])) * 4 * vit.embed_dim * grid * grid
-    fits = freeze and not augment and feature_bytes < cache_gb * 1e9
+    feature_bytes = 4 * (len(labelled) + len(splits['val'])) * 4 * vit.embed_dim * (tile_size // vit.patch_size) ** 2
+    fits = freeze and not augment and crop_size == tile_size and feature_bytes < cache_gb * 1e9
     frozen = {split: FrozenFeatures(model, splits[split], prepare, autocast) if fits else None for split in ('tr', 'val')}
     if freeze:
         some = labelled[np.linspace(0, len(labelled) - 1, min(len(labelled), 2000)).astype(int)]
-        calibrate_norm(head.norm, ((frozen['tr'] or FrozenFeatures(model, splits['tr'], prepare, autocast))([i]) for i in some))
+        calibrate_norm(model.head.norm, ((frozen['tr'] or FrozenFeatures(model, splits['tr'], prepare, autocast))([i]) for i in some))
+
+    # ---- boilerplate: segmentation setup (the same lines in segment.py and baseline_deeplab.py)
     counts = torch.tensor(meta['class_counts']['tr'], dtype=torch.float32, device=device).clamp(min=1)
     weight = {'none': torch.ones_like(counts), 'inverse': 1 / counts, 'sqrt': 1 / counts.sqrt()}[class_weights]
     weight = weight / weight.mean()
     total_steps = steps
     last_step = min(max_steps or total_steps, total_steps)
+    kept_meta = {key: meta[key] for key in ('num_bands', 'num_classes', 'class_names', 'wavelengths_nm', 'nodata', 'mean', 'std', 'covariance',
+                                            'tile_size', 'dtype')}  # what mapping a scene needs
+    # ---- end of boilerplate: segmentation setup
 
     # ---- optimizer
-    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, fused=True)
+    lr = lr or (1e-2 if freeze and decoder == 'linear' else 1e-3)
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay, layer_decay), lr=lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 
     # ---- boilerplate: resume
@@ -452,7 +535,8 @@ if __name__ == '__main__':
     # ---- end of boilerplate: compile and DDP
 
     # ---- training loop
-    draw = functools.partial(get_batch, splits['tr'], labelled, rank=rank, world=world, batch_size=batch_size, augment=augment, seed=seed)
+    draw = functools.partial(get_batch, splits['tr'], labelled, rank=rank, world=world, batch_size=batch_size, crop_size=crop_size,
+                             augment=augment, seed=seed)
     batch = draw(step)
     best = max((e['val_miou'] for e in log if 'val_miou' in e), default=-1.0)
     best_path = os.path.join(out_dir, 'best.pt')
@@ -462,14 +546,14 @@ if __name__ == '__main__':
         torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # dropout differs between ranks, never between resumed runs
         # ---- end of boilerplate: seed this step
         for group in optimizer.param_groups:
-            group['lr'] = lr * (1 - step / total_steps) ** power
+            group['lr'] = lr * (1 - step / total_steps) ** power * group['lr_scale']
 
         # ---- method: forward, loss, backward
         ids, images, labels, boxes, turned = batch
         target = label_to_class(labels.to(device, non_blocking=True))
         if augment:
-            target = resized_crop_labels(target, boxes, turned, target.shape[-1])
-        count = weight[target[target != IGNORE_INDEX]].sum()
+            target = resized_crop_labels(target, boxes, turned, crop_size)
+        count = loss_count(target, weight, loss)
         if world > 1:
             dist.all_reduce(count)
         count = count.clamp(min=1e-12) / world  # DDP takes the mean of the ranks' gradients
@@ -477,7 +561,7 @@ if __name__ == '__main__':
         for micro in torch.arange(len(ids)).chunk(grad_accum):
             x = prepare(images[micro])
             if augment:
-                x = resized_crop(x, boxes[micro], turned[micro], x.shape[-1])
+                x = resized_crop(x, boxes[micro], turned[micro], crop_size)
             maps = frozen['tr'](ids[micro]) if fits else None
             with autocast():
                 logits = net(x, maps)
@@ -515,13 +599,13 @@ if __name__ == '__main__':
 
         # ---- evaluate on val, keep the best
         if step % eval_every == 0 or step == last_step:
-            val = scores(evaluate(model, splits['val'], prepare, autocast, device, rank, world, frozen['val']))
+            val = scores(evaluate(model, splits['val'], prepare, autocast, device, rank, world, crop_size, frozen['val']))
             log.append({'step': step, 'val_miou': val['miou'], 'val_oa': val['oa']})
             if rank == 0:
                 append_line(log_path, log[-1])
                 if val['miou'] > best:
-                    save_checkpoint(best_path, {'model': model.state_dict(), 'step': step, 'val_miou': val['miou'], 'config': config,
-                                                'encoder_args': encoder_args, 'script': os.path.basename(__file__)})
+                    save_checkpoint(best_path, {'model': model.state_dict(), 'step': step, 'val_miou': val['miou'], 'config': config, 'whiten': whiten,
+                                                'encoder_args': encoder_args, 'meta': kept_meta, 'script': os.path.basename(__file__)})
             best = max(best, val['miou'])
 
         # ---- boilerplate: checkpoint, stop
@@ -545,10 +629,14 @@ if __name__ == '__main__':
         dist.barrier()
     chosen = load_checkpoint(best_path)
     model.load_state_dict(chosen['model'], strict=True)
-    cm = evaluate(model, splits['ts'], prepare, autocast, device, rank, world)
+    cm = evaluate(model, splits['ts'], prepare, autocast, device, rank, world, crop_size)
+    columns = {'data': data, 'method': method, 'decoder': decoder, 'freeze': freeze, 'encoder': encoder or f'{size}/{patch_size}', 'whiten': whiten,
+               'pixel': pixel, 'loss': loss}
+
+    # ---- boilerplate: report (the same lines in segment.py and baseline_deeplab.py)
     if rank == 0:
         result = scores(cm)
-        rows = {**floors(data, 'ts'), f'{kind} encoder + {decoder}': result}
+        rows = {**floors(data, 'ts', label_share, seed), f'{method} + {decoder}': result}
         print(f'\ntest split of {data} (%), best state on val: step {chosen["step"]}; split: {meta["split"]}')
         print_scores(rows)
         for name, iou, n in zip(meta['class_names'], result['iou'], cm.sum(1).tolist()):
@@ -556,24 +644,17 @@ if __name__ == '__main__':
         warning = chance_warning(result)
         if warning:
             print(warning)
-        write_json(os.path.join(out_dir, 'report.json'), {'split': 'ts', 'how_split': meta['split'], 'scores': result, 'floors': floors(data, 'ts'),
-                   'class_names': meta['class_names'], 'confusion_matrix': cm.tolist(), 'best_step': chosen['step'], 'warning': warning,
-                   'config': config, 'torch': torch.__version__, 'seconds': time.time() - started})
+        write_json(os.path.join(out_dir, 'report.json'), {
+            'split': 'ts', 'how_split': meta['split'], 'scores': result, 'floors': floors(data, 'ts', label_share, seed), 'class_names': meta['class_names'],
+            'confusion_matrix': cm.tolist(), 'best_step': chosen['step'], 'warning': warning, 'config': config, 'torch': torch.__version__,
+            'seconds': time.time() - started})
         model.eval()
         with torch.no_grad(), autocast():
             save_pictures(out_dir, cm, model, splits['ts'], prepare, meta, log)
-        row = {'data': data, 'encoder': encoder or f'random {size}/{patch_size}', 'kind': kind, 'whiten': whiten, 'decoder': decoder, 'freeze': freeze,
-               'pixel': pixel, 'seed': seed, 'steps': step, 'best_step': chosen['step'],
-               **{k: round(result[k], 5) for k in ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1')},
-               'pixel_floor': round(rows['pixel']['miou'], 5), 'window_floor': round(rows['window']['miou'], 5), 'out_dir': out_dir}
-        with open(results, 'a+', newline='') as file:
-            file.seek(0)
-            known = list(csv.DictReader(file))
-            writer = csv.DictWriter(file, row)
-            if not known:
-                writer.writeheader()
-            if {k: str(v) for k, v in row.items()} not in known:  # a finished run, run again, reports again but adds no row
-                writer.writerow(row)
+        append_row(results, {**columns, 'label_share': label_share, 'seed': seed, 'steps': step, 'best_step': chosen['step'],
+                             **{k: round(result[k], 5) for k in ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1')},
+                             'pixel_floor': round(rows['pixel']['miou'], 5), 'window_floor': round(rows['window']['miou'], 5), 'out_dir': out_dir})
     if world > 1:
         dist.barrier()  # rank 0 may still be at its last pictures: leave together
         dist.destroy_process_group()
+    # ---- end of boilerplate: report
