@@ -902,7 +902,7 @@ def append_row(path, row):
     """Add `row` (dict) to a .csv table unless it is there already; columns it does not know yet are added at the end."""
     rows = list(csv.DictReader(open(path, newline=''))) if os.path.exists(path) else []
     row = {name: str(value) for name, value in row.items()}
-    if row in rows:
+    if any(all(known.get(name) == value for name, value in row.items()) for known in rows):
         return
     columns = list(dict.fromkeys(name for known in [*rows, row] for name in known))
     with open(path + '.tmp', 'w', newline='') as file:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCENES = os.path.join(os.path.dirname(ROOT), 'shared', 'scenes')  # real scenes, where they are at hand
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload(['torch', 'torch.distributed', 'torch._dynamo', 'matplotlib.figure', 'tqdm', 'tifffile', 'conftest'])

@@ -1,0 +1,312 @@
+"""Decoders, baseline, scores of whole scenes, label shares, maps: what stands between a feature and a number one can trust."""
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import baseline_deeplab
+import segment
+import why_it_failed
+from conftest import SCENES, make_scene, run
+from data import Tiles, append_row, confusion_matrix, label_to_class, read_scene, scores, sliding_window
+from models import ConvHead, DeepLabV3Plus, LinearHead, MaskedAutoencoder, TransformerHead, ViT, dense_features
+
+TINY = ['--size=tiny', '--img_size=16', '--patch_size=4', '--batch_size=8', '--eval_every=10']
+
+
+def two_tiles():
+    """Two tiles (2, 5, 16, 16) of noise and labels (2, 16, 16) that change from pixel block to pixel block; some ignored."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (2, 4, 4), generator=generator).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    images = torch.randn(2, 5, 16, 16, generator=generator) + torch.nn.functional.one_hot(labels, 5).movedim(-1, 1)
+    labels[:, 0] = 255
+    return images, labels
+
+
+@pytest.mark.parametrize('decoder, kind', [('linear', 'ce'), ('transformer', 'ce'), ('conv', 'ce'), ('conv', 'focal'), ('conv', 'dice')])
+def test_every_decoder_and_loss_learns_two_tiles_by_heart(decoder, kind):
+    torch.manual_seed(0)
+    x, y = two_tiles()
+    model = segment.build_segmenter(ViT(16, 2 if decoder == 'transformer' else 4, 5, 48, 4, 3), 3, decoder, freeze=False, window_stride=0, pixel=False)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=2e-3)
+    for _ in range(150):
+        loss = segment.segmentation_loss(model(x), y, torch.ones(3), kind) / segment.loss_count(y, torch.ones(3), kind)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    centres = slice(1, None, 4) if decoder == 'linear' else slice(None)  # bilinear upsampling blurs the borders between patches
+    assert scores(confusion_matrix(model(x).argmax(1)[:, centres, centres], y[:, centres, centres], 3))['miou'] > 0.95
+
+
+@pytest.mark.parametrize('stem', ['three', 'seven'])
+def test_the_baseline_learns_two_tiles_by_heart_and_every_weight_takes_part(stem):
+    torch.manual_seed(0)
+    x, y = two_tiles()
+    x, y = (torch.nn.functional.interpolate(v, scale_factor=4.0) for v in (x, y[:, None].float()))
+    y = y[:, 0].long()
+    model = DeepLabV3Plus(5, 3, output_stride=8, stem=stem, width=8, blocks=(1, 1, 1, 1), head_dim=32)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
+    for _ in range(120):
+        loss = sum(baseline_deeplab.segmentation_loss(out, y, torch.ones(3), 'ce') for out in model(x)) / y.numel()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert scores(confusion_matrix(model(x)[0].argmax(1), y, 3))['miou'] > 0.95
+    model.train()(x[:1])  # a batch of 1 trains
+    assert model.eval()(x[:, :, :50, :42]).shape == (2, 3, 50, 42)
+
+
+@pytest.mark.parametrize('output_stride, side', [(16, 4), (8, 8)])
+def test_the_baselines_last_stage_has_the_output_stride_it_says(output_stride, side):
+    model = DeepLabV3Plus(4, 3, output_stride=output_stride, width=8, blocks=(1, 1, 1, 1), head_dim=16).eval()
+    seen = []
+    model.layer4.register_forward_hook(lambda module, args, out: seen.append(out.shape[-1]))
+    model(torch.randn(1, 4, 64, 64))
+    assert seen == [side]
+
+
+def test_resnet50_has_torchvisions_names_and_its_weights_load(tmp_path):
+    model = DeepLabV3Plus(32, 24, stem='seven')
+    backbone = {k: v for k, v in model.state_dict().items() if k.startswith(('conv1', 'bn1', 'layer'))}
+    assert sum(v.numel() for k, v in backbone.items() if 'running' not in k and 'num_batches' not in k) == 23_508_032 + 64 * 49 * (32 - 3)  # resnet50 without fc
+    public = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in backbone.items()}
+    public['conv1.weight'] = torch.randn(64, 3, 7, 7)
+    torch.save({**public, 'fc.weight': torch.randn(1000, 2048), 'fc.bias': torch.randn(1000)}, tmp_path / 'resnet50.pth')
+    assert 'widened' in model.load_imagenet(tmp_path / 'resnet50.pth')
+    assert torch.equal(model.layer3[5].conv2.weight, public['layer3.5.conv2.weight'])
+    grey = torch.randn(1, 1, 32, 32)
+    torch.testing.assert_close(model.conv1(grey.expand(-1, 32, -1, -1)),
+                               torch.nn.functional.conv2d(grey.expand(-1, 3, -1, -1), public['conv1.weight'], stride=2, padding=3), rtol=1e-3, atol=1e-3)
+    assert 'starts fresh' in DeepLabV3Plus(32, 24).load_imagenet(tmp_path / 'resnet50.pth')
+    torch.save({'layer1.0.conv1.weight': torch.zeros(3)}, tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match='other.pth: not the weights of a torchvision resnet50'):
+        model.load_imagenet(tmp_path / 'other.pth')
+
+
+def test_dice_is_its_formula():
+    logits, target = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randint(0, 2, (2, 4, 4))
+    target[0, :2], target[1] = 255, 1
+    expected = 0
+    for image, label in zip(logits.softmax(1), target):
+        known = label != 255
+        dice = [2 * image[k][known & (label == k)].sum() / (image[k][known].sum() + (known & (label == k)).sum()) for k in range(3) if (label == k).any()]
+        expected += 1 - sum(dice) / len(dice)
+    assert segment.segmentation_loss(logits, target, torch.ones(3), 'dice').item() == pytest.approx(expected.item(), abs=1e-5)
+    assert segment.loss_count(target, torch.ones(3), 'dice') == 2
+    target[0] = 255
+    assert segment.loss_count(target, torch.ones(3), 'dice') == 1
+
+
+# ============ features follow the image ============
+
+def test_features_shift_with_the_image_when_positions_are_taken_away():
+    vit = ViT(16, 4, 3, 24, 3, 2, num_register_tokens=2).eval()
+    torch.nn.init.zeros_(vit.pos_embed)
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        for maps, moved in zip(vit.get_intermediate_layers(x), vit.get_intermediate_layers(x.roll((4, 8), (2, 3)))):
+            torch.testing.assert_close(maps.roll((1, 2), (2, 3)), moved, rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_a_masked_autoencoder_come_in_image_order():
+    encoder = MaskedAutoencoder(16, 4, 3, 24, 2, 2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2).encoder.eval()
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        before = encoder.get_intermediate_layers(x, 1)[0]
+        for row, col in ((0, 0), (1, 3), (3, 2)):
+            other = x.clone()
+            other[..., 4 * row:4 * row + 4, 4 * col:4 * col + 4] += 3
+            change = (encoder.get_intermediate_layers(other, 1)[0] - before).norm(dim=1)[0]
+            assert divmod(int(change.argmax()), 4) == (row, col)
+
+
+# ============ whole scenes ============
+
+def whole(strips):
+    strips = list(strips)
+    assert [top for top, _ in strips] == np.cumsum([0] + [part.shape[1] for _, part in strips[:-1]]).tolist()
+    return np.concatenate([part for _, part in strips], axis=1)
+
+
+@pytest.mark.parametrize('H, W, window, stride', [(40, 48, 16, 8), (41, 37, 16, 5), (16, 16, 16, 8), (7, 30, 16, 8), (33, 9, 16, 16), (1, 1, 8, 4), (50, 20, 16, 3)])
+def test_blended_windows_give_back_what_does_not_depend_on_the_window(H, W, window, stride):
+    cube = np.random.default_rng(0).normal(size=(3, H, W)).astype(np.float32)
+    got = whole(sliding_window(lambda x: torch.stack([x[:, 0], 2 * x[:, 1]], 1), cube, window, stride, 2, batch_size=3))
+    assert got.shape == (2, H, W)
+    np.testing.assert_allclose(got, np.stack([cube[0], 2 * cube[1]]), rtol=1e-4, atol=1e-5)
+
+
+def test_windows_side_by_side_are_tile_wise_prediction():
+    cube = np.random.default_rng(0).normal(size=(3, 32, 48)).astype(np.float32)
+    place = torch.arange(16.0)[None, None, :, None] + torch.arange(16.0) / 100  # depends on the place in the window
+
+    def predict(x):
+        return torch.cat([x.mean((1, 2, 3), keepdim=True) + place, x[:, :1]], 1)
+    got = whole(sliding_window(predict, cube, 16, 16, 2))
+    for top in (0, 16):
+        for left in (0, 16, 32):
+            tile = torch.from_numpy(cube[None, :, top:top + 16, left:left + 16])
+            np.testing.assert_allclose(got[:, top:top + 16, left:left + 16], predict(tile)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_blended_windows_leave_no_seam():
+    cube = np.zeros((1, 64, 64), np.float32)
+    ramp = torch.linspace(-1, 1, 16).expand(1, 1, 16, 16)  # each window errs most at its border, to the left low, to the right high
+    got = whole(sliding_window(lambda x: x + ramp, cube, 16, 8, 1))[0]
+    plain = whole(sliding_window(lambda x: x + ramp, cube, 16, 16, 1))[0]
+    jumps = [np.abs(np.diff(part[:, 8:-8], axis=1)).max() for part in (got, plain)]
+    assert jumps[0] < 0.2 * jumps[1]
+
+
+def test_memory_is_that_of_a_row_of_windows():
+    class Cube:  # an image that counts what is read of it
+        shape = (2, 10_000, 40)
+        rows = []
+
+        def __getitem__(self, index):
+            self.rows.append(index[1])
+            return np.zeros((2, min(index[1].stop, 10_000) - index[1].start, min(index[2].stop, 40) - index[2].start), np.float32)
+    cube = Cube()
+    sizes = [part.shape for _, part in sliding_window(lambda x: x, cube, 16, 8, 2)]
+    assert max(rows for _, rows, _ in sizes) <= 16 and max(s.stop - s.start for s in cube.rows) == 16 and sum(rows for _, rows, _ in sizes) == 10_000
+
+
+def test_crops_smaller_than_the_tile_train_and_the_whole_tile_is_scored(scene_data, tmp_path):
+    for script, flags in (('segment.py', [*TINY, '--freeze=false', '--img_size=8']), ('baseline_deeplab.py', ['--width=8', '--batch_size=4'])):
+        run(script, *flags, f'--data={scene_data}', '--crop_size=8', '--augment=true', '--steps=3', f'--out_dir={tmp_path / script}', f'--results={tmp_path}/r.csv')
+        report = json.load(open(tmp_path / script / 'report.json'))
+        assert np.sum(report['confusion_matrix']) == np.count_nonzero(Tiles(scene_data, 'ts').labels)
+
+
+@pytest.mark.parametrize('script', ['segment.py', 'baseline_deeplab.py'])
+def test_two_processes_score_a_finished_run_alike(script, scene_data, tmp_path):
+    flags = ['--width=8', '--batch_size=4'] if script == 'baseline_deeplab.py' else TINY
+    reports = []
+    for n in (1, 2):
+        run(script, *flags, f'--data={scene_data}', '--steps=2', f'--out_dir={tmp_path / "run"}', f'--results={tmp_path}/r.csv', '--dtype=float32', processes=n)
+        reports.append(json.load(open(tmp_path / 'run' / 'report.json'))['confusion_matrix'])
+    assert reports[0] == reports[1] and np.sum(reports[0])
+
+
+# ============ few labels ============
+
+def test_a_share_of_the_labels_is_kept_wherever_tiles_overlap(tmp_path):
+    scene = make_scene(tmp_path / 's.npz', height=96, width=96)
+    run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path / "t"}', '--tile_size=32', '--stride=16')
+    every, few, other = (Tiles(tmp_path / 't', 'tr', label_share=share, seed=seed) for share, seed in ((1.0, 0), (0.1, 0), (0.1, 1)))
+    seen = {}
+    for tiles in (every, few):
+        seen[tiles] = np.zeros((96, 96), np.uint8)
+        for labels, (_, row, col) in zip(tiles.labels, tiles.meta['tiles']['tr']):
+            here = seen[tiles][row:row + 32, col:col + 32]
+            if tiles is few:  # what one tile keeps, the overlapping one keeps as well
+                known = here > 0
+                assert (labels[known] == here[known]).all()
+            np.copyto(here, labels, where=labels > 0)
+    kept = (seen[few] > 0).sum() / (seen[every] > 0).sum()
+    assert 0.07 < kept < 0.13 and (seen[few][seen[few] > 0] == seen[every][seen[few] > 0]).all()
+    assert not np.array_equal(few.labels, other.labels)
+    assert set(np.unique(Tiles(tmp_path / 't', 'tr', label_share=1e-6).labels)) == set(np.unique(every.labels))  # one pixel of each class is left
+
+
+def test_label_share_reaches_training_floors_and_table(scene_data, tmp_path):
+    for share in (1.0, 0.02):
+        run('segment.py', *TINY, f'--data={scene_data}', '--steps=2', f'--label_share={share}', f'--out_dir={tmp_path / str(share)}', f'--results={tmp_path}/r.csv')
+    reports = [json.load(open(tmp_path / share / 'report.json')) for share in ('1.0', '0.02')]
+    assert [key for key in json.load(open(os.path.join(scene_data, 'floors.json'))) if '0.02 of the labels' in key]
+    assert reports[0]['floors']['window']['oa'] >= reports[1]['floors']['window']['oa']
+    assert np.sum(reports[0]['confusion_matrix']) == np.sum(reports[1]['confusion_matrix'])  # the test labels are all there
+    table = run('segment.py', '--table', f'--results={tmp_path}/r.csv').stdout
+    assert '100 % of the labels' in table and '2 % of the labels' in table and 'random ViT linear' in table and 'window floor' in table
+    done = run('segment.py', '--table', f'--results={tmp_path}/none.csv', check=False)
+    assert done.returncode == 1 and 'no results yet' in done.stderr
+
+
+def test_a_table_keeps_its_rows_when_a_column_is_new(tmp_path):
+    path = str(tmp_path / 'r.csv')
+    for row in ({'a': 1, 'b': 2}, {'a': 3, 'c': 4}, {'a': 3, 'c': 4}):
+        append_row(path, row)
+    assert open(path).read().split() == ['a,b,c', '1,2,', '3,,4']
+
+
+# ============ maps ============
+
+@pytest.fixture(scope='module')
+def mapped(scene_data, tmp_path_factory):
+    """A run of a few steps, and a georeferenced scene of odd size with missing pixels, written as GeoTIFF."""
+    import tifffile
+    folder = tmp_path_factory.mktemp('map')
+    run('segment.py', *TINY, f'--data={scene_data}', '--steps=20', '--crop_size=16', f'--out_dir={folder / "run"}', f'--results={folder}/r.csv')
+    cube = np.moveaxis(read_scene(make_scene(folder / 's.npz', height=45, width=61, seed=3)).cube, 0, 2)
+    cube[:6, :9] = 65535
+    tags = [(33550, 'd', 3, (30.0, 30.0, 0.0), True), (33922, 'd', 6, (0, 0, 0, 600000.0, 5000000.0, 0), True),
+            (34735, 'H', 16, (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32632), True), (42113, 's', 0, '65535', True)]
+    tifffile.imwrite(folder / 'scene.tif', cube, planarconfig='contig', photometric='minisblack', extratags=tags)
+    np.savez(folder / 'plain.npz', cube=cube[..., :7])
+    return folder
+
+
+def test_a_map_lies_where_the_scene_lies(mapped):
+    done = run('segment.py', f'--out_dir={mapped}/run', f'--predict={mapped}/scene.tif', f'--out={mapped}/map.tif', f'--probabilities={mapped}/p.tif')
+    assert '45 x 61 pixels' in done.stdout and json.load(open(mapped / 'map.json')) == {'1': 'class 1', '2': 'class 2', '3': 'class 3'}
+    again = read_scene(str(mapped / 'map.tif'))
+    assert again.cube.shape == (1, 45, 61) and again.cube.dtype == np.uint8 and again.nodata == 0
+    assert (again.cube[0, :6, :9] == 0).all() and again.cube.max() <= 3 and (again.cube[0, 6:] > 0).all()
+    rasterio = pytest.importorskip('rasterio')
+    with rasterio.open(mapped / 'scene.tif') as scene, rasterio.open(mapped / 'map.tif') as written, rasterio.open(mapped / 'p.tif') as probabilities:
+        assert written.crs == scene.crs == 'EPSG:32632' and written.transform == scene.transform == probabilities.transform
+        assert (written.width, written.height, written.count, written.nodata) == (61, 45, 1, 0)
+        assert written.colormap(1)[1][:3] == (31, 119, 180) and probabilities.count == 3
+        best = probabilities.read().argmax(0) + 1
+        known = written.read(1) > 0
+        assert (best == written.read(1))[known].mean() > 0.97  # ties of rounded probabilities apart
+
+
+def test_a_map_without_overlap_is_tile_wise_prediction(mapped):
+    model, checkpoint = segment.trained_segmenter(str(mapped / 'run' / 'best.pt'))
+    from data import standardization, standardize
+    mean, matrix = standardization(checkpoint['meta'], checkpoint['whiten'])
+    run('segment.py', f'--out_dir={mapped}/run', f'--predict={mapped}/scene.tif', f'--out={mapped}/side.tif', '--overlap=0', '--dtype=float32')
+    got, cube = read_scene(str(mapped / 'side.tif')).cube[0], read_scene(str(mapped / 'scene.tif')).cube
+    for top, left in ((16, 0), (16, 32), (0, 16)):
+        with torch.no_grad():
+            pred = model(standardize(torch.from_numpy(cube[None, :, top:top + 16, left:left + 16].copy()), mean, matrix, 65535)).argmax(1)[0] + 1
+        assert (pred.numpy() == got[top:top + 16, left:left + 16])[:13, :13].mean() > 0.99  # the last windows reach back into the ones before
+
+
+def test_scenes_that_differ_from_the_training_data_work_or_are_refused_in_a_sentence(mapped, tmp_path):
+    base = ['segment.py', f'--out_dir={mapped}/run', f'--out={tmp_path}/map.tif']
+    assert 'no georeference' in run(*base, f'--predict={mapped}/plain.npz').stdout  # no wavelengths, the same number of bands
+    make_scene(tmp_path / 'fine.npz', bands=21)  # other bands, with wavelengths: resampled
+    assert '21 bands are resampled to the 7' in run(*base, f'--predict={tmp_path}/fine.npz').stdout
+    np.save(tmp_path / 'float.npy', np.random.default_rng(0).normal(1000, 100, (9, 30, 7)))
+    run(*base, f'--predict={tmp_path}/float.npy')
+    np.save(tmp_path / 'five.npy', np.zeros((20, 20, 5), np.int16))
+    for flags, words in (([f'--predict={tmp_path}/five.npy'], 'has 5 bands'), ([f'--predict={tmp_path}/none.tif'], 'no such file'),
+                         ([f'--predict={mapped}/plain.npz', '--overlap=1'], '--overlap=1'), ([f'--predict={mapped}/plain.npz', f'--out={tmp_path}/map.png'], '.tif'),
+                         ([f'--predict={mapped}/plain.npz', f'--out_dir={tmp_path}'], 'no such checkpoint')):
+        done = run(*base, *flags, check=False)
+        assert done.returncode == 1 and words in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    assert not [name for name in os.listdir(tmp_path) if name.endswith('.tmp')]
+
+
+# ============ why the dissertation failed ============
+
+def test_the_dissertations_two_faults_turn_a_good_model_into_chance(tmp_path):
+    path = os.path.join(SCENES, 'indian_pines.npz')
+    if not os.path.exists(path):
+        pytest.skip('no real scene here')
+    run('data.py', 'tile', f'--root={path}', f'--out={tmp_path / "t"}', '--tile_size=16', '--bands=ohs')
+    run('segment.py', '--size=tiny', '--img_size=16', '--patch_size=2', f'--data={tmp_path / "t"}', '--steps=60', f'--out_dir={tmp_path / "run"}', f'--results={tmp_path}/r.csv')
+    pred, raw, names = why_it_failed.predictions(str(tmp_path / 'run'))
+    right = why_it_failed.score(pred, raw, len(names))
+    assert right['miou'] == pytest.approx(json.load(open(tmp_path / 'run' / 'report.json'))['scores']['miou'], abs=0.02) and right['miou'] > 0.4
+    for faults in (dict(shuffled=True), dict(off_by_one=True), dict(shuffled=True, off_by_one=True)):
+        wrong = why_it_failed.score(pred, raw, len(names), **faults)
+        assert wrong['miou'] < 0.12 and wrong['miou'] < 0.25 * right['miou']
+    perfect = label_to_class(raw).clamp(max=len(names) - 1)  # even a perfect predictor
+    assert why_it_failed.score(perfect, raw, len(names))['miou'] == 1
+    assert why_it_failed.score(perfect, raw, len(names), shuffled=True, off_by_one=True)['miou'] < 0.1
