@@ -719,18 +719,18 @@ def resize_weights(start, length, source, out, flip, soften):
     return weights / weights.sum(-1, keepdim=True)
 
 
-def resized_crop(x, boxes, turns, out, soften=1.0, chunk=8):
+def resized_crop(x, boxes, turns, out, soften=1.0):
     """x (B, C, H, W), boxes (B, 4), turns (B, 3) of draw_crops -> (B, C, out, out) float32, blurred where `soften` (B,) is above 1.
 
-    Two small matrix products per sample, columns then rows, are exact bilinear resizing; flips ride along for free. Done a few
-    samples at a time, so that intermediate results stay in the CPU's cache (a GPU takes the whole batch).
+    Two matrix products per sample, columns then rows, are exact bilinear resizing; flips ride along for free. The products take x row by row,
+    (B, H, C * W): an x in that order of memory (see standardize_rows) is not copied.
     """
-    boxes, turns = boxes.to(x.device), turns.to(x.device)
-    rows = resize_weights(boxes[:, 0], boxes[:, 2], x.shape[2], out, turns[:, 0], soften)
-    cols = resize_weights(boxes[:, 1], boxes[:, 3], x.shape[3], out, turns[:, 1], soften).transpose(1, 2)
-    chunk = len(x) if x.is_cuda else chunk
-    y = torch.cat([rows[i:i + chunk, None] @ (x[i:i + chunk].float() @ cols[i:i + chunk, None]) for i in range(0, len(x), chunk)])
-    return torch.where(turns[:, 2, None, None, None], y.transpose(2, 3), y)
+    (B, C, H, W), boxes, turns = x.shape, boxes.to(x.device), turns.to(x.device)
+    rows = resize_weights(boxes[:, 0], boxes[:, 2], H, out, turns[:, 0], soften)  # (B, out, H)
+    cols = resize_weights(boxes[:, 1], boxes[:, 3], W, out, turns[:, 1], soften)  # (B, out, W)
+    y = x.float().transpose(1, 2).reshape(B, H * C, W) @ cols.transpose(1, 2)  # (B, H * C, out)
+    y = (rows @ y.reshape(B, H, C * out)).reshape(B, out, C, out)
+    return torch.where(turns[:, 2, None, None, None], y.permute(0, 2, 3, 1), y.transpose(1, 2))
 
 
 def resized_crop_labels(labels, boxes, turns, out):
@@ -745,19 +745,22 @@ def resized_crop_labels(labels, boxes, turns, out):
     return torch.where(turns[:, 2, None, None], y.transpose(1, 2), y)
 
 
-def center_valid(x, mean, nodata=None):
-    """x (B, C, H, W) raw values -> (B, C + 1, H, W) float32: the values less `mean` (0 where invalid), and last 1 = valid, 0 = not.
-    Crop this, then augment_spectra: what is invalid stays known through resizing."""
-    valid = valid_pixels(x, nodata)[:, None]
-    return torch.cat([torch.where(valid, x.float() - mean[:, None, None], 0.0), valid.float()], 1)
+def standardize_rows(x, mean, matrix, nodata=None):
+    """x (B, C, H, W) raw values -> (B, C + 1, H, W): standardize(), and last 1 = valid pixel, 0 = not; in memory row by row (B, H, C + 1, W), as
+    resized_crop likes it. Crop this, then augment_spectra: what is invalid stays known through resizing."""
+    B, C, H, W = x.shape
+    rows = torch.empty(B, H, C + 1, W, device=x.device).transpose(1, 2)
+    rows[:, :C] = standardize(x, mean, matrix, nodata)
+    rows[:, C] = valid_pixels(x, nodata)
+    return rows
 
 
 def augment_spectra(x, u, field, mean, std, matrix, wavelengths_nm, gain=0.0, offset=0.0, tilt=0.0, noise=0.0, band_dropout=0.0,
                     jitter=0.0, solarize=0.0):
-    """x (B, C + 1, H, W) of center_valid -> (B, C, H, W) standardised, each sample seen in another light. Invalid pixels are 0.
+    """x (B, C + 1, H, W), crops of standardize_rows -> (B, C, H, W) standardised, each sample seen in another light. Invalid pixels are 0.
 
-    On the sensor's values, as light and air do it: all bands times up to 1 +- gain (illumination), a slope over the wavelengths of up
-    to +- tilt (haze), plus up to +- offset standard deviations in all bands (path radiance). On standardised values: `noise`, the
+    As light and air change the sensor's values: all times up to 1 +- gain (illumination); plus up to +- offset standard deviations in all bands
+    (path radiance); plus the mean spectrum times a slope over the wavelengths of up to +- tilt (haze). On standardised values: `noise`, the
     largest standard deviation of white noise; `band_dropout`, the probability that a run of neighbouring bands (up to a third) is 0;
     `jitter` of contrast and brightness and `solarize`, the probability that what is above the mean is mirrored, are the dissertation's,
     for any number of bands.
@@ -768,16 +771,13 @@ def augment_spectra(x, u, field, mean, std, matrix, wavelengths_nm, gain=0.0, of
     x, valid, signed = x[:, :C], x[:, C:], 2 * u - 1
     nm = wavelengths_nm - wavelengths_nm.min()
     slope = 2 * nm / nm.max().clamp(min=1e-6) - 1  # (C,) from -1 to 1
-    factor = (1 + gain * signed[:, :1]) * (1 + tilt * signed[:, 1:2] * slope)  # (B, C)
-    shift = (factor - 1) * mean + offset * signed[:, 2:3] * std  # (B, C)
-    if matrix.ndim == 1:
-        y = x * (factor * matrix)[..., None, None] + (shift * matrix)[..., None, None]
-    else:  # one matrix product for light and whitening together
-        y = torch.matmul(matrix * factor[:, None], x.flatten(2)).reshape(x.shape) + (shift @ matrix.T)[..., None, None]
+    shift = (gain * signed[:, :1] + tilt * signed[:, 1:2] * slope) * mean + offset * signed[:, 2:3] * std  # (B, C) of the sensor's values
+    shift = shift * matrix if matrix.ndim == 1 else shift @ matrix.T
+    y = torch.addcmul(shift[..., None, None], x, 1 + gain * signed[:, :1, None, None])  # standardising is linear: whitened once, not crop by crop
     if noise:
-        places = (u[:, 3:5] * (field.shape[1] - H + 1)).long().tolist()
-        windows = torch.stack([field[:, row:row + H, col:col + W] for row, col in places])
-        y = y + windows * (noise * u[:, 5])[:, None, None, None]
+        row, col = (u[:, 3:5] * (field.shape[1] - H + 1)).long().unbind(1)
+        windows = field.unfold(1, H, 1).unfold(2, W, 1)[:, row, col].transpose(0, 1)  # (B, C, H, W)
+        y.addcmul_(windows, noise * u[:, 5, None, None, None])
     if jitter:
         middle = y.mean((1, 2, 3), keepdim=True)
         y = middle + (y - middle) * (1 + jitter * signed[:, 6])[:, None, None, None] + jitter * signed[:, 7, None, None, None]
@@ -788,8 +788,8 @@ def augment_spectra(x, u, field, mean, std, matrix, wavelengths_nm, gain=0.0, of
         start = (u[:, 11] * (C - length + 1)).floor()
         band = torch.arange(C, device=x.device)
         dropped = (band >= start[:, None]) & (band < (start + length)[:, None]) & (u[:, 9] < band_dropout)[:, None]  # (B, C)
-        y = y.masked_fill(dropped[..., None, None], 0.0)
-    return y * valid
+        y.mul_(~dropped[..., None, None])
+    return y.mul_(valid)
 
 
 # ============ linear classifiers: probes and floors ============

@@ -34,9 +34,8 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (FLOORS, UserError, Tiles, augment_spectra, center_valid, demo_if_missing, draw_crops, epoch_ids, false_color,
-                  labelled_pixels, plain_errors, resized_crop, ridge_probe, save_figure, spectrum_features, standardization, standardize,
-                  write_json)
+from data import (FLOORS, UserError, Tiles, augment_spectra, demo_if_missing, draw_crops, epoch_ids, false_color, labelled_pixels, plain_errors,
+                  resized_crop, ridge_probe, save_figure, spectrum_features, standardization, standardize, standardize_rows, write_json)
 from models import SIZES, DINOHead, ViT, dense_features, load_checkpoint, resize_positions
 
 # ---- data
@@ -419,14 +418,17 @@ def get_batch(train, step, *, rank, world, img_size, patch_size, batch_size, glo
 
 def make_crops(raw, boxes, turned, soften, u, meta, mean, matrix, img_size, local_crops_size, field, strengths):
     """Raw windows (B, C, S, S) and the draws of get_batch -> global crops (2B, C, img_size, img_size), local crops (L * B, C, s, s)"""
-    x = center_valid(raw, mean, meta['nodata'])
-    std, nm = (torch.tensor(v, dtype=torch.float32, device=x.device) for v in (meta['std'], meta['wavelengths_nm'] or range(meta['num_bands'])))
-    out = []
-    for views, size in ((range(2), img_size), (range(2, boxes.shape[1]), local_crops_size)):
-        crops = [resized_crop(x, boxes[:, i], turned[:, i], size, soften[:, i].to(x.device)) for i in views]
-        out.append(torch.cat([augment_spectra(crop, u[:, i].to(x.device), field, mean, std, matrix, nm, **strengths)
-                              for i, crop in zip(views, crops)]))
-    return out
+    std, nm = (torch.tensor(v, dtype=torch.float32, device=raw.device) for v in (meta['std'], meta['wavelengths_nm'] or range(meta['num_bands'])))
+    u, soften = u.to(raw.device), soften.to(raw.device)
+    (B, V), C = boxes.shape[:2], meta['num_bands']
+    big, small = std.new_empty(2, B, C, img_size, img_size), std.new_empty(V - 2, B, C, local_crops_size, local_crops_size)
+    for some in torch.arange(B).split(B if raw.is_cuda else 4):  # so few tiles, and what becomes of them, stay in a CPU's cache
+        some = slice(int(some[0]), int(some[-1]) + 1)
+        x = standardize_rows(raw[some], mean, matrix, meta['nodata'])
+        for i, crops in enumerate((*big, *small)):
+            crop = resized_crop(x, boxes[some, i], turned[some, i], crops.shape[-1], soften[some, i])
+            crops[some] = augment_spectra(crop, u[some, i], field, mean, std, matrix, nm, **strengths)
+    return big.flatten(0, 1), small.flatten(0, 1)
 
 
 # Copied from pretrain_mae.py

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import pretrain_dino
 import pretrain_dino_hsi
 from conftest import ROOT, make_scene, run
-from data import Tiles, UserError, augment_spectra, center_valid, resized_crop, standardization, standardize
+from data import Tiles, UserError, augment_spectra, standardize_rows, resized_crop, standardization, standardize
 from models import DINOHead, SpatialSpectralViT, ViT
 
 MODULES = [pretrain_dino, pretrain_dino_hsi]
@@ -353,14 +353,14 @@ def augmented(whiten=0, value=0.25, **strengths):
     mean, std = torch.full((5,), 550.0), torch.full((5,), 30.0)
     matrix = torch.diag(1 / std) + 0.01 * torch.randn(5, 5) if whiten else 1 / std
     u = torch.full((3, 12), value)
-    x = center_valid(raw, mean)
+    x = standardize_rows(raw, mean, matrix)
     return augment_spectra(x, u, torch.randn(5, 16, 16), mean, std, matrix, torch.linspace(400, 800, 5), **strengths), raw, mean, std, matrix
 
 
 @pytest.mark.parametrize('whiten', [0, 1])
 def test_spectral_augmentation_is_what_light_and_air_do_to_raw_values(whiten):
     for strengths, change in (({}, lambda raw: raw), ({'gain': 0.1}, lambda raw: raw * 0.95), ({'offset': 0.2}, lambda raw: raw - 0.1 * 30),
-                              ({'tilt': 0.1}, lambda raw: raw * (1 - 0.05 * torch.linspace(-1, 1, 5)[:, None, None]))):
+                              ({'tilt': 0.1}, lambda raw: raw - 0.05 * (torch.linspace(-1, 1, 5) * mean)[:, None, None])):
         y, raw, mean, std, matrix = augmented(whiten, **strengths)
         torch.testing.assert_close(y, standardize(change(raw), mean, matrix), atol=1e-4, rtol=1e-4)
 
