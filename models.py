@@ -90,13 +90,22 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.drop = nn.Dropout(dropout)
 
+    def heads(self, x):
+        """x (B, T, D) -> queries, keys, values (B, nh, T, hd)"""
+        return self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+
+    def weights(self, q, k):
+        """q, k (B, nh, T, hd) -> softmax(q k' / sqrt(hd)) (B, nh, T, T): row i says how much token i takes from each token"""
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
+
     def forward(self, x):
+        """x (B, T, D) -> (B, T, D)"""
         B, T, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hd)
+        q, k, v = self.heads(x)
         if x.is_cuda or T > 512:
-            x = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / sqrt(hd)) v, fused
+            x = F.scaled_dot_product_attention(q, k, v)  # weights(q, k) @ v, fused
         else:  # the same spelled out: on CPUs, for short sequences, forward and backward are 2 to 8 times as fast, most so in bfloat16
-            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1).to(v.dtype) @ v
+            x = self.weights(q, k).to(v.dtype) @ v
         x = x.transpose(1, 2).reshape(B, T, D)
         return self.drop(self.proj(x))
 

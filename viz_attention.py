@@ -1,0 +1,183 @@
+"""What an encoder looks at: attention of the cls token and of a chosen patch, features as colours, attention over wavelengths.
+
+For each tile one picture, for each encoder a row (the dissertation's Fig. 5.5). Attention is softmax(q k' / sqrt(hd)) of one block; a head's map is the
+row of the cls token (or of the patch at --query) without the columns of cls and registers. Colours are the three leading principal
+components of the patch tokens (DINOv2, arXiv 2304.07193, Fig. 1). An image may be larger than the encoder's: its positions are interpolated.
+
+    python viz_attention.py --encoders=runs/demo/last.pt                              # the demo's tiles 0 and 1
+    python viz_attention.py --encoders=runs/mae/last.pt,runs/dino/last.pt --data=data/mine --tiles=3,17 --query=20,40
+    python viz_attention.py --encoders=runs/dino/last.pt --data=data/mine --image=scene.tif
+
+Reads a tile directory (its statistics standardise the image too). Writes out_dir/attention_*.png.
+"""
+import argparse
+import os
+import re
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from data import UserError, Tiles, demo_if_missing, false_color, plain_errors, read_scene, save_figure, standardization, standardize, valid_pixels
+from models import load_encoder
+
+encoders = 'runs/demo/last.pt'  # last.pt of one or several pre-training runs, separated by commas: a row each
+data = 'data/demo'  # tile directory
+split = 'tr'  # which of its tiles: tr, val or ts
+tiles = '0,1'  # numbers of tiles, separated by commas: a picture each
+image = ''  # a scene file instead of tiles, of the same bands
+max_side = 256  # an image is cut to this many pixels a side (attention grows with the square of the number of patches)
+window = 0  # cut the middle of this many pixels out of each tile, the encoder's own img_size for instance; 0 = the whole tile
+block = -1  # block whose attention is shown: 0 = the first, -1 = the last
+heads = 4  # at most so many heads, each in a column, beside their mean
+query = ''  # pixel whose patch asks: row,column; '' = the middle of the image
+out_dir = 'runs/attention'  # where the pictures go
+
+
+# ---- boilerplate: overrides (the same lines in every script; tests/test_style.py checks) ----
+def override_constants():
+    """Set this file's constants from `--name=value`; the comment behind a constant is its --help text."""
+    def boolean(text):
+        return bool(('false', 'true').index(text.lower()))
+    parser = argparse.ArgumentParser(description=__doc__, usage='%(prog)s [--name=value ...]', allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, comment in re.findall(r'^(\w+) = .*?  # (.*)$', open(__file__, encoding='utf-8').read(), re.M):
+        value = globals()[name]
+        kind = dict(type=boolean, nargs='?', const=True) if isinstance(value, bool) else dict(type=type(value))
+        parser.add_argument(f'--{name}', default=value, metavar=repr(value), help=comment.replace('%', '%%'), **kind)
+    config = vars(parser.parse_args())
+    globals().update(config)
+    return config
+# ---- end of boilerplate: overrides ----
+
+
+def capture(encoder, x, block):
+    """x (1, C, H, W) -> attention of one block (nh, T, T), of its spectral stream (nh, 1 + R + G, 1 + R + G) or None, patch features (h, w, D)"""
+    seen = {}
+
+    def keep(name):
+        def hook(module, args):  # args[0] is what this attention layer sees
+            q, k, _ = module.heads(args[0])
+            seen[name] = module.weights(q, k)[0]
+        return hook
+    hooks = [getattr(encoder, name)[block].attn.register_forward_pre_hook(keep(name)) for name in ('blocks', 'spectral_blocks') if hasattr(encoder, name)]
+    with torch.no_grad():
+        features = encoder.get_intermediate_layers(x, 1)[0][0].permute(1, 2, 0)
+    for hook in hooks:
+        hook.remove()
+    return seen['blocks'], seen.get('spectral_blocks'), features
+
+
+def patch_maps(attention, token, num_prefix_tokens, h, w):
+    """attention (nh, T, T) -> what `token` takes from the patches, (nh, h, w), times their number: 1 = what it takes on average"""
+    return attention[:, token, num_prefix_tokens:].reshape(-1, h, w) * h * w
+
+
+def as_colors(features):
+    """features (h, w, D) -> (h, w, 3) in 0..1: the three leading principal components, each scaled to mean 0.5 and 2 standard deviations"""
+    points = features.flatten(0, 1).double()
+    points = points - points.mean(0)
+    directions = torch.linalg.eigh(points.T @ points).eigenvectors[:, -3:].flip(1)
+    directions = directions * directions.sum(0).sign()  # a component has no sign of its own: choose one
+    shown = points @ directions
+    return (shown / shown.std(0).clamp(min=1e-12) / 4 + 0.5).clamp(0, 1).reshape(*features.shape[:2], 3).numpy()
+
+
+def draw(path, raw, named_encoders, meta, block, heads, query):
+    """One picture of one image: raw (C, H, W), named_encoders: list of (name, encoder); query (row, column) in pixels"""
+    (H, W), spectral = raw.shape[1:], any(hasattr(encoder, 'spectral_blocks') for _, encoder in named_encoders)
+    shown_heads = min(heads, max(encoder.blocks[0].attn.num_heads for _, encoder in named_encoders))
+    titles = ['false colour'] + ['cls, mean of heads'] + [f'cls, head {i + 1}' for i in range(shown_heads)] + ['chosen patch', 'features']
+    widths = [1] * len(titles) + [1.8] * spectral
+    figure = Figure(figsize=(1.75 * sum(widths), 1.95 * len(named_encoders) + 0.5), layout='constrained')
+    axes = figure.subplots(len(named_encoders), len(widths), squeeze=False, width_ratios=widths)
+    for row, (name, encoder) in zip(axes, named_encoders):
+        mean, matrix = standardization(meta, encoder.config['whiten'])
+        x = standardize(torch.from_numpy(raw[None].astype(np.float32)), mean, matrix, meta['nodata'])
+        attention, spectral_attention, features = capture(encoder, x, block)
+        P, prefix, (h, w) = encoder.patch_size, encoder.num_prefix_tokens, features.shape[:2]
+        cls = patch_maps(attention, 0, prefix, h, w)
+        asked = patch_maps(attention, prefix + query[0] // P * w + query[1] // P, prefix, h, w).mean(0)
+        row[0].imshow(false_color(raw, meta), extent=(0, W, H, 0))
+        row[0].add_patch(Rectangle((query[1] // P * P, query[0] // P * P), P, P, fill=False, color='red', linewidth=1.5))
+        row[0].set_ylabel(name, fontsize=8)
+        for axis, values in zip(row[1:], [cls.mean(0), *cls[:shown_heads], *[None] * (shown_heads - len(cls)), asked]):
+            if values is None:
+                axis.axis('off')
+                continue
+            axis.imshow(values, cmap='viridis', vmin=0, vmax=float(values.flatten().quantile(0.99)), extent=(0, W, H, 0), interpolation='nearest')
+            axis.set_xlabel(f'at most {values.max():.1f}', fontsize=7)
+        row[len(titles) - 2].add_patch(Rectangle((query[1] // P * P, query[0] // P * P), P, P, fill=False, color='red', linewidth=1))
+        row[len(titles) - 1].imshow(as_colors(features), extent=(0, W, H, 0), interpolation='nearest')
+        for axis in row[:len(titles)]:
+            axis.set(xticks=[], yticks=[])
+        if spectral:
+            draw_spectrum(row[-1], raw, meta, encoder, spectral_attention)
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=9)
+    figure.text(0.01, 0, 'attention: 1 = the average over all patches; dark = 0, yellow = its 99 % quantile or more', fontsize=7, va='top')
+    save_figure(figure, path)
+
+
+def draw_spectrum(axis, raw, meta, encoder, attention):
+    """The image's mean spectrum and, if the encoder has a spectral stream, what its cls token takes from each band group"""
+    nm = np.array(meta['wavelengths_nm'] or range(len(raw)), float)
+    order = np.argsort(nm)
+    valid = valid_pixels(raw, meta['nodata'])
+    axis.plot(nm[order], raw[:, valid].mean(1)[order], color='black', linewidth=1)
+    axis.set_xlabel('wavelength, nm' if meta['wavelengths_nm'] else 'band', fontsize=7)
+    axis.set_ylabel('mean value', fontsize=7)
+    axis.tick_params(labelsize=6)
+    if attention is None:
+        axis.set_title('no spectral stream', fontsize=8)
+        return
+    groups, size = encoder.num_groups, encoder.spectral_patch_size
+    share = attention[:, 0, encoder.num_prefix_tokens:].mean(0).numpy() * groups
+    middle = [nm[i * size:(i + 1) * size].mean() for i in range(groups)]
+    right = axis.twinx()
+    right.bar(middle, share, width=0.8 * np.abs(np.diff(middle)).min() if groups > 1 else 1, color='tab:orange', alpha=0.6)
+    right.set_ylim(0, max(2.0, 1.1 * share.max()))
+    right.tick_params(labelsize=6)
+    right.set_ylabel('attention (1 = average)', fontsize=7, color='tab:orange')
+
+
+if __name__ == '__main__':
+    plain_errors()
+    override_constants()
+    demo_if_missing(data)
+    chosen = Tiles(data, split)
+    meta = chosen.meta
+    paths = encoders.split(',')
+    names = [os.path.basename(os.path.dirname(path)) or path for path in paths]
+    loaded = [load_encoder(path) for path in paths]
+    for path, encoder in zip(paths, loaded):
+        if encoder.in_chans != meta['num_bands']:
+            raise UserError(f'{path}: the encoder was trained on {encoder.in_chans} bands, {data} has {meta["num_bands"]}: give tiles of the same bands')
+        if not -len(encoder.blocks) <= block < len(encoder.blocks):
+            raise UserError(f'--block={block}: {path} has blocks 0 to {len(encoder.blocks) - 1}, or -1 for the last')
+    if image:
+        scene = read_scene(image)
+        if len(scene.cube) != meta['num_bands']:
+            raise UserError(f'{image}: has {len(scene.cube)} bands, {data} has {meta["num_bands"]}: give an image of the same bands')
+        images = {os.path.splitext(os.path.basename(image))[0]: scene.cube[:, :max_side, :max_side]}
+    else:
+        if not re.fullmatch(r'\d+(,\d+)*', tiles) or max(map(int, tiles.split(','))) >= len(chosen):
+            raise UserError(f'--tiles={tiles}: give numbers from 0 to {len(chosen) - 1}, separated by commas')
+        images = {f'tile{i}': np.array(chosen.images[int(i)]) for i in tiles.split(',')}
+    os.makedirs(out_dir, exist_ok=True)
+    unit = int(np.lcm.reduce([encoder.patch_size for encoder in loaded]))  # sides that every encoder can cut into patches
+    for name, raw in images.items():
+        H, W = (min(side, window or side) // unit * unit for side in raw.shape[1:])
+        if not H or not W:
+            raise UserError(f'{name}: an image of {raw.shape[1]} x {raw.shape[2]} pixels holds no patch of {unit}: give a larger one')
+        top, left = (raw.shape[1] - H) // 2, (raw.shape[2] - W) // 2
+        raw = raw[:, top:top + H, left:left + W]
+        if query and not re.fullmatch(r'\d+,\d+', query):
+            raise UserError(f'--query={query}: give a pixel as row,column, for instance 20,40')
+        pixel = tuple(map(int, query.split(','))) if query else (H // 2, W // 2)
+        if pixel[0] >= H or pixel[1] >= W:
+            raise UserError(f'--query={query}: lies outside of {name}, {H} x {W} pixels: give row,column inside')
+        path = os.path.join(out_dir, f'attention_{name}.png')
+        draw(path, raw, list(zip(names, loaded)), meta, block, heads, pixel)
+        print(path)
