@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -296,8 +297,7 @@ def save_pictures(out_dir, cm, model, tiles, prepare, meta, log):
         axis.set_title(title)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    figure.legend(handles=[Figure().subplots().scatter([], [], marker='s', color=colors[k + 1] / 255, label=name)
-                           for k, name in enumerate(names)], loc='outside right upper', fontsize=8)
+    figure.legend(handles=[Patch(color=colors[k + 1] / 255, label=name) for k, name in enumerate(names)], loc='outside right upper', fontsize=8)
     save_figure(figure, os.path.join(out_dir, 'examples.png'))
 
     figure = Figure(figsize=(10, 3.6), layout='constrained')

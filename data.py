@@ -17,7 +17,9 @@ import logging
 import math
 import os
 import re
+import subprocess
 import sys
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -212,12 +214,22 @@ def read_numpy(path, mmap=False):
     return Scene(cube, loaded['labels'] if 'labels' in loaded else None, wavelengths, get('nodata'), names)
 
 
+READ_MAT = """import sys, numpy, scipy.io
+arrays = [a for a in scipy.io.loadmat(sys.argv[1]).values() if isinstance(a, numpy.ndarray) and a.dtype.kind in 'iuf' and a.ndim in (2, 3)]
+numpy.savez(sys.argv[2], *arrays)"""
+
+
 def read_mat(path):
-    from scipy.io import loadmat
-    try:
-        arrays = [a for a in loadmat(path).values() if isinstance(a, np.ndarray) and a.dtype.kind in 'iuf']
-    except NotImplementedError:
-        raise UserError(f'{path}: MATLAB 7.3 files are not read: save it again with save(..., "-v7")') from None
+    __import__('scipy.io')  # where it is missing, say so before a process is started
+    with tempfile.TemporaryDirectory() as folder:  # in a process of its own: scipy's reader crashes the whole process on some damaged files
+        kept = os.path.join(folder, 'arrays.npz')
+        done = subprocess.run([sys.executable, '-c', READ_MAT, path, kept], capture_output=True, text=True, errors='replace')
+        if 'NotImplementedError' in done.stderr:
+            raise UserError(f'{path}: MATLAB 7.3 files are not read: save it again with save(..., "-v7")')
+        if done.returncode or not os.path.exists(kept):
+            reason = done.stderr.strip().splitlines()[-1:] or [f'the reader crashed, code {done.returncode}']
+            raise UserError(f'{path}: cannot be read ({one_line(reason[0])}): copy or convert it again')
+        arrays = list(np.load(kept).values())
     cubes = sorted((a for a in arrays if a.ndim == 3), key=lambda a: a.size)
     flat = [a for a in arrays if a.ndim == 2 and min(a.shape) > 1]
     if not cubes and len(flat) != 1:
@@ -831,21 +843,30 @@ def ridge_probe(train_x, train_y, test_x, test_y, num_classes, strength=1e-3):
     return scores(confusion_matrix((test_x @ weights).argmax(1), test_y, num_classes))
 
 
-def logistic_probe(train_x, train_y, test_x, test_y, num_classes, max_iter=500):
-    """Logistic regression on standardised features (L-BFGS, L2 penalty of 1, as scikit-learn's default) -> scores()."""
-    center, spread = train_x.mean(0), train_x.std(0).clamp(min=1e-6)
-    train_x, test_x = (train_x - center) / spread, (test_x - center) / spread
-    weights = torch.zeros(train_x.shape[1] + 1, num_classes, device=train_x.device, requires_grad=True)
+def fit_logistic(x, y, num_classes, max_iter=500):
+    """Features x (n, D), classes y (n,) -> weights (D + 1, K), the last row the bias: logistic regression on standardised features, solved by
+    L-BFGS with an L2 penalty of 1 (scikit-learn's default)."""
+    center, spread = x.mean(0), x.std(0).clamp(min=1e-6)
+    x = (x - center) / spread
+    weights = torch.zeros(x.shape[1] + 1, num_classes, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=max_iter, history_size=20, line_search_fn='strong_wolfe', tolerance_change=1e-9)
 
     def loss():
         optimizer.zero_grad()
-        value = F.cross_entropy(train_x @ weights[:-1] + weights[-1], train_y) + weights[:-1].square().sum() / (2 * len(train_x))
+        value = F.cross_entropy(x @ weights[:-1] + weights[-1], y) + weights[:-1].square().sum() / (2 * len(x))
         value.backward()
         return value
 
     optimizer.step(loss)
-    return scores(confusion_matrix((test_x @ weights[:-1] + weights[-1]).argmax(1).detach(), test_y, num_classes))
+    weights = weights.detach()
+    matrix = weights[:-1] / spread[:, None]  # of features that are not standardised
+    return torch.cat([matrix, (weights[-1] - center @ matrix)[None]])
+
+
+def logistic_probe(train_x, train_y, test_x, test_y, num_classes):
+    """scores() on the test pixels of fit_logistic() on the training pixels"""
+    weights = fit_logistic(train_x, train_y, num_classes)
+    return scores(confusion_matrix((test_x @ weights[:-1] + weights[-1]).argmax(1), test_y, num_classes))
 
 
 def window_means(x, valid, windows=(1, 3, 5, 9)):

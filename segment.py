@@ -9,6 +9,7 @@ Afterwards the same script maps scenes of any size with what it learned, and pri
     torchrun --nproc_per_node=4 segment.py --data=data/whu --encoder=runs/mae/last.pt --freeze=false
     python segment.py --out_dir=runs/segment --predict=scene.tif --out=map.tif
     python segment.py --table
+    python segment.py --compare=runs/mae_linear,runs/dino_linear --out_dir=runs/compared
 
 Reads a tile directory with labels (python data.py tile). Writes out_dir: best.pt, last.pt, report.json, confusion.png,
 examples.png, curves.png, log.jsonl, and appends a row to results.csv.
@@ -33,11 +34,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (IGNORE_INDEX, UserError, Tiles, append_row, chance_warning, class_colors, confusion_matrix, demo_if_missing, draw_crops,
-                  epoch_ids, false_color, floors, label_to_class, map_scene, plain_errors, print_scores, print_table, resized_crop,
+                  epoch_ids, false_color, fit_logistic, floors, label_to_class, labelled_pixels, map_scene, plain_errors, print_scores, print_table, resized_crop,
                   resized_crop_labels, save_figure, scores, sliding_window, standardization, standardize, write_json)
 from models import SIZES, ConvHead, LinearHead, SpatialSpectralViT, TransformerHead, ViT, dense_features, load_checkpoint, load_encoder
 
@@ -53,7 +55,7 @@ size = 'base'  # random encoder: tiny, small or base
 img_size = 64  # random encoder: side of its window in pixels
 patch_size = 8  # random encoder: side of a patch
 whiten = 16  # random encoder: as in pretrain_mae.py (a trained encoder brings its own)
-decoder = 'linear'  # linear (batch norm, 1x1 convolution), conv (UNet-like) or transformer (Segmenter)
+decoder = 'linear'  # linear (batch norm, 1x1 convolution), conv (UNet-like), transformer (Segmenter), or logistic = linear, solved not trained
 freeze = True  # false = fine-tune the encoder as well; with a random encoder: a ViT trained from scratch
 window_stride = 0  # step of the encoder's window over larger tiles, px; 0 = half a window, a quarter is worth 2 to 4 points
 pixel = False  # true = the pixel's own input spectrum goes into the classifier beside the features
@@ -80,6 +82,7 @@ save_every = 500  # steps between checkpoints
 keep_every = 0  # keep step_*.pt at multiples of this; 0 = keep last.pt and best.pt only
 results = 'results.csv'  # a row is appended here
 table = False  # only print that file as a table, methods side by side
+compare = ''  # only draw these run directories (separated by commas) side by side into out_dir: their maps of test tiles, their curves
 # ---- map: with --predict nothing is trained; the run in out_dir maps a scene
 predict = ''  # a scene file of any size
 out = 'map.tif'  # GeoTIFF to write: class numbers, with the scene's georeference, colours and nodata 0; names beside it in .json
@@ -231,8 +234,8 @@ class Segmenter(nn.Module):
 
 
 def build_segmenter(vit, num_classes, decoder, freeze, window_stride, pixel):
-    """Encoder -> Segmenter with a decoder of that name ('linear', 'conv', 'transformer')"""
-    heads = {'linear': LinearHead, 'conv': functools.partial(ConvHead, patch_size=vit.patch_size),
+    """Encoder -> Segmenter with a decoder of that name"""
+    heads = {'linear': LinearHead, 'logistic': LinearHead, 'conv': functools.partial(ConvHead, patch_size=vit.patch_size),
              'transformer': functools.partial(TransformerHead, num_heads=vit.blocks[0].attn.num_heads)}  # 12 heads at ViT-B
     head = heads[decoder](4 * vit.embed_dim, num_classes)
     return Segmenter(vit, head, freeze, window_stride, nn.Conv2d(vit.in_chans, num_classes, 1) if pixel else None)
@@ -365,8 +368,7 @@ def save_pictures(out_dir, cm, model, tiles, prepare, meta, log):
         axis.set_title(title)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    figure.legend(handles=[Figure().subplots().scatter([], [], marker='s', color=colors[k + 1] / 255, label=name)
-                           for k, name in enumerate(names)], loc='outside right upper', fontsize=8)
+    figure.legend(handles=[Patch(color=colors[k + 1] / 255, label=name) for k, name in enumerate(names)], loc='outside right upper', fontsize=8)
     save_figure(figure, os.path.join(out_dir, 'examples.png'))
 
     figure = Figure(figsize=(10, 3.6), layout='constrained')
@@ -388,11 +390,61 @@ def trained_segmenter(path):
     return model.eval(), checkpoint
 
 
+def save_comparison(out_dir, runs):
+    """comparison.png: false colour, labels and each run's prediction of up to three test tiles (runs of this script on one data set);
+    comparison_curves.png: the score on val over the steps, for runs of every script (the linear probe's for pre-training)."""
+    os.makedirs(out_dir, exist_ok=True)
+    figure = Figure(figsize=(8, 3.8), layout='constrained')
+    axis = figure.subplots()
+    for run in runs:
+        log = read_log(os.path.join(run, 'log.jsonl'), math.inf)
+        if not log:
+            raise UserError(f'{run}: holds no log.jsonl: give directories of runs, separated by commas')
+        scored = [(e['step'], 100 * e.get('val_miou', e.get('probe_miou', 0))) for e in log if 'val_miou' in e or 'probe_miou' in e]
+        axis.plot(*zip(*scored), 'o-', markersize=3, label=os.path.basename(os.path.normpath(run)))
+    axis.set(xlabel='step', ylabel='mIoU on val, %')
+    axis.legend(fontsize=8)
+    save_figure(figure, os.path.join(out_dir, 'comparison_curves.png'))
+
+    judged = [run for run in runs if os.path.exists(os.path.join(run, 'best.pt'))]
+    if not judged:
+        return
+    models = [trained_segmenter(os.path.join(run, 'best.pt')) for run in judged]
+    if len({checkpoint['config']['data'] for _, checkpoint in models}) > 1:
+        raise UserError(f'--compare={",".join(judged)}: these runs are on different data sets: their maps cannot stand side by side')
+    tiles = Tiles(models[0][1]['config']['data'], 'ts')
+    names, colors = tiles.meta['class_names'], class_colors(tiles.meta['class_names'])
+    shown = np.argsort([-np.count_nonzero(tiles.labels[i]) for i in range(min(len(tiles), 500))], kind='stable')[:3]
+    figure = Figure(figsize=(2 * (2 + len(models)) + 1.8, 2.2 * len(shown)), layout='constrained')
+    axes = figure.subplots(len(shown), 2 + len(models), squeeze=False)
+    for row, i in zip(axes, shown):
+        images, labels = (part.clone() for part in tiles.batch([i]))
+        row[0].imshow(false_color(images[0], tiles.meta), interpolation='nearest')
+        row[1].imshow(colors[labels[0].numpy()], interpolation='nearest')
+        for axis, (model, checkpoint) in zip(row[2:], models):
+            mean, matrix = standardization(tiles.meta, checkpoint['whiten'])
+            with torch.no_grad():
+                pred = model(standardize(images, mean, matrix, tiles.meta['nodata'])).argmax(1)[0] + 1
+            axis.imshow(colors[pred.numpy()], interpolation='nearest')
+    titles = [f'{os.path.basename(os.path.normpath(run))}\nmIoU {100 * json.load(open(os.path.join(run, "report.json")))["scores"]["miou"]:.1f}' for run in judged]
+    for axis, title in zip(axes[0], ['false colour', 'test labels', *titles]):
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    present = np.unique(np.stack([tiles.labels[i] for i in shown]))
+    figure.legend(handles=[Patch(color=colors[k] / 255, label=names[k - 1]) for k in present if k], loc='outside right upper', fontsize=7)
+    save_figure(figure, os.path.join(out_dir, 'comparison.png'))
+
+
 if __name__ == '__main__':
     plain_errors()
     config = override_constants()
     if table:
         print_table(results)
+        sys.exit()
+    if compare:
+        save_comparison(out_dir, compare.split(','))
+        print(f'{out_dir}: comparison.png, comparison_curves.png')
         sys.exit()
     if predict:
         model, checkpoint = trained_segmenter(os.path.join(out_dir, 'best.pt'))
@@ -460,7 +512,7 @@ if __name__ == '__main__':
     crop_size = min(crop_size or tile_size, tile_size)
 
     # ---- model
-    for name, value, known in (('size', size, SIZES), ('decoder', decoder, ('linear', 'conv', 'transformer')), ('loss', loss, ('ce', 'focal', 'dice')),
+    for name, value, known in (('size', size, SIZES), ('decoder', decoder, ('linear', 'conv', 'transformer', 'logistic')), ('loss', loss, ('ce', 'focal', 'dice')),
                                ('class_weights', class_weights, ('none', 'inverse', 'sqrt'))):
         if value not in known:
             raise UserError(f'--{name}={value}: choose one of {", ".join(known)}')
@@ -479,6 +531,8 @@ if __name__ == '__main__':
     if crop_size % vit.patch_size or tile_size % vit.patch_size:
         raise UserError(f'tiles of {tile_size} px and crops of {crop_size} px do not divide into patches of {vit.patch_size}: tile again with a '
                         'multiple, or pass another --crop_size')
+    if decoder == 'logistic' and (not freeze or pixel):
+        raise UserError('--decoder=logistic: a solved classifier needs a frozen encoder and no --pixel: choose --decoder=linear for those')
     model = build_segmenter(vit, meta['num_classes'], decoder, freeze, window_stride, pixel).to(device).train()
     if world > 1 and device.type == 'cuda' and not freeze:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # it has no CPU form; frozen encoders do without (calibrate_norm)
@@ -494,6 +548,15 @@ if __name__ == '__main__':
     if freeze:
         some = labelled[np.linspace(0, len(labelled) - 1, min(len(labelled), 2000)).astype(int)]
         calibrate_norm(model.head.norm, ((frozen['tr'] or FrozenFeatures(model, splits['tr'], prepare, autocast))([i]) for i in some))
+
+    if decoder == 'logistic':  # a convex problem: solved to the end as the floors are, where the best step of a few hundred would rank decoders
+        norm = lambda raw: model.head.norm(model.features(prepare(raw)).float())
+        with torch.no_grad(), autocast():
+            pixels = labelled_pixels(splits['tr'], norm, 50_000, device=device)
+        solved = fit_logistic(*pixels, meta['num_classes'])
+        model.head.classifier.weight.data.copy_(solved[:-1].T[..., None, None])
+        model.head.classifier.bias.data.copy_(solved[-1])
+        steps = 0
 
     # ---- boilerplate: segmentation setup (the same lines in segment.py and baseline_deeplab.py)
     counts = torch.tensor(meta['class_counts']['tr'], dtype=torch.float32, device=device).clamp(min=1)
@@ -541,6 +604,9 @@ if __name__ == '__main__':
     best = max((e['val_miou'] for e in log if 'val_miou' in e), default=-1.0)
     best_path = os.path.join(out_dir, 'best.pt')
     bar = tqdm(total=last_step, initial=step, disable=rank > 0, unit='step', dynamic_ncols=True)
+    if decoder == 'logistic' and rank == 0:
+        save_checkpoint(best_path, {'model': model.state_dict(), 'step': 0, 'config': config, 'whiten': whiten, 'encoder_args': encoder_args,
+                                    'meta': kept_meta, 'script': os.path.basename(__file__)})
     while step < last_step:
         # ---- boilerplate: seed this step
         torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # dropout differs between ranks, never between resumed runs

@@ -11,7 +11,7 @@ import segment
 import why_it_failed
 from conftest import SCENES, make_scene, run
 from data import Tiles, append_row, confusion_matrix, label_to_class, read_scene, scores, sliding_window
-from models import ConvHead, DeepLabV3Plus, LinearHead, MaskedAutoencoder, TransformerHead, ViT, dense_features
+from models import DeepLabV3Plus, MaskedAutoencoder, ViT
 
 TINY = ['--size=tiny', '--img_size=16', '--patch_size=4', '--batch_size=8', '--eval_every=10']
 
@@ -230,6 +230,15 @@ def test_a_table_keeps_its_rows_when_a_column_is_new(tmp_path):
     for row in ({'a': 1, 'b': 2}, {'a': 3, 'c': 4}, {'a': 3, 'c': 4}):
         append_row(path, row)
     assert open(path).read().split() == ['a,b,c', '1,2,', '3,,4']
+
+
+def test_runs_are_drawn_side_by_side(scene_data, tmp_path):
+    for n in ('1', '2'):
+        run('segment.py', *TINY, f'--data={scene_data}', '--steps=2', f'--seed={n}', f'--out_dir={tmp_path / n}', f'--results={tmp_path}/r.csv')
+    run('segment.py', f'--compare={tmp_path}/1,{tmp_path}/2', f'--out_dir={tmp_path}/both')
+    assert sorted(os.listdir(tmp_path / 'both')) == ['comparison.png', 'comparison_curves.png']
+    done = run('segment.py', f'--compare={tmp_path}/1,{tmp_path}/3', f'--out_dir={tmp_path}/both', check=False)
+    assert done.returncode == 1 and f'{tmp_path}/3: holds no log.jsonl' in done.stderr and 'Traceback' not in done.stderr
 
 
 # ============ maps ============

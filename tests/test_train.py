@@ -257,6 +257,17 @@ def test_augmentation_fine_tuning_and_every_option_of_the_decoder_run(scene_data
         assert np.isfinite(losses(tmp_path / str(i))).all()
 
 
+def test_the_solved_decoder_is_at_least_as_good_as_the_trained_one_and_the_same_every_time(scene_data, tmp_path):
+    reports = {}
+    for name, flags in (('linear', []), ('logistic', ['--decoder=logistic']), ('again', ['--decoder=logistic']), ('two', ['--decoder=logistic'])):
+        train('segment.py', scene_data, tmp_path / name, *flags, '--dtype=float32', processes=1 + (name == 'two'))
+        reports[name] = json.load(open(tmp_path / name / 'report.json'))
+    assert reports['logistic']['scores']['oa'] >= reports['linear']['scores']['oa'] - 0.02
+    assert reports['logistic']['confusion_matrix'] == reports['again']['confusion_matrix'] == reports['two']['confusion_matrix']
+    done = train('segment.py', scene_data, tmp_path / 'other', '--decoder=logistic', '--freeze=false', check=False)
+    assert done.returncode == 1 and 'needs a frozen encoder' in done.stderr and 'Traceback' not in done.stderr
+
+
 # ============ networks and losses in training ============
 
 def test_every_trainable_parameter_gets_a_gradient_and_none_is_uninitialised():

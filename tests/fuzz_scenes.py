@@ -1,0 +1,92 @@
+"""Damaged scene files by the hundred: python tests/fuzz_scenes.py [count [seed]]
+
+Makes small scenes of every format, damages them (bit flips, cut ends, zeroed and swapped stretches, damage in the header), and reads them.
+Each must give a scene or one UserError that names the file: no other exception, no crash, no hang, and no more than 4 GB of memory.
+"""
+import os
+import resource
+import signal
+import sys
+import tempfile
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from data import UserError, read_scene
+
+
+def make_files(folder):
+    """-> paths of small valid scenes, one of each format and kind"""
+    import tifffile
+    from scipy.io import savemat
+    rng = np.random.default_rng(0)
+    cube = rng.integers(0, 4000, (24, 20, 5)).astype(np.uint16)
+    labels = rng.integers(0, 4, (24, 20)).astype(np.uint8)
+    path = lambda name: os.path.join(folder, name)
+    tifffile.imwrite(path('plain.tif'), cube, planarconfig='contig', photometric='minisblack')
+    tifffile.imwrite(path('deflate.tif'), np.moveaxis(cube, 2, 0), planarconfig='separate', photometric='minisblack', compression='zlib', rowsperstrip=8)
+    tifffile.imwrite(path('float.tif'), cube.astype(np.float32), planarconfig='contig', photometric='minisblack', tile=(16, 16), bigtiff=True)
+    np.savez(path('a.npz'), cube=cube, labels=labels, wavelengths_nm=np.linspace(400, 900, 5))
+    np.savez_compressed(path('b.npz'), cube=cube.astype(np.float64), labels=labels)
+    np.save(path('c.npy'), cube)
+    savemat(path('d.mat'), {'cube': cube, 'gt': labels})
+    savemat(path('e.mat'), {'cube': cube}, do_compression=True)
+    cube.tofile(path('f.img'))
+    open(path('f.hdr'), 'w').write('ENVI\nsamples = 20\nlines = 24\nbands = 5\nheader offset = 0\nfile type = ENVI Standard\ndata type = 12\n'
+                                   'interleave = bip\nbyte order = 0\nwavelength = {400, 500, 600, 700, 800}\n')
+    return [path(name) for name in ('plain.tif', 'deflate.tif', 'float.tif', 'a.npz', 'b.npz', 'c.npy', 'd.mat', 'e.mat', 'f.hdr')]
+
+
+def damage(content, rng):
+    """bytes -> damaged bytes"""
+    data = bytearray(content)
+    kind, reach = rng.integers(6), len(data) if rng.random() < 0.5 else min(len(data), 400)  # half of the time in the header
+    if kind == 0:
+        return bytes(data[:rng.integers(len(data))])
+    for _ in range(int(rng.integers(1, 9))):
+        at, length = int(rng.integers(reach)), int(rng.integers(1, 40))
+        if kind == 1:
+            data[at] ^= 1 << int(rng.integers(8))
+        elif kind == 2:
+            data[at] = int(rng.integers(256))
+        elif kind == 3:
+            data[at:at + length] = bytes(len(data[at:at + length]))
+        elif kind == 4:
+            data[at:at + length] = b'\xff' * len(data[at:at + length])
+        else:
+            other = int(rng.integers(reach))
+            data[at:at + length], data[other:other + length] = data[other:other + length], data[at:at + length]
+    return bytes(data)
+
+
+def fuzz(folder, count, seed):
+    """Read `count` damaged files -> how many gave a scene, how many a sentence. Anything else is raised."""
+    rng, files, read = np.random.default_rng(seed), make_files(folder), 0
+    for i in range(count):
+        source = files[i % len(files)]
+        path = os.path.join(folder, f'damaged{os.path.splitext(source)[1]}')
+        if source.endswith('.hdr'):
+            os.replace(os.path.join(folder, 'f.img'), os.path.join(folder, 'damaged.img')) if i < len(files) else None
+        content = damage(open(source, 'rb').read(), rng)
+        open(path, 'wb').write(content)
+        signal.alarm(20)  # a hang ends the process
+        try:
+            scene = read_scene(path, mmap=bool(i % 2))
+            assert scene.cube.ndim == 3 and scene.cube.dtype.kind in 'iuf' and (scene.labels is None or scene.labels.dtype == np.uint8)
+            read += 1
+        except UserError as error:
+            assert path in str(error) and '\n' not in str(error), f'{i}: {error}'
+        except BaseException as error:
+            open(os.path.join(tempfile.gettempdir(), 'fuzz_failure' + os.path.splitext(source)[1]), 'wb').write(content)
+            raise AssertionError(f'file {i} of seed {seed}, made of {os.path.basename(source)}: {type(error).__name__}: {error}') from error
+        finally:
+            signal.alarm(0)
+    return read, count - read
+
+
+if __name__ == '__main__':
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    count, seed = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 300), (2, 0)))
+    with tempfile.TemporaryDirectory() as folder:
+        read, refused = fuzz(folder, count, seed)
+    print(f'{count} damaged files: {read} read, {refused} refused in a sentence, none did anything else')
