@@ -485,3 +485,9 @@ def test_demo_is_hard_enough_but_not_noise(tmp_path):
 def test_real_scenes_can_be_read():
     shapes = {os.path.basename(p): read_scene(p).cube.shape for p in glob.glob(os.path.join(SCENES, '*.npz'))}
     assert shapes['indian_pines.npz'] == (200, 145, 145) and shapes['gewata_landsat7.npz'] == (6, 1177, 1548) and len(shapes) == 8
+
+
+def test_damaged_files_give_a_scene_or_a_sentence_and_nothing_else():
+    """Bit flips, cut ends, zeroed stretches: fuzz_scenes.py tells how many; here a few of each format, in a process of their own."""
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'tests', 'fuzz_scenes.py'), '90'], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and '90 damaged files' in done.stdout, done.stdout + done.stderr[-2000:]
