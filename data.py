@@ -1045,16 +1045,17 @@ def map_scene(predict, path, meta, window, overlap, out, probabilities=''):
 
 OHS_PALETTE = ('bed2ff 00ffc5 267300 a3ff73 4ce600 55ff00 737300 a8a800 ffff00 73b2ff 005ce6 002673 7a8ef5 00a884 730000 ff7f7f '
                'ffbebe ffbee8 ff00c5 e600a9 a80084 73004c ff73df a1a1a1').split()  # the colours of earlier work on WHU-OHS
+SAFE_PALETTE = 'e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 999999'.split()  # told apart by colour-blind eyes (Okabe and Ito 2008)
 
 
 def class_colors(class_names):
-    """(K + 1, 3) uint8: black for unlabelled, then one colour a class (WHU-OHS's own palette for its classes)"""
-    if tuple(class_names) == OHS_CLASSES:
-        colors = [[int(c[i:i + 2], 16) for i in (0, 2, 4)] for c in OHS_PALETTE]
+    """(K + 1, 3) uint8: black for unlabelled, then one colour a class: WHU-OHS's own for its classes, safe ones for up to 8, else tab20's"""
+    if tuple(class_names) == OHS_CLASSES or len(class_names) <= len(SAFE_PALETTE):
+        palette = OHS_PALETTE if tuple(class_names) == OHS_CLASSES else SAFE_PALETTE
+        colors = [[int(c[i:i + 2], 16) for i in (0, 2, 4)] for c in palette[:len(class_names)]]
     else:
         from matplotlib import colormaps
-        source = colormaps['tab10'].colors if len(class_names) <= 10 else colormaps['tab20'].colors
-        colors = [[round(255 * v) for v in source[k % len(source)]] for k in range(len(class_names))]
+        colors = [[round(255 * v) for v in colormaps['tab20'].colors[k % 20]] for k in range(len(class_names))]
     return np.array([[0, 0, 0]] + colors, np.uint8)
 
 

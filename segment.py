@@ -397,13 +397,15 @@ def save_comparison(out_dir, runs):
     figure = Figure(figsize=(8, 3.8), layout='constrained')
     axis = figure.subplots()
     for run in runs:
-        log = read_log(os.path.join(run, 'log.jsonl'), math.inf)
-        if not log:
+        if not os.path.exists(os.path.join(run, 'log.jsonl')):
             raise UserError(f'{run}: holds no log.jsonl: give directories of runs, separated by commas')
+        log = read_log(os.path.join(run, 'log.jsonl'), math.inf)
         scored = [(e['step'], 100 * e.get('val_miou', e.get('probe_miou', 0))) for e in log if 'val_miou' in e or 'probe_miou' in e]
-        axis.plot(*zip(*scored), 'o-', markersize=3, label=os.path.basename(os.path.normpath(run)))
+        if scored:  # a solved decoder has no curve
+            axis.plot(*zip(*scored), 'o-', markersize=3, label=os.path.basename(os.path.normpath(run)))
     axis.set(xlabel='step', ylabel='mIoU on val, %')
-    axis.legend(fontsize=8)
+    if axis.lines:
+        axis.legend(fontsize=8)
     save_figure(figure, os.path.join(out_dir, 'comparison_curves.png'))
 
     judged = [run for run in runs if os.path.exists(os.path.join(run, 'best.pt'))]

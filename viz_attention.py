@@ -16,6 +16,7 @@ import re
 
 import numpy as np
 import torch
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -90,7 +91,7 @@ def draw(path, raw, named_encoders, meta, block, heads, query):
     shown_heads = min(heads, max(encoder.blocks[0].attn.num_heads for _, encoder in named_encoders))
     titles = ['false colour'] + ['cls, mean of heads'] + [f'cls, head {i + 1}' for i in range(shown_heads)] + ['chosen patch', 'features']
     widths = [1] * len(titles) + [1.8] * spectral
-    figure = Figure(figsize=(1.75 * sum(widths), 1.95 * len(named_encoders) + 0.5), layout='constrained')
+    figure = Figure(figsize=(1.75 * sum(widths), 1.85 * len(named_encoders) + 0.45), layout='constrained')
     axes = figure.subplots(len(named_encoders), len(widths), squeeze=False, width_ratios=widths)
     for row, (name, encoder) in zip(axes, named_encoders):
         mean, matrix = standardization(meta, encoder.config['whiten'])
@@ -106,7 +107,7 @@ def draw(path, raw, named_encoders, meta, block, heads, query):
             if values is None:
                 axis.axis('off')
                 continue
-            axis.imshow(values, cmap='viridis', vmin=0, vmax=float(values.flatten().quantile(0.99)), extent=(0, W, H, 0), interpolation='nearest')
+            axis.imshow(values, cmap='viridis', norm=PowerNorm(0.5, 0, float(values.flatten().quantile(0.99))), extent=(0, W, H, 0), interpolation='nearest')
             axis.set_xlabel(f'at most {values.max():.1f}', fontsize=7)
         row[len(titles) - 2].add_patch(Rectangle((query[1] // P * P, query[0] // P * P), P, P, fill=False, color='red', linewidth=1))
         row[len(titles) - 1].imshow(as_colors(features), extent=(0, W, H, 0), interpolation='nearest')
@@ -116,7 +117,7 @@ def draw(path, raw, named_encoders, meta, block, heads, query):
             draw_spectrum(row[-1], raw, meta, encoder, spectral_attention)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
-    figure.text(0.01, 0, 'attention: 1 = the average over all patches; dark = 0, yellow = its 99 % quantile or more', fontsize=7, va='top')
+    figure.text(0.01, 0, 'attention: 1 = the average over all patches; dark = 0, yellow = its 99 % quantile or more, square root between', fontsize=7, va='top')
     save_figure(figure, path)
 
 

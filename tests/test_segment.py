@@ -268,7 +268,7 @@ def test_a_map_lies_where_the_scene_lies(mapped):
     with rasterio.open(mapped / 'scene.tif') as scene, rasterio.open(mapped / 'map.tif') as written, rasterio.open(mapped / 'p.tif') as probabilities:
         assert written.crs == scene.crs == 'EPSG:32632' and written.transform == scene.transform == probabilities.transform
         assert (written.width, written.height, written.count, written.nodata) == (61, 45, 1, 0)
-        assert written.colormap(1)[1][:3] == (31, 119, 180) and probabilities.count == 3
+        assert written.colormap(1)[1][:3] == (230, 159, 0) and probabilities.count == 3
         best = probabilities.read().argmax(0) + 1
         known = written.read(1) > 0
         assert (best == written.read(1))[known].mean() > 0.97  # ties of rounded probabilities apart
