@@ -96,6 +96,21 @@ def test_two_processes_are_one(script, scene_data, tmp_path):
         assert reports[0]['confusion_matrix'] == reports[1]['confusion_matrix']
 
 
+def test_unequal_numbers_of_labels_on_two_processes_and_batches_without_any(scene_data, tmp_path):
+    shutil.copytree(scene_data, tmp_path / 'tiles')
+    labels = np.load(tmp_path / 'tiles' / 'tr_labels.npy', mmap_mode='r+')
+    # a few tiles keep all labels, the others have one, in the corner, which few crops see
+    labels[np.arange(len(labels)) % 4 > 0] = (np.arange(256) == 0).reshape(16, 16)
+    labels.flush()
+    for n in (1, 2):
+        train('segment.py', tmp_path / 'tiles', tmp_path / str(n), '--max_steps=12', '--batch_size=2', '--crop_size=8', '--dtype=float32', processes=n)
+    counts = losses(tmp_path / '1')
+    assert 0 in counts and max(counts) > 0  # batches without a label are survived
+    np.testing.assert_allclose(counts, losses(tmp_path / '2'), atol=1e-6)
+    one, two = weights(tmp_path / '1'), weights(tmp_path / '2')
+    assert all((one[name].double() - two[name].double()).abs().max() < 5e-5 for name in one)
+
+
 @pytest.mark.parametrize('script, processes', [slow_unless([('pretrain_dino_hsi.py', 1), ('segment.py', 1), ('pretrain_mae.py', 2)], script, n)
                                                for script in SCRIPTS for n in (1, 2)])
 def test_sigterm_loses_nothing(script, processes, scene_data, whole, tmp_path):
