@@ -462,7 +462,8 @@ if __name__ == '__main__':
             dist.all_reduce(count)
         count = count.clamp(min=1e-12) / world  # DDP takes the mean of the ranks' gradients
         total_loss, extras = torch.zeros((), device=device), {}
-        for micro in torch.arange(len(ids)).chunk(grad_accum):
+        for start in range(0, len(ids), len(ids) // grad_accum):
+            micro = slice(start, start + len(ids) // grad_accum)
             x = prepare(images[micro])
             if augment:
                 x = resized_crop(x, boxes[micro], turned[micro], crop_size)

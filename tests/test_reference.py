@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import MAE_TINY, ROOT, run
 
@@ -32,14 +33,17 @@ def demo(tmp_path_factory):
 
 @pytest.mark.parametrize('script', FLAGS)
 def test_losses_are_those_of_the_reference(script, demo):
-    expected = json.load(open(PATH))[script]
-    np.testing.assert_allclose(ten_losses(script, demo), expected, rtol=2e-3)  # machines and versions differ by rounding
+    reference = json.load(open(PATH))
+    if reference['torch'] != torch.__version__.split('+')[0]:
+        pytest.skip(f'written with torch {reference["torch"]}: another version draws other weights')
+    expected = reference[script]
+    np.testing.assert_allclose(ten_losses(script, demo), expected, rtol=0.01)  # machines differ by rounding, which ten steps amplify
 
 
 if __name__ == '__main__':
     import tempfile
     with tempfile.TemporaryDirectory() as place:
         run('data.py', 'demo', f'--out={place}/demo')
-        losses = {script: [round(value, 6) for value in ten_losses(script, place)] for script in FLAGS}
+        losses = {'torch': torch.__version__.split('+')[0], **{script: [round(value, 6) for value in ten_losses(script, place)] for script in FLAGS}}
     json.dump(losses, open(PATH, 'w'), indent=1)
     print(PATH)
