@@ -12,6 +12,7 @@ Reads a tile directory with labels (python data.py tile). Writes out_dir: best.p
 examples.png, curves.png, log.jsonl, and appends a row to results.csv.
 """
 import argparse
+import datetime
 import functools
 import itertools
 import json
@@ -52,7 +53,7 @@ width = 64  # channels of the first stage: 64 = ResNet-50
 imagenet = ''  # a torchvision resnet50 file whose weights to start from, '' = from scratch (dissertation)
 auxiliary_weight = 0.4  # of the loss of the FCN head on stage 3
 # ---- method
-loss = 'ce'  # ce = cross-entropy, focal = focal loss (arXiv 1708.02002) with gamma 2, dice = soft Dice (arXiv 1606.04797) of each image
+loss = 'ce'  # ce = cross-entropy, focal = focal loss (arXiv 1708.02002) with gamma 2, dice = soft Dice of each image (arXiv 1606.04797, without its squares)
 class_weights = 'none'  # none, or inverse / sqrt = classes weighted by 1 / (square root of) their number of training pixels (not for dice)
 # ---- optimizer
 steps = 1000  # optimizer steps
@@ -111,7 +112,7 @@ def open_run(out_dir, config, resume):
         names = (f'{out_dir}-{n}' if n > 1 else out_dir for n in itertools.count(1))
         out_dir = next(name for name in names if not os.path.exists(name))
     path = os.path.join(out_dir, 'config.json')
-    if os.path.exists(path):
+    if os.path.exists(path) and any(os.path.exists(os.path.join(out_dir, name)) for name in ('last.pt', 'best.pt')):
         old = json.load(open(path))['config']
         changed = [f'{k} ({old.get(k)} there, {v} now)' for k, v in config.items() if old.get(k) != v and k not in FREE_TO_CHANGE]
         if changed:
@@ -121,8 +122,11 @@ def open_run(out_dir, config, resume):
     for name in os.listdir(out_dir):
         if name.endswith('.tmp'):
             os.remove(os.path.join(out_dir, name))  # of a save that was cut off
-    git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
-    write_json(path, {'config': config, 'torch': torch.__version__, 'git': git.stdout.strip(), 'command': sys.argv})
+    try:
+        git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
+    except OSError:
+        git = ''  # not installed
+    write_json(path, {'config': config, 'torch': torch.__version__, 'git': git, 'command': sys.argv})
     shutil.copy(__file__, out_dir)
     return out_dir
 
@@ -172,7 +176,7 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, patch_embed_lr=1.0):
     depth = 1 + max((int(number) for name, _ in named for number in re.findall(r'encoder\.blocks\.(\d+)\.', name)), default=-1)
     groups = {}
     for name, p in named:
-        block = re.search(r'encoder\..*blocks\.(\d+)\.', name)
+        block = re.search(r'encoder\..*(?:blocks|fuse\.\w+)\.(\d+)\.', name)
         first = re.search(r'encoder\.\w*(embed|token)', name)  # patch embedding, tokens and positions come before block 0
         scale = layer_decay ** (depth - int(block[1]) if block else depth + 1 if first else 0)
         scale *= patch_embed_lr if 'patch_embed' in name or 'spectral_embed' in name else 1
@@ -333,7 +337,8 @@ if __name__ == '__main__':
         def classify(raw):
             with autocast():
                 return model(standardize(raw.to(device), mean, matrix)).float().softmax(1)
-        map_scene(classify, predict, checkpoint['meta'], checkpoint['config']['crop_size'] or checkpoint['meta']['tile_size'], overlap, out, probabilities)
+        tile_size = checkpoint['meta']['tile_size']
+        map_scene(classify, predict, checkpoint['meta'], min(checkpoint['config']['crop_size'] or tile_size, tile_size), overlap, out, probabilities)
         sys.exit()
         # ---- end of boilerplate: map a scene
 
@@ -346,7 +351,9 @@ if __name__ == '__main__':
         torch.backends.cudnn.deterministic = True
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in float32
     if world > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=6))  # rank 0 alone makes pictures and floors
+    if min(batch_size, grad_accum, log_every, save_every) < 1:
+        raise UserError('--batch_size, --grad_accum, --log_every and --save_every start at 1')
     if batch_size % (world * grad_accum):
         raise UserError(f'--batch_size={batch_size} does not divide over {world} processes x --grad_accum={grad_accum}: change one')
     if dtype == 'auto':
@@ -364,7 +371,7 @@ if __name__ == '__main__':
         out_dir = paths[0]
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stop.append(number))  # only a note; the loop saves and leaves
+        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))  # a note: the loop saves and leaves
     # ---- end of boilerplate: distributed setup
 
     # ---- data
@@ -380,6 +387,8 @@ if __name__ == '__main__':
     if splits['tr'].labels is None:
         raise UserError(f'{data}: has no labels, and a segmentation needs them: tile scenes that have some')
     labelled = np.array([i for i in range(len(splits['tr'])) if splits['tr'].labels[i].any()])
+    if not len(labelled):
+        raise UserError(f'{data}: no pixel of its training tiles has a label: tile scenes that have some')
     tile_size = meta['tile_size']
     crop_size = min(crop_size or tile_size, tile_size)
 
@@ -503,7 +512,7 @@ if __name__ == '__main__':
         # ---- end of boilerplate: log
 
         # ---- evaluate on val, keep the best
-        if step % eval_every == 0 or step == last_step:
+        if (eval_every and step % eval_every == 0) or step == last_step:
             val = scores(evaluate(model, splits['val'], prepare, autocast, device, rank, world, crop_size))
             log.append({'step': step, 'val_miou': val['miou'], 'val_oa': val['oa']})
             if rank == 0:
@@ -530,6 +539,8 @@ if __name__ == '__main__':
 
     # ---- end: score the best state on the test split
     bar.close()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # what was trained is saved: from here on a signal ends the script at once
     if world > 1:
         dist.barrier()
     chosen = load_checkpoint(best_path)
@@ -541,7 +552,8 @@ if __name__ == '__main__':
     # ---- boilerplate: report (the same lines in segment.py and baseline_deeplab.py)
     if rank == 0:
         result = scores(cm)
-        rows = {**floors(data, 'ts', label_share, seed), f'{method} + {decoder}': result}
+        floor = floors(data, 'ts', label_share, seed)
+        rows = {**floor, f'{method} + {decoder}': result}
         print(f'\ntest split of {data} (%), best state on val: step {chosen["step"]}; split: {meta["split"]}')
         print_scores(rows)
         for name, iou, n in zip(meta['class_names'], result['iou'], cm.sum(1).tolist()):
@@ -550,13 +562,14 @@ if __name__ == '__main__':
         if warning:
             print(warning)
         write_json(os.path.join(out_dir, 'report.json'), {
-            'split': 'ts', 'how_split': meta['split'], 'scores': result, 'floors': floors(data, 'ts', label_share, seed), 'class_names': meta['class_names'],
+            'split': 'ts', 'how_split': meta['split'], 'scores': result, 'floors': floor, 'class_names': meta['class_names'],
             'confusion_matrix': cm.tolist(), 'best_step': chosen['step'], 'warning': warning, 'config': config, 'torch': torch.__version__,
             'seconds': time.time() - started})
         model.eval()
         with torch.no_grad(), autocast():
             save_pictures(out_dir, cm, model, splits['ts'], prepare, meta, log)
-        append_row(results, {**columns, 'label_share': label_share, 'seed': seed, 'steps': step, 'best_step': chosen['step'],
+        append_row(results, {**columns, 'label_share': label_share, 'seed': seed, 'crop_size': crop_size, 'augment': augment,
+                             'class_weights': class_weights, 'lr': lr, 'steps': step, 'best_step': chosen['step'],
                              **{k: round(result[k], 5) for k in ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1')},
                              'pixel_floor': round(rows['pixel']['miou'], 5), 'window_floor': round(rows['window']['miou'], 5), 'out_dir': out_dir})
     if world > 1:

@@ -640,7 +640,7 @@ def keep_label_share(labels, places, share, seed):
     labels, S = np.array(labels), labels.shape[-1]
 
     def draws(scene, top, left):  # one number in 0..1 for each pixel of a scene, by mixing its coordinates (splitmix64)
-        x = np.uint64(seed * 1_000_003 + scene) << np.uint64(40)
+        x = np.uint64(abs(seed) * 1_000_003 + scene) << np.uint64(40)
         x = x + (np.arange(top, top + S, dtype=np.uint64)[:, None] << np.uint64(20)) + np.arange(left, left + S, dtype=np.uint64)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
             x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
@@ -690,7 +690,8 @@ def standardize(x, mean, matrix, nodata=None):
     x = torch.where(valid, x.float() - mean[:, None, None], 0.0)
     if matrix.ndim == 1:
         return x * matrix[:, None, None]
-    return torch.matmul(matrix, x.flatten(2)).reshape(x.shape)
+    with torch.autocast(x.device.type, enabled=False):  # whitening magnifies small differences: bfloat16 would round them away
+        return torch.matmul(matrix, x.flatten(2)).reshape(x.shape)
 
 
 # ============ augmentation: a whole batch at once, on the device ============
@@ -819,8 +820,9 @@ def labelled_pixels(tiles, features, limit=50_000, max_tiles=2000, seed=0, devic
     chosen = np.sort(list(itertools.islice((i for i in order if tiles.labels[i].any()), max_tiles))).astype(int)
     total = sum(np.count_nonzero(tiles.labels[i]) for i in chosen)
     xs, ys = [], []
-    for start in range(0, len(chosen), 4):
-        images, labels = tiles.batch(chosen[start:start + 4])
+    together = 4 if tiles.meta['tile_size'] <= 128 else 1  # maps of large tiles are large
+    for start in range(0, len(chosen), together):
+        images, labels = tiles.batch(chosen[start:start + together])
         pick = (labels > 0) & (torch.rand(labels.shape, generator=generator) < limit / max(total, 1))
         if not pick.any():
             continue
@@ -926,29 +928,37 @@ def append_row(path, row):
     if any(all(known.get(name) == value for name, value in row.items()) for known in rows):
         return
     columns = list(dict.fromkeys(name for known in [*rows, row] for name in known))
-    with open(path + '.tmp', 'w', newline='') as file:
+    if rows and columns == list(rows[0]):  # one line at the end: runs that finish together do not lose each other's
+        with open(path, 'a', newline='') as file:
+            csv.DictWriter(file, columns, restval='').writerow(row)
+        return
+    with open(f'{path}.{os.getpid()}.tmp', 'w', newline='') as file:
         writer = csv.DictWriter(file, columns, restval='')
         writer.writeheader()
         writer.writerows([*rows, row])
-    os.replace(path + '.tmp', path)
+    os.replace(f'{path}.{os.getpid()}.tmp', path)
 
 
 def print_table(path):
     """The rows of results.csv as a table: one line for each method, mean and standard deviation (n - 1) over its seeds, floors below."""
     if not os.path.exists(path):
         raise UserError(f'{path}: there are no results yet: run segment.py or baseline_deeplab.py first')
+    rows = list({(row['out_dir'], row['data'], row['seed']): row for row in csv.DictReader(open(path, newline=''))}.values())  # the last of each run
+    results = ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1', 'pixel_floor', 'window_floor', 'best_step', 'out_dir', 'seed', 'data', 'label_share')
     groups = {}
-    for row in csv.DictReader(open(path, newline='')):
-        data = re.sub(r'_\d+$', '', row['data'])  # data/ip_0, data/ip_1: the same scene, other splits
-        method = ' '.join([row['method'], row['decoder'], *(['fine-tuned'] if row['freeze'] == 'False' and row['decoder'] != 'DeepLabV3+' else []),
-                           *([f'whiten {row["whiten"]}'] if row['whiten'] != '16' else []), *(['+ pixel'] if row.get('pixel') == 'True' else [])])
-        groups.setdefault((data, float(row.get('label_share') or 1)), {}).setdefault(method, []).append(row)
+    for row in rows:  # data/ip_0, data/ip_1 with seeds 0, 1: the same experiment on other splits
+        data, encoder = (re.sub(rf'_{row["seed"]}(?=/|$)', '', row[name]) for name in ('data', 'encoder'))
+        settings = tuple((name, encoder if name == 'encoder' else value) for name, value in row.items() if name not in results)
+        groups.setdefault((data, float(row.get('label_share') or 1)), {}).setdefault(settings, []).append(row)
     for (data, share), methods in sorted(groups.items()):
         every = [row for rows in methods.values() for row in rows]
         print(f'\n{data}, {100 * share:g} % of the labels' + f'\n{"":44s}{"OA":>13s}{"mean acc":>13s}{"mIoU":>13s}{"mIoU all":>13s}{"seeds":>7s}')
-        for method, rows in sorted(methods.items(), key=lambda item: -np.mean([float(row['miou']) for row in item[1]])):
+        for settings, rows in sorted(methods.items(), key=lambda item: -np.mean([float(row['miou']) for row in item[1]])):
+            alike = [dict(other) for other in methods if dict(other)['method'] == dict(settings)['method'] and dict(other)['decoder'] == dict(settings)['decoder']]
+            differ = [f'{name} {value}' for name, value in settings if any(other.get(name) != value for other in alike)]  # what tells rows of one name apart
+            name = ' '.join([rows[0]['method'], rows[0]['decoder'], *differ])
             cells = [np.array([100 * float(row[key]) for row in rows]) for key in ('oa', 'mean_acc', 'miou', 'miou_all')]
-            print(f'{method[:43]:44s}' + ''.join(f'{v.mean():6.1f} ± {v.std(ddof=len(v) > 1):4.1f}' for v in cells) + f'{len(rows):7d}')
+            print(f'{name:44s}' + ''.join(f'{v.mean():6.1f} ± {v.std(ddof=len(v) > 1):4.1f}' for v in cells) + f'{len(rows):7d}')
         for floor in ('window', 'pixel'):
             values = {(row['data'], row['seed'] if share < 1 else ''): 100 * float(row[f'{floor}_floor']) for row in every}
             values = np.array(list(values.values()))
@@ -995,6 +1005,7 @@ def map_scene(predict, path, meta, window, overlap, out, probabilities=''):
     """
     import tifffile
     scene = read_scene(path, mmap=True)
+    scene = scene._replace(nodata=meta['nodata'] if scene.nodata is None else scene.nodata)
     (C, H, W), K, nm = scene.cube.shape, meta['num_classes'], meta['wavelengths_nm']
     same = C == meta['num_bands'] and (not nm or not scene.wavelengths_nm or np.allclose(nm, scene.wavelengths_nm, atol=1))
     if not same and not (nm and scene.wavelengths_nm):
@@ -1005,6 +1016,8 @@ def map_scene(predict, path, meta, window, overlap, out, probabilities=''):
     for name in filter(None, (out, probabilities)):
         if os.path.splitext(name)[1].lower() not in ('.tif', '.tiff'):
             raise UserError(f'{name}: the map is a GeoTIFF: choose a name that ends in .tif')
+        if len({os.path.abspath(p) for p in (path, out, probabilities) if p}) < 2 + bool(probabilities):
+            raise UserError(f'{name}: scene, map and probabilities need names of their own: change --out or --probabilities')
     if not same:
         print(f'{path}: {C} bands are resampled to the {meta["num_bands"]} of the model')
 
@@ -1016,14 +1029,14 @@ def map_scene(predict, path, meta, window, overlap, out, probabilities=''):
         return predict(torch.from_numpy(np.where(valid[:, None], x, np.nan).astype(np.float32)))
 
     def create(name, **kind):  # an array on disk under a temporary name
-        tags = [(*tag, True) for tag in scene.geotags] + [(42113, 's', 0, '0', True)]
+        tags = [(*tag, True) for tag in scene.geotags] + ([(42113, 's', 0, '0', True)] if name == out else [])  # a probability of 0 is a value
         return tifffile.memmap(name + '.tmp', dtype=np.uint8, extratags=tags, metadata=None, **kind)
 
     colors = np.zeros((3, 256), np.uint16)
     colors[:, :K + 1] = class_colors(meta['class_names']).T.astype(np.uint16) * 257
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     classes = create(out, shape=(H, W), photometric='palette', colormap=colors)
-    shares = create(probabilities, shape=(K, H, W), photometric='minisblack', planarconfig='separate') if probabilities else None
+    shares = create(probabilities, shape=(K, H, W), photometric='minisblack', **({'planarconfig': 'separate'} if K > 1 else {})) if probabilities else None
     stride, started = max(1, round(window * (1 - overlap))), time.time()
     with tqdm(total=H, unit='row', dynamic_ncols=True) as bar:
         for top, probs in sliding_window(classify, scene.cube, window, stride, K):
@@ -1038,7 +1051,7 @@ def map_scene(predict, path, meta, window, overlap, out, probabilities=''):
             array.flush()
             os.replace(name + '.tmp', name)
     write_json(os.path.splitext(out)[0] + '.json', {str(k + 1): name for k, name in enumerate(meta['class_names'])})
-    print(f'{out}: {H} x {W} pixels in {time.time() - started:.0f} s' + ('' if scene.geotags else '; no georeference: the scene has none'))
+    print(f'{out}: {H} x {W} pixels in {time.time() - started:.0f} s' + ('' if scene.geotags else '; no georeference: none was found in the scene (read from GeoTIFF only)'))
 
 
 # ============ pictures ============

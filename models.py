@@ -712,7 +712,7 @@ class DeepLabV3Plus(nn.Module):
         """Take the weights of a torchvision resnet50 file -> a sentence that says what was taken. The 7x7 stem is widened to any number of
         bands: each takes the mean of the red, green and blue kernel, times 3 / C, so that a grey image gives the same response."""
         weights = load_checkpoint(path)
-        own = {name: value for name, value in self.state_dict().items() if name.startswith(('layer', 'conv1', 'bn1'))}
+        own = {name: value for name, value in self.state_dict().items() if name.startswith(('layer', 'conv1', 'bn1')) and not name.endswith('num_batches_tracked')}
         if 'conv1.weight' in weights and self.stem is None:
             C = self.conv1.in_channels
             weights['conv1.weight'] = weights['conv1.weight'].mean(1, keepdim=True).expand(-1, C, -1, -1) * 3 / C
@@ -745,7 +745,7 @@ def load_encoder(path):
     the file is damaged.
     """
     checkpoint = load_checkpoint(path)
-    if 'encoder_args' not in checkpoint:
+    if not str(checkpoint.get('script')).startswith('pretrain_'):
         raise UserError(f'{path}: holds no encoder of ours (found {sorted(checkpoint)[:6]}): pass the last.pt of a pre-training run')
     encoder = (SpatialSpectralViT if 'fusion' in checkpoint['encoder_args'] else ViT)(**checkpoint['encoder_args'])
     prefix = 'teacher.encoder.' if any(name.startswith('teacher.') for name in checkpoint['model']) else 'encoder.'

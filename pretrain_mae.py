@@ -11,6 +11,7 @@ Reads a tile directory (python data.py tile). Writes out_dir: last.pt, log.jsonl
 a copy of this file. The same command again goes on exactly where the last one stopped. Results and times: README.md.
 """
 import argparse
+import datetime
 import functools
 import itertools
 import json
@@ -102,7 +103,7 @@ def open_run(out_dir, config, resume):
         names = (f'{out_dir}-{n}' if n > 1 else out_dir for n in itertools.count(1))
         out_dir = next(name for name in names if not os.path.exists(name))
     path = os.path.join(out_dir, 'config.json')
-    if os.path.exists(path):
+    if os.path.exists(path) and any(os.path.exists(os.path.join(out_dir, name)) for name in ('last.pt', 'best.pt')):
         old = json.load(open(path))['config']
         changed = [f'{k} ({old.get(k)} there, {v} now)' for k, v in config.items() if old.get(k) != v and k not in FREE_TO_CHANGE]
         if changed:
@@ -112,8 +113,11 @@ def open_run(out_dir, config, resume):
     for name in os.listdir(out_dir):
         if name.endswith('.tmp'):
             os.remove(os.path.join(out_dir, name))  # of a save that was cut off
-    git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
-    write_json(path, {'config': config, 'torch': torch.__version__, 'git': git.stdout.strip(), 'command': sys.argv})
+    try:
+        git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
+    except OSError:
+        git = ''  # not installed
+    write_json(path, {'config': config, 'torch': torch.__version__, 'git': git, 'command': sys.argv})
     shutil.copy(__file__, out_dir)
     return out_dir
 
@@ -163,7 +167,7 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, patch_embed_lr=1.0):
     depth = 1 + max((int(number) for name, _ in named for number in re.findall(r'encoder\.blocks\.(\d+)\.', name)), default=-1)
     groups = {}
     for name, p in named:
-        block = re.search(r'encoder\..*blocks\.(\d+)\.', name)
+        block = re.search(r'encoder\..*(?:blocks|fuse\.\w+)\.(\d+)\.', name)
         first = re.search(r'encoder\.\w*(embed|token)', name)  # patch embedding, tokens and positions come before block 0
         scale = layer_decay ** (depth - int(block[1]) if block else depth + 1 if first else 0)
         scale *= patch_embed_lr if 'patch_embed' in name or 'spectral_embed' in name else 1
@@ -264,7 +268,9 @@ if __name__ == '__main__':
         torch.backends.cudnn.deterministic = True
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in float32
     if world > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=6))  # rank 0 alone makes pictures and floors
+    if min(batch_size, grad_accum, log_every, save_every) < 1:
+        raise UserError('--batch_size, --grad_accum, --log_every and --save_every start at 1')
     if batch_size % (world * grad_accum):
         raise UserError(f'--batch_size={batch_size} does not divide over {world} processes x --grad_accum={grad_accum}: change one')
     if dtype == 'auto':
@@ -282,7 +288,7 @@ if __name__ == '__main__':
         out_dir = paths[0]
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stop.append(number))  # only a note; the loop saves and leaves
+        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))  # a note: the loop saves and leaves
     # ---- end of boilerplate: distributed setup
 
     # ---- data

@@ -15,6 +15,7 @@ Reads a tile directory with labels (python data.py tile). Writes out_dir: best.p
 examples.png, curves.png, log.jsonl, and appends a row to results.csv.
 """
 import argparse
+import datetime
 import functools
 import itertools
 import json
@@ -60,7 +61,7 @@ freeze = True  # false = fine-tune the encoder as well; with a random encoder: a
 window_stride = 0  # step of the encoder's window over larger tiles, px; 0 = half a window, a quarter is worth 2 to 4 points
 pixel = False  # true = the pixel's own input spectrum goes into the classifier beside the features
 # ---- method
-loss = 'ce'  # ce = cross-entropy, focal = focal loss (arXiv 1708.02002) with gamma 2, dice = soft Dice (arXiv 1606.04797) of each image
+loss = 'ce'  # ce = cross-entropy, focal = focal loss (arXiv 1708.02002) with gamma 2, dice = soft Dice of each image (arXiv 1606.04797, without its squares)
 class_weights = 'none'  # none, or inverse / sqrt = classes weighted by 1 / (square root of) their number of training pixels (not for dice)
 # ---- optimizer
 steps = 1000  # optimizer steps; the dissertation stopped after 500 to 5,000
@@ -123,7 +124,7 @@ def open_run(out_dir, config, resume):
         names = (f'{out_dir}-{n}' if n > 1 else out_dir for n in itertools.count(1))
         out_dir = next(name for name in names if not os.path.exists(name))
     path = os.path.join(out_dir, 'config.json')
-    if os.path.exists(path):
+    if os.path.exists(path) and any(os.path.exists(os.path.join(out_dir, name)) for name in ('last.pt', 'best.pt')):
         old = json.load(open(path))['config']
         changed = [f'{k} ({old.get(k)} there, {v} now)' for k, v in config.items() if old.get(k) != v and k not in FREE_TO_CHANGE]
         if changed:
@@ -133,8 +134,11 @@ def open_run(out_dir, config, resume):
     for name in os.listdir(out_dir):
         if name.endswith('.tmp'):
             os.remove(os.path.join(out_dir, name))  # of a save that was cut off
-    git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
-    write_json(path, {'config': config, 'torch': torch.__version__, 'git': git.stdout.strip(), 'command': sys.argv})
+    try:
+        git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
+    except OSError:
+        git = ''  # not installed
+    write_json(path, {'config': config, 'torch': torch.__version__, 'git': git, 'command': sys.argv})
     shutil.copy(__file__, out_dir)
     return out_dir
 
@@ -184,7 +188,7 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, patch_embed_lr=1.0):
     depth = 1 + max((int(number) for name, _ in named for number in re.findall(r'encoder\.blocks\.(\d+)\.', name)), default=-1)
     groups = {}
     for name, p in named:
-        block = re.search(r'encoder\..*blocks\.(\d+)\.', name)
+        block = re.search(r'encoder\..*(?:blocks|fuse\.\w+)\.(\d+)\.', name)
         first = re.search(r'encoder\.\w*(embed|token)', name)  # patch embedding, tokens and positions come before block 0
         scale = layer_decay ** (depth - int(block[1]) if block else depth + 1 if first else 0)
         scale *= patch_embed_lr if 'patch_embed' in name or 'spectral_embed' in name else 1
@@ -408,7 +412,7 @@ def save_comparison(out_dir, runs):
         axis.legend(fontsize=8)
     save_figure(figure, os.path.join(out_dir, 'comparison_curves.png'))
 
-    judged = [run for run in runs if os.path.exists(os.path.join(run, 'best.pt'))]
+    judged = [run for run in runs if os.path.exists(os.path.join(run, 'best.pt')) and os.path.exists(os.path.join(run, 'segment.py'))]
     if not judged:
         return
     models = [trained_segmenter(os.path.join(run, 'best.pt')) for run in judged]
@@ -461,7 +465,8 @@ if __name__ == '__main__':
         def classify(raw):
             with autocast():
                 return model(standardize(raw.to(device), mean, matrix)).float().softmax(1)
-        map_scene(classify, predict, checkpoint['meta'], checkpoint['config']['crop_size'] or checkpoint['meta']['tile_size'], overlap, out, probabilities)
+        tile_size = checkpoint['meta']['tile_size']
+        map_scene(classify, predict, checkpoint['meta'], min(checkpoint['config']['crop_size'] or tile_size, tile_size), overlap, out, probabilities)
         sys.exit()
         # ---- end of boilerplate: map a scene
     if os.path.isfile(encoder):
@@ -476,7 +481,9 @@ if __name__ == '__main__':
         torch.backends.cudnn.deterministic = True
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in float32
     if world > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=6))  # rank 0 alone makes pictures and floors
+    if min(batch_size, grad_accum, log_every, save_every) < 1:
+        raise UserError('--batch_size, --grad_accum, --log_every and --save_every start at 1')
     if batch_size % (world * grad_accum):
         raise UserError(f'--batch_size={batch_size} does not divide over {world} processes x --grad_accum={grad_accum}: change one')
     if dtype == 'auto':
@@ -494,7 +501,7 @@ if __name__ == '__main__':
         out_dir = paths[0]
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stop.append(number))  # only a note; the loop saves and leaves
+        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))  # a note: the loop saves and leaves
     # ---- end of boilerplate: distributed setup
 
     # ---- data
@@ -510,6 +517,8 @@ if __name__ == '__main__':
     if splits['tr'].labels is None:
         raise UserError(f'{data}: has no labels, and a segmentation needs them: tile scenes that have some')
     labelled = np.array([i for i in range(len(splits['tr'])) if splits['tr'].labels[i].any()])
+    if not len(labelled):
+        raise UserError(f'{data}: no pixel of its training tiles has a label: tile scenes that have some')
     tile_size = meta['tile_size']
     crop_size = min(crop_size or tile_size, tile_size)
 
@@ -533,8 +542,11 @@ if __name__ == '__main__':
     if crop_size % vit.patch_size or tile_size % vit.patch_size:
         raise UserError(f'tiles of {tile_size} px and crops of {crop_size} px do not divide into patches of {vit.patch_size}: tile again with a '
                         'multiple, or pass another --crop_size')
-    if decoder == 'logistic' and (not freeze or pixel):
-        raise UserError('--decoder=logistic: a solved classifier needs a frozen encoder and no --pixel: choose --decoder=linear for those')
+    if decoder == 'logistic' and (not freeze or pixel or augment or loss != 'ce' or class_weights != 'none'):
+        raise UserError('--decoder=logistic: a solved classifier takes a frozen encoder, cross-entropy and no --pixel, --augment or --class_weights: '
+                        'choose --decoder=linear for those')
+    if untrained and not encoder:
+        raise UserError('--untrained: random weights for the architecture of which encoder? pass --encoder=, or leave --untrained out')
     model = build_segmenter(vit, meta['num_classes'], decoder, freeze, window_stride, pixel).to(device).train()
     if world > 1 and device.type == 'cuda' and not freeze:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # it has no CPU form; frozen encoders do without (calibrate_norm)
@@ -544,6 +556,11 @@ if __name__ == '__main__':
            f'{len(labelled)} labelled training tiles of {tile_size} px, crops of {crop_size} px; {device}, {dtype}, {world} process(es); {out_dir}')
 
     prepare = lambda images: standardize(images.to(device), mean, matrix, meta['nodata'])
+    if not freeze:  # what takes no part in features (mask tokens, the last spectral fusion) would make DDP wait for its gradient
+        model.eval()(prepare(splits['tr'].batch([0])[0])[..., :crop_size, :crop_size]).sum().backward()
+        for parameter in model.train().parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
     feature_bytes = 4 * (len(labelled) + len(splits['val'])) * 4 * vit.embed_dim * (tile_size // vit.patch_size) ** 2
     fits = freeze and not augment and crop_size == tile_size and feature_bytes < cache_gb * 1e9
     frozen = {split: FrozenFeatures(model, splits[split], prepare, autocast) if fits else None for split in ('tr', 'val')}
@@ -572,6 +589,7 @@ if __name__ == '__main__':
 
     # ---- optimizer
     lr = lr or (1e-2 if freeze and decoder == 'linear' else 1e-3)
+    layer_decay = layer_decay if encoder and not untrained else 1.0  # what was not pre-trained learns at one rate
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay, layer_decay), lr=lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 
@@ -667,7 +685,7 @@ if __name__ == '__main__':
         # ---- end of boilerplate: log
 
         # ---- evaluate on val, keep the best
-        if step % eval_every == 0 or step == last_step:
+        if (eval_every and step % eval_every == 0) or step == last_step:
             val = scores(evaluate(model, splits['val'], prepare, autocast, device, rank, world, crop_size, frozen['val']))
             log.append({'step': step, 'val_miou': val['miou'], 'val_oa': val['oa']})
             if rank == 0:
@@ -694,18 +712,21 @@ if __name__ == '__main__':
 
     # ---- end: score the best state on the test split
     bar.close()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # what was trained is saved: from here on a signal ends the script at once
     if world > 1:
         dist.barrier()
     chosen = load_checkpoint(best_path)
     model.load_state_dict(chosen['model'], strict=True)
     cm = evaluate(model, splits['ts'], prepare, autocast, device, rank, world, crop_size)
     columns = {'data': data, 'method': method, 'decoder': decoder, 'freeze': freeze, 'encoder': encoder or f'{size}/{patch_size}', 'whiten': whiten,
-               'pixel': pixel, 'loss': loss}
+               'pixel': pixel, 'window_stride': window_stride, 'loss': loss}
 
     # ---- boilerplate: report (the same lines in segment.py and baseline_deeplab.py)
     if rank == 0:
         result = scores(cm)
-        rows = {**floors(data, 'ts', label_share, seed), f'{method} + {decoder}': result}
+        floor = floors(data, 'ts', label_share, seed)
+        rows = {**floor, f'{method} + {decoder}': result}
         print(f'\ntest split of {data} (%), best state on val: step {chosen["step"]}; split: {meta["split"]}')
         print_scores(rows)
         for name, iou, n in zip(meta['class_names'], result['iou'], cm.sum(1).tolist()):
@@ -714,13 +735,14 @@ if __name__ == '__main__':
         if warning:
             print(warning)
         write_json(os.path.join(out_dir, 'report.json'), {
-            'split': 'ts', 'how_split': meta['split'], 'scores': result, 'floors': floors(data, 'ts', label_share, seed), 'class_names': meta['class_names'],
+            'split': 'ts', 'how_split': meta['split'], 'scores': result, 'floors': floor, 'class_names': meta['class_names'],
             'confusion_matrix': cm.tolist(), 'best_step': chosen['step'], 'warning': warning, 'config': config, 'torch': torch.__version__,
             'seconds': time.time() - started})
         model.eval()
         with torch.no_grad(), autocast():
             save_pictures(out_dir, cm, model, splits['ts'], prepare, meta, log)
-        append_row(results, {**columns, 'label_share': label_share, 'seed': seed, 'steps': step, 'best_step': chosen['step'],
+        append_row(results, {**columns, 'label_share': label_share, 'seed': seed, 'crop_size': crop_size, 'augment': augment,
+                             'class_weights': class_weights, 'lr': lr, 'steps': step, 'best_step': chosen['step'],
                              **{k: round(result[k], 5) for k in ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1')},
                              'pixel_floor': round(rows['pixel']['miou'], 5), 'window_floor': round(rows['window']['miou'], 5), 'out_dir': out_dir})
     if world > 1:

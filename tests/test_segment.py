@@ -225,6 +225,19 @@ def test_label_share_reaches_training_floors_and_table(scene_data, tmp_path):
     assert done.returncode == 1 and 'no results yet' in done.stderr
 
 
+def test_the_table_averages_seeds_and_nothing_else(tmp_path):
+    row = {'data': 'data/a_0', 'method': 'MAE', 'decoder': 'linear', 'encoder': 'runs/m_0/last.pt', 'label_share': 1.0, 'seed': 0, 'steps': 10, 'best_step': 10,
+           **{k: 0.5 for k in ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1', 'pixel_floor', 'window_floor')}, 'out_dir': 'runs/s_0'}
+    path = str(tmp_path / 'r.csv')
+    for change in ({}, {'seed': 1, 'data': 'data/a_1', 'encoder': 'runs/m_1/last.pt', 'miou': 0.7, 'out_dir': 'runs/s_1'}, {'steps': 99, 'out_dir': 'runs/t'},
+                   {'data': 'data/scene_2013', 'out_dir': 'runs/u'}, {'data': 'data/scene_2018', 'out_dir': 'runs/v'}, {'miou': 0.6, 'out_dir': 'runs/v', 'data': 'data/scene_2018'}):
+        append_row(path, {**row, **change})
+    table = run('segment.py', '--table', f'--results={path}').stdout.splitlines()
+    lines = {line[:44].strip(): line.split()[-1] for line in table if 'MAE' in line}
+    assert lines == {'MAE linear steps 10': '2', 'MAE linear steps 99': '1', 'MAE linear': '1'} and sum('scene_' in line for line in table) == 2
+    assert any('60.0 ± 14.1' in line for line in table) and any('60.0 ±  0.0' in line for line in table)  # of scene_2018 the last row counts
+
+
 def test_a_table_keeps_its_rows_when_a_column_is_new(tmp_path):
     path = str(tmp_path / 'r.csv')
     for row in ({'a': 1, 'b': 2}, {'a': 3, 'c': 4}, {'a': 3, 'c': 4}):
@@ -294,12 +307,13 @@ def test_scenes_that_differ_from_the_training_data_work_or_are_refused_in_a_sent
     np.save(tmp_path / 'float.npy', np.random.default_rng(0).normal(1000, 100, (9, 30, 7)))
     run(*base, f'--predict={tmp_path}/float.npy')
     np.save(tmp_path / 'five.npy', np.zeros((20, 20, 5), np.int16))
-    for flags, words in (([f'--predict={tmp_path}/five.npy'], 'has 5 bands'), ([f'--predict={tmp_path}/none.tif'], 'no such file'),
+    before = open(mapped / 'scene.tif', 'rb').read()
+    for flags, words in (([f'--predict={mapped}/scene.tif', f'--out={mapped}/scene.tif'], 'names of their own'), ([f'--predict={tmp_path}/five.npy'], 'has 5 bands'), ([f'--predict={tmp_path}/none.tif'], 'no such file'),
                          ([f'--predict={mapped}/plain.npz', '--overlap=1'], '--overlap=1'), ([f'--predict={mapped}/plain.npz', f'--out={tmp_path}/map.png'], '.tif'),
                          ([f'--predict={mapped}/plain.npz', f'--out_dir={tmp_path}'], 'no such checkpoint')):
         done = run(*base, *flags, check=False)
         assert done.returncode == 1 and words in done.stderr and 'Traceback' not in done.stderr, done.stderr
-    assert not [name for name in os.listdir(tmp_path) if name.endswith('.tmp')]
+    assert not [name for name in os.listdir(tmp_path) if name.endswith('.tmp')] and open(mapped / 'scene.tif', 'rb').read() == before
 
 
 # ============ why the dissertation failed ============

@@ -17,6 +17,7 @@ import torch
 import pretrain_mae
 import segment
 from conftest import MAE_TINY, ROOT, make_scene, run
+from data import standardize
 from models import MaskedAutoencoder, ViT, LinearHead, dense_features, load_checkpoint, load_encoder
 
 DINO_TINY = ['--size=tiny', '--img_size=16', '--local_crops_size=8', '--patch_size=4', '--batch_size=8', '--local_crops_number=2', '--out_dim=64',
@@ -280,7 +281,7 @@ def test_the_solved_decoder_is_at_least_as_good_as_the_trained_one_and_the_same_
     assert reports['logistic']['scores']['oa'] >= reports['linear']['scores']['oa'] - 0.02
     assert reports['logistic']['confusion_matrix'] == reports['again']['confusion_matrix'] == reports['two']['confusion_matrix']
     done = train('segment.py', scene_data, tmp_path / 'other', '--decoder=logistic', '--freeze=false', check=False)
-    assert done.returncode == 1 and 'needs a frozen encoder' in done.stderr and 'Traceback' not in done.stderr
+    assert done.returncode == 1 and 'takes a frozen encoder' in done.stderr and 'Traceback' not in done.stderr
 
 
 # ============ networks and losses in training ============
@@ -371,6 +372,32 @@ def test_a_frozen_encoder_stays_as_it_is(scene_data, whole, tmp_path):
     shutil.copy(tmp_path / 'longer' / 'last.pt', tmp_path / 'last.pt')
     again = train('segment.py', scene_data, tmp_path / 'run', f'--encoder={tmp_path}/last.pt', '--steps=3', check=False)
     assert again.returncode == 1 and 'encoder_crc32' in again.stderr  # the file is another encoder now
+
+
+@pytest.mark.parametrize('script', PRETRAINERS[1:])
+def test_an_encoder_with_parameters_that_features_do_not_use_is_fine_tuned_on_two_processes(script, scene_data, whole, tmp_path):
+    train('segment.py', scene_data, tmp_path / 'run', f'--encoder={whole / script / "last.pt"}', '--freeze=false', '--max_steps=3', processes=2)
+    assert len(losses(tmp_path / 'run')) == 3
+
+
+def test_a_mistake_leaves_no_run_behind_that_refuses_the_right_command(scene_data, tmp_path):
+    train('segment.py', scene_data, tmp_path / 'run', '--decoder=conw', check=False)
+    train('segment.py', scene_data, tmp_path / 'run', '--decoder=conv', '--max_steps=1')
+
+
+def test_only_pre_training_checkpoints_are_encoders(scene_data, whole, tmp_path):
+    for script in JUDGES:
+        done = train('segment.py', scene_data, tmp_path / 'run', f'--encoder={whole / script / "last.pt"}', check=False)
+        assert done.returncode == 1 and 'pass the last.pt of a pre-training run' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_whitening_is_not_rounded_by_autocast():
+    mean, matrix = torch.zeros(4), torch.randn(4, 4) * 100
+    x = torch.randn(2, 4, 8, 8)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(standardize(x, mean, matrix), (matrix @ x.flatten(2)).float().reshape(x.shape)) is False
+        under = standardize(x, mean, matrix)
+    assert torch.equal(under, standardize(x, mean, matrix))
 
 
 def test_models_compile_without_graph_breaks():

@@ -7,6 +7,7 @@ evaluation code: (A) the loader shuffled the tiles, so that a prediction met the
 import os
 import sys
 
+import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -22,9 +23,8 @@ def predictions(run):
     mean, matrix = standardization(tiles.meta, checkpoint['whiten'])
     if tiles.labels is None:
         raise UserError(f'{tiles.directory}: its test split has no labels: nothing can be scored')
-    pairs = [[part.clone() for part in tiles.batch([i])] for i in range(len(tiles))]
-    pred = torch.cat([model(standardize(images, mean, matrix, tiles.meta['nodata'])).argmax(1) for images, _ in pairs])
-    return pred, torch.cat([labels for _, labels in pairs]), tiles.meta['class_names']
+    pred = torch.cat([model(standardize(tiles.batch([i])[0], mean, matrix, tiles.meta['nodata'])).argmax(1) for i in range(len(tiles))])
+    return pred, torch.from_numpy(np.array(tiles.labels)), tiles.meta['class_names']
 
 
 def score(pred, raw, num_classes, shuffled=False, off_by_one=False):
