@@ -36,6 +36,7 @@ def test_every_decoder_and_loss_learns_two_tiles_by_heart(decoder, kind):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.head.parameters())  # skips and all take part
     centres = slice(1, None, 4) if decoder == 'linear' else slice(None)  # bilinear upsampling blurs the borders between patches
     assert scores(confusion_matrix(model(x).argmax(1)[:, centres, centres], y[:, centres, centres], 3))['miou'] > 0.95
 
