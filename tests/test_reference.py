@@ -13,7 +13,7 @@ from conftest import MAE_TINY, ROOT, run
 
 DINO = ['--size=tiny', '--img_size=16', '--local_crops_size=8', '--patch_size=4', '--batch_size=8', '--local_crops_number=2', '--out_dim=64']
 FLAGS = {'pretrain_mae.py': MAE_TINY, 'pretrain_dino.py': DINO, 'pretrain_dino_hsi.py': DINO,
-         'segment.py': ['--size=tiny', '--img_size=16', '--patch_size=4', '--batch_size=4', '--steps=10', '--decoder=conv', '--freeze=false', '--crop_size=32'],
+         'segment.py': ['--size=tiny', '--img_size=16', '--patch_size=4', '--batch_size=4', '--steps=10', '--decoder=conv', '--window_stride=16'],
          'baseline_deeplab.py': ['--width=16', '--batch_size=4', '--steps=10', '--crop_size=32']}
 PATH = os.path.join(ROOT, 'tests', 'reference_losses.json')
 

@@ -182,7 +182,7 @@ def test_crops_smaller_than_the_tile_train_and_the_whole_tile_is_scored(scene_da
         assert np.sum(report['confusion_matrix']) == np.count_nonzero(Tiles(scene_data, 'ts').labels)
 
 
-@pytest.mark.parametrize('script', ['segment.py', 'baseline_deeplab.py'])
+@pytest.mark.parametrize('script', ['segment.py', pytest.param('baseline_deeplab.py', marks=pytest.mark.slow)])
 def test_two_processes_score_a_finished_run_alike(script, scene_data, tmp_path):
     flags = ['--width=8', '--batch_size=4'] if script == 'baseline_deeplab.py' else TINY
     reports = []
