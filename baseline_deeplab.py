@@ -337,8 +337,7 @@ if __name__ == '__main__':
         def classify(raw):
             with autocast():
                 return model(standardize(raw.to(device), mean, matrix)).float().softmax(1)
-        tile_size = checkpoint['meta']['tile_size']
-        map_scene(classify, predict, checkpoint['meta'], min(checkpoint['config']['crop_size'] or tile_size, tile_size), overlap, out, probabilities)
+        map_scene(classify, predict, checkpoint['meta'], checkpoint['window'], overlap, out, probabilities)
         sys.exit()
         # ---- end of boilerplate: map a scene
 
@@ -374,7 +373,7 @@ if __name__ == '__main__':
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))  # a note: the loop saves and leaves
     # ---- end of boilerplate: distributed setup
 
-    # ---- data
+    # ---- boilerplate: segmentation data (the same lines in segment.py and baseline_deeplab.py)
     if rank == 0:
         demo_if_missing(data)
     if world > 1:
@@ -391,6 +390,7 @@ if __name__ == '__main__':
         raise UserError(f'{data}: no pixel of its training tiles has a label: tile scenes that have some')
     tile_size = meta['tile_size']
     crop_size = min(crop_size or tile_size, tile_size)
+    # ---- end of boilerplate: segmentation data
 
     # ---- model
     for name, value, known in (('loss', loss, ('ce', 'focal', 'dice')), ('class_weights', class_weights, ('none', 'inverse', 'sqrt'))):
@@ -416,7 +416,9 @@ if __name__ == '__main__':
     total_steps = steps
     last_step = min(max_steps or total_steps, total_steps)
     kept_meta = {key: meta[key] for key in ('num_bands', 'num_classes', 'class_names', 'wavelengths_nm', 'nodata', 'mean', 'std', 'covariance',
-                                            'tile_size', 'dtype')}  # what mapping a scene needs
+                                            'tile_size', 'dtype')}
+    about = {'config': config, 'encoder_args': encoder_args, 'whiten': whiten, 'window': crop_size, 'meta': kept_meta,
+             'script': os.path.basename(__file__)}  # what mapping a scene needs beside the weights
     # ---- end of boilerplate: segmentation setup
 
     # ---- optimizer
@@ -518,8 +520,7 @@ if __name__ == '__main__':
             if rank == 0:
                 append_line(log_path, log[-1])
                 if val['miou'] > best:
-                    save_checkpoint(best_path, {'model': model.state_dict(), 'step': step, 'val_miou': val['miou'], 'config': config, 'whiten': whiten,
-                                                'encoder_args': encoder_args, 'meta': kept_meta, 'script': os.path.basename(__file__)})
+                    save_checkpoint(best_path, {'model': model.state_dict(), 'step': step, 'val_miou': val['miou'], **about})
             best = max(best, val['miou'])
 
         # ---- boilerplate: checkpoint, stop
@@ -537,7 +538,10 @@ if __name__ == '__main__':
             sys.exit(128 + int(flag))
         # ---- end of boilerplate: checkpoint, stop
 
-    # ---- end: score the best state on the test split
+    columns = {'data': data, 'method': method + (' (ImageNet)' if imagenet else ''), 'decoder': decoder, 'freeze': freeze, 'encoder': imagenet or stem,
+               'whiten': whiten, 'pixel': False, 'loss': loss}
+
+    # ---- boilerplate: score the best state on the test split (the same lines in segment.py and baseline_deeplab.py)
     bar.close()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # what was trained is saved: from here on a signal ends the script at once
@@ -546,10 +550,6 @@ if __name__ == '__main__':
     chosen = load_checkpoint(best_path)
     model.load_state_dict(chosen['model'], strict=True)
     cm = evaluate(model, splits['ts'], prepare, autocast, device, rank, world, crop_size)
-    columns = {'data': data, 'method': method + (' (ImageNet)' if imagenet else ''), 'decoder': decoder, 'freeze': freeze, 'encoder': imagenet or stem,
-               'whiten': whiten, 'pixel': False, 'loss': loss}
-
-    # ---- boilerplate: report (the same lines in segment.py and baseline_deeplab.py)
     if rank == 0:
         result = scores(cm)
         floor = floors(data, 'ts', label_share, seed)
@@ -575,4 +575,4 @@ if __name__ == '__main__':
     if world > 1:
         dist.barrier()  # rank 0 may still be at its last pictures: leave together
         dist.destroy_process_group()
-    # ---- end of boilerplate: report
+    # ---- end of boilerplate: score the best state on the test split

@@ -10,6 +10,7 @@ A tile directory holds {tr,val,ts}_images.npy (N, C, S, S) in the sensor's own t
 """
 import argparse
 import csv
+import functools
 import hashlib
 import itertools
 import json
@@ -107,12 +108,13 @@ def read_scene(path, labels='', mmap=False):
         raise UserError(f'{path}: there is no such file: check the path')
     if os.path.getsize(path) == 0:
         raise UserError(f'{path}: the file is empty: copy it again')
-    readers = {'.tif': read_tiff, '.tiff': read_tiff, '.npz': read_numpy, '.npy': read_numpy, '.mat': read_mat, '.hdr': read_envi}
+    tiff, numpy = functools.partial(read_tiff, mmap=mmap), functools.partial(read_numpy, mmap=mmap)
+    readers = {'.tif': tiff, '.tiff': tiff, '.npz': numpy, '.npy': numpy, '.mat': read_mat, '.hdr': read_envi}
     ending = os.path.splitext(path)[1].lower()
     if ending not in readers:
         raise UserError(f'{path}: files of type "{ending}" are not read: convert it to one of {", ".join(readers)}')
     try:
-        scene = readers[ending](path, mmap) if ending in ('.tif', '.tiff', '.npy') else readers[ending](path)
+        scene = readers[ending](path)
     except UserError:
         raise
     except ImportError as error:
@@ -311,7 +313,7 @@ def split_by_blocks(labels, shares, block, gap, seed):
 
 
 def cut_positions(length, size, stride):
-    """Starts of tiles that cover `length`; the last one is moved back to end at the border."""
+    """Starts of tiles or windows of `size` that cover `length`; the last one is moved back to end at the border."""
     starts = list(range(0, length - size + 1, stride))
     return starts if starts[-1] + size == length else starts + [length - size]
 
@@ -951,14 +953,14 @@ def print_table(path):
         settings = tuple((name, encoder if name == 'encoder' else value) for name, value in row.items() if name not in results)
         groups.setdefault((data, float(row.get('label_share') or 1)), {}).setdefault(settings, []).append(row)
     for (data, share), methods in sorted(groups.items()):
-        every = [row for rows in methods.values() for row in rows]
+        every = [row for runs in methods.values() for row in runs]
         print(f'\n{data}, {100 * share:g} % of the labels' + f'\n{"":44s}{"OA":>13s}{"mean acc":>13s}{"mIoU":>13s}{"mIoU all":>13s}{"seeds":>7s}')
-        for settings, rows in sorted(methods.items(), key=lambda item: -np.mean([float(row['miou']) for row in item[1]])):
+        for settings, runs in sorted(methods.items(), key=lambda item: -np.mean([float(row['miou']) for row in item[1]])):
             alike = [dict(other) for other in methods if dict(other)['method'] == dict(settings)['method'] and dict(other)['decoder'] == dict(settings)['decoder']]
             differ = [f'{name} {value}' for name, value in settings if any(other.get(name) != value for other in alike)]  # what tells rows of one name apart
-            name = ' '.join([rows[0]['method'], rows[0]['decoder'], *differ])
-            cells = [np.array([100 * float(row[key]) for row in rows]) for key in ('oa', 'mean_acc', 'miou', 'miou_all')]
-            print(f'{name:44s}' + ''.join(f'{v.mean():6.1f} ± {v.std(ddof=len(v) > 1):4.1f}' for v in cells) + f'{len(rows):7d}')
+            name = ' '.join([runs[0]['method'], runs[0]['decoder'], *differ])
+            cells = [np.array([100 * float(row[key]) for row in runs]) for key in ('oa', 'mean_acc', 'miou', 'miou_all')]
+            print(f'{name:44s}' + ''.join(f'{v.mean():6.1f} ± {v.std(ddof=len(v) > 1):4.1f}' for v in cells) + f'{len(runs):7d}')
         for floor in ('window', 'pixel'):
             values = {(row['data'], row['seed'] if share < 1 else ''): 100 * float(row[f'{floor}_floor']) for row in every}
             values = np.array(list(values.values()))
@@ -975,7 +977,7 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     however large the scene. Weights are a raised cosine in each direction; an image smaller than the window is continued by its border.
     """
     C, H, W = cube.shape
-    starts = [list(range(0, max(size - window, 0), stride)) + [max(size - window, 0)] for size in (H, W)]
+    starts = [cut_positions(max(size, window), window, stride) for size in (H, W)]
     ramp = np.sin(np.pi * (np.arange(window) + 0.5) / window) ** 2 if stride < window else np.ones(window)
     weight = (ramp[:, None] * ramp).astype(np.float32) + 1e-6  # (window, window); corners of the scene have one window only
     total = np.zeros((num_classes, window, max(W, window)), np.float32)
@@ -1063,13 +1065,24 @@ SAFE_PALETTE = 'e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 999999'.split()
 
 def class_colors(class_names):
     """(K + 1, 3) uint8: black for unlabelled, then one colour a class: WHU-OHS's own for its classes, safe ones for up to 8, else tab20's"""
-    if tuple(class_names) == OHS_CLASSES or len(class_names) <= len(SAFE_PALETTE):
-        palette = OHS_PALETTE if tuple(class_names) == OHS_CLASSES else SAFE_PALETTE
-        colors = [[int(c[i:i + 2], 16) for i in (0, 2, 4)] for c in palette[:len(class_names)]]
+    if tuple(class_names) == OHS_CLASSES:
+        palette = OHS_PALETTE
+    elif len(class_names) <= len(SAFE_PALETTE):
+        palette = SAFE_PALETTE
     else:
-        from matplotlib import colormaps
-        colors = [[round(255 * v) for v in colormaps['tab20'].colors[k % 20]] for k in range(len(class_names))]
-    return np.array([[0, 0, 0]] + colors, np.uint8)
+        from matplotlib import colormaps, colors
+        palette = [colors.to_hex(c)[1:] for c in colormaps['tab20'].colors]
+    return np.array([[0, 0, 0]] + [[int(palette[k % len(palette)][i:i + 2], 16) for i in (0, 2, 4)] for k in range(len(class_names))], np.uint8)
+
+
+def principal_colors(features):
+    """features (..., D) -> (..., 3) in 0..1, on the CPU: their three leading principal components, each scaled to mean 0.5 and 2 standard deviations"""
+    points = features.flatten(0, -2).double()
+    points = points - points.mean(0)
+    directions = torch.linalg.eigh(points.T @ points).eigenvectors[:, -3:].flip(1)
+    directions = directions * directions.sum(0).sign()  # a component has no sign of its own: choose one
+    shown = points @ directions
+    return (shown / shown.std(0).clamp(min=1e-12) / 4 + 0.5).clamp(0, 1).reshape(*features.shape[:-1], 3).cpu()
 
 
 def false_color(x, meta):

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import UserError
+from data import UserError, cut_positions
 
 SIZES = {  # small and base are ViT-S and ViT-B (Touvron et al. 2021, Dosovitskiy et al. 2021); tiny is for laptops
     'tiny': dict(embed_dim=128, depth=6, num_heads=4),
@@ -515,12 +515,9 @@ def dense_features(encoder, x, n=4, window=0, stride=0):
     window = window or encoder.img_size
     stride = max(P, min(stride or window // 2, window) // P * P)
 
-    def starts(length):
-        return list(range(0, max(length - window, 0), stride)) + [max(length - window, 0)]
-
     total, count = None, x.new_zeros(H // P, W // P)
-    for top in starts(H):
-        for left in starts(W):
+    for top in cut_positions(max(H, window), window, stride):
+        for left in cut_positions(max(W, window), window, stride):
             piece = x[:, :, top:top + window, left:left + window]
             maps = torch.cat(encoder.get_intermediate_layers(piece, n), dim=1).float()
             if total is None:

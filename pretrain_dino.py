@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (FLOORS, UserError, Tiles, augment_spectra, demo_if_missing, draw_crops, epoch_ids, false_color, labelled_pixels, plain_errors,
-                  resized_crop, ridge_probe, save_figure, spectrum_features, standardization, standardize, standardize_rows, write_json)
+                  principal_colors, resized_crop, ridge_probe, save_figure, spectrum_features, standardization, standardize, standardize_rows, write_json)
 from models import SIZES, DINOHead, ViT, dense_features, load_checkpoint, resize_positions
 
 # ---- data
@@ -426,8 +426,9 @@ def make_crops(raw, boxes, turned, soften, u, meta, mean, matrix, img_size, loca
     u, soften = u.to(raw.device), soften.to(raw.device)
     (B, V), C = boxes.shape[:2], meta['num_bands']
     big, small = std.new_empty(2, B, C, img_size, img_size), std.new_empty(V - 2, B, C, local_crops_size, local_crops_size)
-    for some in torch.arange(B).split(B if raw.is_cuda else 4):  # so few tiles, and what becomes of them, stay in a CPU's cache
-        some = slice(int(some[0]), int(some[-1]) + 1)
+    together = B if raw.is_cuda else 4  # so few tiles, and what becomes of them, stay in a CPU's cache
+    for start in range(0, B, together):
+        some = slice(start, start + together)
         x = standardize_rows(raw[some], mean, matrix, meta['nodata'])
         for i, crops in enumerate((*big, *small)):
             crop = resized_crop(x, boxes[some, i], turned[some, i], crops.shape[-1], soften[some, i])
@@ -447,12 +448,7 @@ def probe(features, train, val, probe_tiles, device):
 def save_features(path, encoder, raw, prepare, meta):
     """Four tiles in false colour, and the three leading principal components of the teacher's patch features as red, green, blue."""
     maps = dense_features(encoder, prepare(raw), n=1)  # (4, D, h, w)
-    points = maps.permute(0, 2, 3, 1).flatten(0, 2).double()
-    points = points - points.mean(0)
-    directions = torch.linalg.eigh(points.T @ points).eigenvectors[:, -3:].flip(1)
-    directions = directions * directions.sum(0).sign()  # a component has no sign of its own: choose one
-    shown = points @ directions
-    shown = ((shown / shown.std(0).clamp(min=1e-12)) / 4 + 0.5).clamp(0, 1).reshape(len(maps), *maps.shape[2:], 3).cpu()
+    shown = principal_colors(maps.permute(0, 2, 3, 1))  # (4, h, w, 3)
     figure = Figure(figsize=(2.4 * len(maps), 5), layout='constrained')
     axes = figure.subplots(2, len(maps), squeeze=False)
     for i in range(len(maps)):

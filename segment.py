@@ -465,8 +465,7 @@ if __name__ == '__main__':
         def classify(raw):
             with autocast():
                 return model(standardize(raw.to(device), mean, matrix)).float().softmax(1)
-        tile_size = checkpoint['meta']['tile_size']
-        map_scene(classify, predict, checkpoint['meta'], min(checkpoint['config']['crop_size'] or tile_size, tile_size), overlap, out, probabilities)
+        map_scene(classify, predict, checkpoint['meta'], checkpoint['window'], overlap, out, probabilities)
         sys.exit()
         # ---- end of boilerplate: map a scene
     if os.path.isfile(encoder):
@@ -504,7 +503,7 @@ if __name__ == '__main__':
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))  # a note: the loop saves and leaves
     # ---- end of boilerplate: distributed setup
 
-    # ---- data
+    # ---- boilerplate: segmentation data (the same lines in segment.py and baseline_deeplab.py)
     if rank == 0:
         demo_if_missing(data)
     if world > 1:
@@ -521,6 +520,7 @@ if __name__ == '__main__':
         raise UserError(f'{data}: no pixel of its training tiles has a label: tile scenes that have some')
     tile_size = meta['tile_size']
     crop_size = min(crop_size or tile_size, tile_size)
+    # ---- end of boilerplate: segmentation data
 
     # ---- model
     for name, value, known in (('size', size, SIZES), ('decoder', decoder, ('linear', 'conv', 'transformer', 'logistic')), ('loss', loss, ('ce', 'focal', 'dice')),
@@ -584,7 +584,9 @@ if __name__ == '__main__':
     total_steps = steps
     last_step = min(max_steps or total_steps, total_steps)
     kept_meta = {key: meta[key] for key in ('num_bands', 'num_classes', 'class_names', 'wavelengths_nm', 'nodata', 'mean', 'std', 'covariance',
-                                            'tile_size', 'dtype')}  # what mapping a scene needs
+                                            'tile_size', 'dtype')}
+    about = {'config': config, 'encoder_args': encoder_args, 'whiten': whiten, 'window': crop_size, 'meta': kept_meta,
+             'script': os.path.basename(__file__)}  # what mapping a scene needs beside the weights
     # ---- end of boilerplate: segmentation setup
 
     # ---- optimizer
@@ -625,8 +627,7 @@ if __name__ == '__main__':
     best_path = os.path.join(out_dir, 'best.pt')
     bar = tqdm(total=last_step, initial=step, disable=rank > 0, unit='step', dynamic_ncols=True)
     if decoder == 'logistic' and rank == 0:
-        save_checkpoint(best_path, {'model': model.state_dict(), 'step': 0, 'config': config, 'whiten': whiten, 'encoder_args': encoder_args,
-                                    'meta': kept_meta, 'script': os.path.basename(__file__)})
+        save_checkpoint(best_path, {'model': model.state_dict(), 'step': 0, **about})
     while step < last_step:
         # ---- boilerplate: seed this step
         torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # dropout differs between ranks, never between resumed runs
@@ -691,8 +692,7 @@ if __name__ == '__main__':
             if rank == 0:
                 append_line(log_path, log[-1])
                 if val['miou'] > best:
-                    save_checkpoint(best_path, {'model': model.state_dict(), 'step': step, 'val_miou': val['miou'], 'config': config, 'whiten': whiten,
-                                                'encoder_args': encoder_args, 'meta': kept_meta, 'script': os.path.basename(__file__)})
+                    save_checkpoint(best_path, {'model': model.state_dict(), 'step': step, 'val_miou': val['miou'], **about})
             best = max(best, val['miou'])
 
         # ---- boilerplate: checkpoint, stop
@@ -710,7 +710,10 @@ if __name__ == '__main__':
             sys.exit(128 + int(flag))
         # ---- end of boilerplate: checkpoint, stop
 
-    # ---- end: score the best state on the test split
+    columns = {'data': data, 'method': method, 'decoder': decoder, 'freeze': freeze, 'encoder': encoder or f'{size}/{patch_size}', 'whiten': whiten,
+               'pixel': pixel, 'window_stride': window_stride, 'loss': loss}
+
+    # ---- boilerplate: score the best state on the test split (the same lines in segment.py and baseline_deeplab.py)
     bar.close()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # what was trained is saved: from here on a signal ends the script at once
@@ -719,10 +722,6 @@ if __name__ == '__main__':
     chosen = load_checkpoint(best_path)
     model.load_state_dict(chosen['model'], strict=True)
     cm = evaluate(model, splits['ts'], prepare, autocast, device, rank, world, crop_size)
-    columns = {'data': data, 'method': method, 'decoder': decoder, 'freeze': freeze, 'encoder': encoder or f'{size}/{patch_size}', 'whiten': whiten,
-               'pixel': pixel, 'window_stride': window_stride, 'loss': loss}
-
-    # ---- boilerplate: report (the same lines in segment.py and baseline_deeplab.py)
     if rank == 0:
         result = scores(cm)
         floor = floors(data, 'ts', label_share, seed)
@@ -748,4 +747,4 @@ if __name__ == '__main__':
     if world > 1:
         dist.barrier()  # rank 0 may still be at its last pictures: leave together
         dist.destroy_process_group()
-    # ---- end of boilerplate: report
+    # ---- end of boilerplate: score the best state on the test split

@@ -20,7 +20,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from data import UserError, Tiles, demo_if_missing, false_color, plain_errors, read_scene, save_figure, standardization, standardize, valid_pixels
+from data import UserError, Tiles, demo_if_missing, false_color, plain_errors, principal_colors, read_scene, save_figure, standardization, standardize, valid_pixels
 from models import load_encoder
 
 encoders = 'runs/demo/last.pt'  # last.pt of one or several pre-training runs, separated by commas: a row each
@@ -75,16 +75,6 @@ def patch_maps(attention, token, num_prefix_tokens, h, w):
     return attention[:, token, num_prefix_tokens:].reshape(-1, h, w) * h * w
 
 
-def as_colors(features):
-    """features (h, w, D) -> (h, w, 3) in 0..1: the three leading principal components, each scaled to mean 0.5 and 2 standard deviations"""
-    points = features.flatten(0, 1).double()
-    points = points - points.mean(0)
-    directions = torch.linalg.eigh(points.T @ points).eigenvectors[:, -3:].flip(1)
-    directions = directions * directions.sum(0).sign()  # a component has no sign of its own: choose one
-    shown = points @ directions
-    return (shown / shown.std(0).clamp(min=1e-12) / 4 + 0.5).clamp(0, 1).reshape(*features.shape[:2], 3).numpy()
-
-
 def draw(path, raw, named_encoders, meta, block, heads, query):
     """One picture of one image: raw (C, H, W), named_encoders: list of (name, encoder); query (row, column) in pixels"""
     (H, W), spectral = raw.shape[1:], any(hasattr(encoder, 'spectral_blocks') for _, encoder in named_encoders)
@@ -110,7 +100,7 @@ def draw(path, raw, named_encoders, meta, block, heads, query):
             axis.imshow(values, cmap='viridis', norm=PowerNorm(0.5, 0, float(values.flatten().quantile(0.99))), extent=(0, W, H, 0), interpolation='nearest')
             axis.set_xlabel(f'at most {values.max():.1f}', fontsize=7)
         row[len(titles) - 2].add_patch(Rectangle((query[1] // P * P, query[0] // P * P), P, P, fill=False, color='red', linewidth=1))
-        row[len(titles) - 1].imshow(as_colors(features), extent=(0, W, H, 0), interpolation='nearest')
+        row[len(titles) - 1].imshow(principal_colors(features), extent=(0, W, H, 0), interpolation='nearest')
         for axis in row[:len(titles)]:
             axis.set(xticks=[], yticks=[])
         if spectral:

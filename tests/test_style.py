@@ -7,7 +7,7 @@ import pytest
 
 from conftest import ROOT
 
-SCRIPTS = [name for name in ('pretrain_mae.py', 'pretrain_dino.py', 'pretrain_dino_hsi.py', 'segment.py', 'baseline_deeplab.py')
+SCRIPTS = [name for name in ('pretrain_mae.py', 'pretrain_dino.py', 'pretrain_dino_hsi.py', 'segment.py', 'baseline_deeplab.py', 'viz_attention.py')
            if os.path.exists(os.path.join(ROOT, name))]
 
 
