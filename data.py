@@ -810,10 +810,11 @@ def augment_spectra(x, u, field, mean, std, matrix, wavelengths_nm, gain=0.0, of
 # ============ linear classifiers: probes and floors ============
 
 def labelled_pixels(tiles, features, limit=50_000, max_tiles=2000, seed=0, device='cpu'):
-    """Features and classes of labelled pixels: x (n, D) float32, y (n,), about `limit` of them at the most, drawn at random from
+    """Features and classes of labelled pixels: x (n, D) float32, y (n,), blocks (n,), about `limit` of them at the most, drawn at random from
     at most `max_tiles` tiles that have labels.
 
-    `features(raw images) -> maps (B, D, h, w)`; maps coarser than the tile are upsampled (bilinear) to its pixels.
+    `features(raw images) -> maps (B, D, h, w)`; maps coarser than the tile are upsampled (bilinear) to its pixels. `blocks` are numbers of the
+    places the pixels lie in: neighbours, and one pixel seen in two tiles, have the same. In a folder of scenes a place is a scene.
     """
     if tiles.labels is None:
         raise UserError(f'{tiles.directory}: the split "{tiles.split}" has no labels')
@@ -821,10 +822,12 @@ def labelled_pixels(tiles, features, limit=50_000, max_tiles=2000, seed=0, devic
     order = np.random.default_rng(seed).permutation(len(tiles))
     chosen = np.sort(list(itertools.islice((i for i in order if tiles.labels[i].any()), max_tiles))).astype(int)
     total = sum(np.count_nonzero(tiles.labels[i]) for i in chosen)
-    xs, ys = [], []
+    places, side = torch.tensor(tiles.meta['tiles'][tiles.split]), tiles.meta['settings']['split_block']
+    xs, ys, blocks = [], [], []
     together = 4 if tiles.meta['tile_size'] <= 128 else 1  # maps of large tiles are large
     for start in range(0, len(chosen), together):
-        images, labels = tiles.batch(chosen[start:start + together])
+        ids = chosen[start:start + together]
+        images, labels = tiles.batch(ids)
         pick = (labels > 0) & (torch.rand(labels.shape, generator=generator) < limit / max(total, 1))
         if not pick.any():
             continue
@@ -833,18 +836,30 @@ def labelled_pixels(tiles, features, limit=50_000, max_tiles=2000, seed=0, devic
             maps = F.interpolate(maps, size=labels.shape[-2:], mode='bilinear')
         xs.append(maps.permute(0, 2, 3, 1)[pick.to(device)])
         ys.append(label_to_class(labels[pick]).to(device))
+        tile, row, col = pick.nonzero().unbind(1)
+        scene, top, left = places[torch.from_numpy(ids)][tile].unbind(1)
+        where = ((top + row) // side << 20) + (left + col) // side if tiles.meta['split'] != 'as the folders say' else 0
+        blocks.append((scene.long() << 40) + where)
     if not xs:
         raise UserError(f'{tiles.directory}: the split "{tiles.split}" has no labelled pixel')
-    return torch.cat(xs), torch.cat(ys)
+    return torch.cat(xs), torch.cat(ys), torch.cat(blocks).to(device)
 
 
-def ridge_probe(train_x, train_y, test_x, test_y, num_classes, strength=1e-3):
-    """Closed-form linear classifier (ridge regression on one-hot targets) -> scores() on the test pixels. Seconds, no tuning."""
-    center, spread = train_x.mean(0), train_x.std(0).clamp(min=1e-6)
-    train_x, test_x = ((torch.cat([(x - center) / spread, x.new_ones(len(x), 1)], 1)).double() for x in (train_x, test_x))
-    gram = train_x.T @ train_x + strength * len(train_x) * torch.eye(train_x.shape[1], device=train_x.device)
-    weights = torch.linalg.solve(gram, train_x.T @ F.one_hot(train_y, num_classes).double())
-    return scores(confusion_matrix((test_x @ weights).argmax(1), test_y, num_classes))
+def ridge_probe(x, y, blocks, num_classes, folds=5, strength=1e-3):
+    """Closed-form linear classifier (ridge regression on one-hot targets) of features x (n, D), classes y (n,) -> scores() of each pixel under the
+    classifier fitted without its fold. Folds are of whole `blocks` (n,): a pixel's neighbours do not vote on it. Seconds, no tuning.
+    """
+    x = torch.cat([(x - x.mean(0)) / x.std(0).clamp(min=1e-6), x.new_ones(len(x), 1)], 1).double()
+    names, block = blocks.unique(return_inverse=True)
+    fold = (torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).to(x.device) % folds)[block]
+    targets = F.one_hot(y, num_classes).double()
+    grams, sums = zip(*((part.T @ part, part.T @ targets[fold == i]) for i in range(folds) for part in [x[fold == i]]))
+    penalty = strength * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    cm = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=x.device)
+    for i in range(folds):
+        weights = torch.linalg.solve(sum(grams) - grams[i] + penalty, sum(sums) - sums[i])
+        cm += confusion_matrix((x[fold == i] @ weights).argmax(1), y[fold == i], num_classes)
+    return scores(cm)
 
 
 def fit_logistic(x, y, num_classes, max_iter=500):
@@ -901,7 +916,7 @@ def floors(directory, split='ts', label_share=1.0, seed=0):
     num_classes, result = train.meta['num_classes'], {}
     for name, windows in FLOORS.items():
         features = spectrum_features(train.meta, windows)
-        (train_x, train_y), (test_x, test_y) = labelled_pixels(train, features, 30_000), labelled_pixels(test, features, 200_000)
+        (train_x, train_y, _), (test_x, test_y, _) = labelled_pixels(train, features, 30_000), labelled_pixels(test, features, 200_000)
         if not result:
             majority = torch.bincount(train_y, minlength=num_classes).argmax()
             result['majority'] = scores(confusion_matrix(majority.expand(len(test_y)), test_y, num_classes))

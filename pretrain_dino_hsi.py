@@ -464,10 +464,10 @@ def make_crops(raw, boxes, turned, soften, u, meta, mean, matrix, img_size, loca
 
 # Copied from pretrain_dino.py
 @torch.no_grad()
-def probe(features, train, val, probe_tiles, device):
-    """mIoU on val of a closed-form linear classifier on `features` (raw images -> maps), fitted on tr."""
-    pixels = [labelled_pixels(tiles, features, 10_000, probe_tiles, device=device) for tiles in (train, val)]
-    return ridge_probe(*pixels[0], *pixels[1], train.meta['num_classes'])['miou']
+def probe(features, splits, probe_tiles, device):
+    """mIoU of a closed-form linear classifier on `features` (raw images -> maps), cross-validated over the labelled pixels of `splits`."""
+    pixels = [labelled_pixels(tiles, features, 10_000, probe_tiles, device=device) for tiles in splits]
+    return ridge_probe(*map(torch.cat, zip(*pixels)), splits[0].meta['num_classes'])['miou']
 
 
 # Copied from pretrain_dino.py
@@ -511,7 +511,7 @@ def save_curves(path, log, out_dim):
         lines = {'random encoder': probed[0]['probe_miou'], **{k: v for k, v in probed[0].items() if k.endswith('floor')}}
         for (name, value), style in zip(lines.items(), ('-.', ':', '--')):
             right.axhline(100 * value, color='gray', linestyle=style, label=name)
-        right.set(xlabel='step', ylabel='linear probe on val, mIoU in %')
+        right.set(xlabel='step', ylabel='linear probe (cross-validated), mIoU in %')
         right.legend(fontsize=8)
     save_figure(figure, path)
 
@@ -568,8 +568,8 @@ if __name__ == '__main__':
     prepare = lambda raw: standardize(raw, mean, matrix, meta['nodata'])
     watched = rank == 0 and all(os.path.exists(os.path.join(data, f'{split}_labels.npy')) for split in ('tr', 'val'))
     if watched:
-        probe_train, val = Tiles(data, 'tr'), Tiles(data, 'val')  # of their own: a batch waits in the buffers of `train`
-        floors = {f'{name} floor': probe(spectrum_features(meta, windows, device), probe_train, val, probe_tiles, device)
+        probe_splits = [Tiles(data, split) for split in ('tr', 'val')]  # of their own: a batch waits in the buffers of `train`
+        floors = {f'{name} floor': probe(spectrum_features(meta, windows, device), probe_splits, probe_tiles, device)
                   for name, windows in FLOORS.items()}
     windows = len(train) * max(1, round((meta['tile_size'] / img_size) ** 2))
     total_steps = max(1, round(epochs * windows / batch_size))
@@ -660,7 +660,7 @@ if __name__ == '__main__':
             model.eval()
             if watched and not any(e['step'] == step and 'probe_miou' in e for e in log):
                 with autocast():
-                    miou = probe(lambda raw: dense_features(model.teacher.encoder, prepare(raw)), probe_train, val, probe_tiles, device)
+                    miou = probe(lambda raw: dense_features(model.teacher.encoder, prepare(raw)), probe_splits, probe_tiles, device)
                 log.append({'step': step, 'probe_miou': miou, **floors})
                 append_line(log_path, log[-1])
                 bar.write(f'step {step}: probe mIoU {miou:.3f}; random encoder {log[0]["probe_miou"]:.3f}, '

@@ -205,10 +205,10 @@ def get_batch(train, step, *, rank, world, img_size, patch_size, batch_size, sca
 
 
 @torch.no_grad()
-def probe(features, train, val, probe_tiles, device):
-    """mIoU on val of a closed-form linear classifier on `features` (raw images -> maps), fitted on tr."""
-    pixels = [labelled_pixels(tiles, features, 10_000, probe_tiles, device=device) for tiles in (train, val)]
-    return ridge_probe(*pixels[0], *pixels[1], train.meta['num_classes'])['miou']
+def probe(features, splits, probe_tiles, device):
+    """mIoU of a closed-form linear classifier on `features` (raw images -> maps), cross-validated over the labelled pixels of `splits`."""
+    pixels = [labelled_pixels(tiles, features, 10_000, probe_tiles, device=device) for tiles in splits]
+    return ridge_probe(*map(torch.cat, zip(*pixels)), splits[0].meta['num_classes'])['miou']
 
 
 @torch.no_grad()
@@ -250,7 +250,7 @@ def save_curves(path, log):
         lines = {'random encoder': probed[0]['probe_miou'], **{k: v for k, v in probed[0].items() if k.endswith('floor')}}
         for (name, value), style in zip(lines.items(), ('-.', ':', '--')):
             right.axhline(100 * value, color='gray', linestyle=style, label=name)
-        right.set(xlabel='step', ylabel='linear probe on val, mIoU in %')
+        right.set(xlabel='step', ylabel='linear probe (cross-validated), mIoU in %')
         right.legend(fontsize=8)
     save_figure(figure, path)
 
@@ -304,8 +304,8 @@ if __name__ == '__main__':
     prepare = lambda raw: standardize(raw, mean, matrix, meta['nodata'])
     watched = rank == 0 and all(os.path.exists(os.path.join(data, f'{split}_labels.npy')) for split in ('tr', 'val'))
     if watched:
-        probe_train, val = Tiles(data, 'tr'), Tiles(data, 'val')  # of their own: a batch waits in the buffers of `train`
-        floors = {f'{name} floor': probe(spectrum_features(meta, windows, device), probe_train, val, probe_tiles, device)
+        probe_splits = [Tiles(data, split) for split in ('tr', 'val')]  # of their own: a batch waits in the buffers of `train`
+        floors = {f'{name} floor': probe(spectrum_features(meta, windows, device), probe_splits, probe_tiles, device)
                   for name, windows in FLOORS.items()}
     crops = len(train) * max(1, round((meta['tile_size'] / img_size) ** 2))
     total_steps = max(1, round(epochs * crops / batch_size))
@@ -372,7 +372,7 @@ if __name__ == '__main__':
             model.eval()
             if watched and not any(e['step'] == step and 'probe_miou' in e for e in log):
                 with autocast():
-                    miou = probe(lambda raw: dense_features(model.encoder, prepare(raw)), probe_train, val, probe_tiles, device)
+                    miou = probe(lambda raw: dense_features(model.encoder, prepare(raw)), probe_splits, probe_tiles, device)
                 log.append({'step': step, 'probe_miou': miou, **floors})
                 append_line(log_path, log[-1])
                 bar.write(f'step {step}: probe mIoU {miou:.3f}; random encoder {log[0]["probe_miou"]:.3f}, '

@@ -571,8 +571,8 @@ if __name__ == '__main__':
     if decoder == 'logistic':  # a convex problem: solved to the end as the floors are, where the best step of a few hundred would rank decoders
         norm = lambda raw: model.head.norm(model.features(prepare(raw)).float())
         with torch.no_grad(), autocast():
-            pixels = labelled_pixels(splits['tr'], norm, 50_000, device=device)
-        solved = fit_logistic(*pixels, meta['num_classes'])
+            x, y, _ = labelled_pixels(splits['tr'], norm, 50_000, device=device)
+        solved = fit_logistic(x, y, meta['num_classes'])
         model.head.classifier.weight.data.copy_(solved[:-1].T[..., None, None])
         model.head.classifier.bias.data.copy_(solved[-1])
         steps = 0

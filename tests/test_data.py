@@ -491,3 +491,24 @@ def test_damaged_files_give_a_scene_or_a_sentence_and_nothing_else():
     """Bit flips, cut ends, zeroed stretches: fuzz_scenes.py tells how many; here a few of each format, in a process of their own."""
     done = subprocess.run([sys.executable, os.path.join(ROOT, 'tests', 'fuzz_scenes.py'), '90'], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and '90 damaged files' in done.stdout, done.stdout + done.stderr[-2000:]
+
+
+def test_the_probe_never_asks_a_pixels_own_place():
+    generator = torch.Generator().manual_seed(0)
+    y, blocks = torch.randint(4, (2000,), generator=generator), torch.arange(2000) // 50
+    y = (blocks * 7 % 4 + (torch.rand(2000, generator=generator) < 0.1)) % 4  # classes go with places
+    places = torch.nn.functional.one_hot(blocks).float()  # features that say where a pixel is, and nothing else
+    kinds = torch.nn.functional.one_hot(y).float() + 0.1 * torch.randn(2000, 4, generator=generator)
+    assert data.ridge_probe(kinds, y, blocks, 4)['oa'] > 0.99
+    assert data.ridge_probe(places, y, torch.arange(2000), 4)['oa'] > 0.8  # what folds of single pixels would have believed
+    assert data.ridge_probe(places, y, blocks, 4)['oa'] < 0.4
+
+
+def test_one_pixel_in_two_tiles_lies_in_one_block(scene_data):
+    tiles = data.Tiles(scene_data, 'tr')
+    x, y, blocks = data.labelled_pixels(tiles, lambda raw: raw.float())
+    side, places = tiles.meta['settings']['split_block'], []
+    for (_, top, left), labels in zip(tiles.meta['tiles']['tr'], tiles.labels):
+        row, col = np.nonzero(labels)
+        places += [((top + r) // side, (left + c) // side) for r, c in zip(row, col)]
+    assert len(set(zip(map(tuple, places), blocks.tolist()))) == len(set(map(tuple, places))) == len(blocks.unique())
