@@ -406,8 +406,8 @@ class DINOHead(nn.Module):
     def forward(self, x):
         """x (..., D) -> logits (..., K): cosines in -1..1, before any temperature"""
         x = F.normalize(self.mlp(x).float(), dim=-1)  # (..., bottleneck)
-        prototypes = F.normalize(self.last_layer.weight_v, dim=-1) * self.last_layer.weight_g  # (K, bottleneck)
-        return F.linear(x, prototypes)
+        v, g = self.last_layer.weight_v, self.last_layer.weight_g
+        return F.linear(x, v * (g / v.norm(dim=-1, keepdim=True).clamp(min=1e-12)))  # one product over the (K, bottleneck) matrix, not three
 
 
 # ============ masked autoencoder ============

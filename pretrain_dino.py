@@ -231,21 +231,22 @@ class Branch(nn.Module):
         super().__init__()
         self.encoder, self.head, self.patch_head = encoder, head, patch_head
 
-    def project(self, tokens, rows):
-        """tokens (B, T, D) of one stream, rows (M,) -> cls (B, D), its logits (B, K), logits of the masked tokens (M, K)"""
+    def project(self, tokens, rows, local_tokens=None):
+        """Tokens of one stream, of the global crops (2B, T, D) and of the local ones (L * B, t, D), rows (M,) -> cls (2B, D), its logits (2B, K),
+        those of the masked tokens (M, K) and of the local crops' cls (L * B, K). One pass through the head: prototypes are normalised once."""
         cls = tokens[:, 0]
-        if rows is None:
-            return cls, self.head(cls), None
         masked = tokens[:, self.encoder.num_prefix_tokens:].flatten(0, 1).index_select(0, rows)  # (M, D)
+        crops = cls if local_tokens is None else torch.cat([cls, local_tokens[:, 0]])  # (2B + L * B, D)
         if self.patch_head is not None:
-            return cls, self.head(cls), self.patch_head(masked)
-        logits = self.head(torch.cat([cls, masked]))
-        return cls, logits[:len(cls)], logits[len(cls):]
+            logits, patch_logits = self.head(crops), self.patch_head(masked)
+        else:
+            logits, patch_logits = self.head(torch.cat([crops, masked])).split([len(crops), len(masked)])
+        return cls, logits[:len(cls)], patch_logits, logits[len(cls):]
 
-    def forward(self, x, mask=None, rows=None):
-        """x (B, C, H, W), mask (B, N) True = masked, rows (M,) numbers of the masked patches among all B * N
-        -> cls, its logits and those of the masked patches, see project(): only those go through the head"""
-        return self.project(self.encoder(x, mask), rows)
+    def forward(self, big, mask, rows, small=None):
+        """Global crops (2B, C, S, S), mask (2B, N) True = masked, rows (M,) numbers of the masked patches among all 2B * N, local crops
+        (L * B, C, s, s) or None -> what project() gives: only those tokens go through the head"""
+        return self.project(self.encoder(big, mask), rows, None if small is None else self.encoder(small))
 
 
 class SelfDistillation(nn.Module):
@@ -264,11 +265,8 @@ class SelfDistillation(nn.Module):
         return self
 
     def forward(self, big, mask, rows, small):
-        """global crops (2B, C, S, S), mask (2B, N), rows (M,), local crops (L * B, C, s, s)
-        -> cls (2B, D), logits of the global crops (2B, K), of masked patches (M, K), of the local crops (L * B, K)"""
-        cls, big_logits, patch_logits = self.student(big, mask, rows)
-        _, small_logits, _ = self.student(small)
-        return cls, big_logits, patch_logits, small_logits
+        """What the student says, see Branch"""
+        return self.student(big, mask, rows, small)
 
     @torch.no_grad()
     def update_teacher(self, momentum):
@@ -658,7 +656,7 @@ if __name__ == '__main__':
         # ---- method: targets. The teacher sees the global crops unmasked; Sinkhorn makes it use all prototypes, so that saying the
         # same of every image, the trivial solution, is not open to it
         with torch.no_grad(), autocast():
-            logits = [model.teacher(big, None, rows)[1:] for big, _, rows, _ in pieces]
+            logits = [model.teacher(big, None, rows)[1:3] for big, _, rows, _ in pieces]
         cls_probs, patch_probs = (teacher_probs(torch.cat(parts), temp, centering, center, center_momentum).split([len(p) for p in parts])
                                   for parts, center in zip(zip(*logits), (model.cls_center, model.patch_center)))
 

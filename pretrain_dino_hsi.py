@@ -237,21 +237,23 @@ class Branch(nn.Module):
         super().__init__()
         self.encoder, self.head, self.patch_head = encoder, head, patch_head
 
-    def project(self, tokens, rows):
-        """tokens (B, T, D) of one stream, rows (M,) -> cls (B, D), its logits (B, K), logits of the masked tokens (M, K)"""
+    def project(self, tokens, rows, local_tokens=None):
+        """Tokens of one stream, of the global crops (2B, T, D) and of the local ones (L * B, t, D), rows (M,) -> cls (2B, D), its logits (2B, K),
+        those of the masked tokens (M, K) and of the local crops' cls (L * B, K). One pass through the head: prototypes are normalised once."""
         cls = tokens[:, 0]
-        if rows is None:
-            return cls, self.head(cls), None
         masked = tokens[:, self.encoder.num_prefix_tokens:].flatten(0, 1).index_select(0, rows)  # (M, D)
+        crops = cls if local_tokens is None else torch.cat([cls, local_tokens[:, 0]])  # (2B + L * B, D)
         if self.patch_head is not None:
-            return cls, self.head(cls), self.patch_head(masked)
-        logits = self.head(torch.cat([cls, masked]))
-        return cls, logits[:len(cls)], logits[len(cls):]
+            logits, patch_logits = self.head(crops), self.patch_head(masked)
+        else:
+            logits, patch_logits = self.head(torch.cat([crops, masked])).split([len(crops), len(masked)])
+        return cls, logits[:len(cls)], patch_logits, logits[len(cls):]
 
-    def forward(self, x, masks=(None, None), rows=(None, None)):
-        """x (B, C, H, W); for the spatial and the spectral stream mask (B, N) True = masked, rows (M,) numbers of the masked tokens among
-        all B * N -> for each stream cls, its logits and those of the masked tokens, see project(): only those go through the head"""
-        return [self.project(tokens, row) for tokens, row in zip(self.encoder(x, *masks), rows)]
+    def forward(self, big, masks, rows, small=None):
+        """Global crops (2B, C, S, S); for the spatial and the spectral stream mask (2B, N) True = masked, rows (M,) numbers of the masked tokens
+        among all 2B * N; local crops (L * B, C, s, s) or None -> for each stream what project() gives: only those tokens go through the head"""
+        local = (None, None) if small is None else self.encoder(small)
+        return [self.project(*stream) for stream in zip(self.encoder(big, *masks), rows, local)]
 
 
 class SelfDistillation(nn.Module):
@@ -270,9 +272,8 @@ class SelfDistillation(nn.Module):
         return self
 
     def forward(self, big, masks, rows, small):
-        """global crops (2B, C, S, S), masks (2B, N) and (2B, G), rows of both (M,), local crops (L * B, C, s, s) -> for each stream
-        cls (2B, D), logits of the global crops (2B, K), of masked tokens (M, K), of the local crops (L * B, K)"""
-        return [(*large, local[1]) for large, local in zip(self.student(big, masks, rows), self.student(small))]
+        """What the student says, see Branch"""
+        return self.student(big, masks, rows, small)
 
     @torch.no_grad()
     def update_teacher(self, momentum):
@@ -697,7 +698,7 @@ if __name__ == '__main__':
             logits = [model.teacher(big, (None, None), rows) for big, _, rows, _ in pieces]  # pieces x streams x (cls, its logits, masked)
         targets = []
         for stream in range(2):
-            parts = [piece[stream][1:] for piece in logits]
+            parts = [piece[stream][1:3] for piece in logits]
             targets.append([teacher_probs(torch.cat(part), temp, centering, center[stream], center_momentum).split([len(p) for p in part])
                             for part, center in zip(zip(*parts), (model.cls_center, model.patch_center))])
 

@@ -40,7 +40,7 @@ def make_step(dtype, batch):
     def step():
         with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
             with torch.no_grad():
-                _, *logits = model.teacher(big, None, rows)
+                logits = model.teacher(big, None, rows)[1:3]
             targets = [pretrain_dino.sinkhorn_knopp(part, 0.05) for part in logits]
             outputs = model(big, mask, rows, small)
         losses = pretrain_dino.distillation_losses(outputs, *targets, mask)
@@ -85,10 +85,10 @@ def steps_and_products(batch, rounds=3):
 def passes(model, big, small, rounds=5):
     """Student forward and backward: all crops of a size together, or crop by crop."""
     def together():
-        sum(model.student(x)[1].square().mean() for x in (big, small)).backward()
+        sum(model.student.encoder(x).square().mean() for x in (big, small)).backward()
 
     def one_by_one():
-        sum(model.student(x)[1].square().mean() for x in (*big.chunk(2), *small.chunk(8))).backward()
+        sum(model.student.encoder(x).square().mean() for x in (*big.chunk(2), *small.chunk(8))).backward()
     times = {f: [] for f in (together, one_by_one)}
     for _ in range(rounds):
         for f in times:
