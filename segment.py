@@ -542,8 +542,8 @@ if __name__ == '__main__':
     if crop_size % vit.patch_size or tile_size % vit.patch_size:
         raise UserError(f'tiles of {tile_size} px and crops of {crop_size} px do not divide into patches of {vit.patch_size}: tile again with a '
                         'multiple, or pass another --crop_size')
-    if decoder == 'logistic' and (not freeze or pixel or augment or loss != 'ce' or class_weights != 'none'):
-        raise UserError('--decoder=logistic: a solved classifier takes a frozen encoder, cross-entropy and no --pixel, --augment or --class_weights: '
+    if decoder == 'logistic' and (not freeze or augment or loss != 'ce' or class_weights != 'none'):
+        raise UserError('--decoder=logistic: a solved classifier takes a frozen encoder, cross-entropy and no --augment or --class_weights: '
                         'choose --decoder=linear for those')
     if untrained and not encoder:
         raise UserError('--untrained: random weights for the architecture of which encoder? pass --encoder=, or leave --untrained out')
@@ -569,12 +569,17 @@ if __name__ == '__main__':
         calibrate_norm(model.head.norm, ((frozen['tr'] or FrozenFeatures(model, splits['tr'], prepare, autocast))([i]) for i in some))
 
     if decoder == 'logistic':  # a convex problem: solved to the end as the floors are, where the best step of a few hundred would rank decoders
-        norm = lambda raw: model.head.norm(model.features(prepare(raw)).float())
-        with torch.no_grad(), autocast():
-            x, y, _ = labelled_pixels(splits['tr'], norm, 50_000, device=device)
+        @torch.no_grad()
+        def inputs(raw):  # what is linear in the logits: features, and with --pixel the spectrum beside them
+            x = prepare(raw)
+            with autocast():
+                maps = model.head.norm(model.features(x).float())
+            return maps if not pixel else torch.cat([F.interpolate(maps, size=x.shape[-2:], mode='bilinear'), x], dim=1)
+        x, y, _ = labelled_pixels(splits['tr'], inputs, 50_000, device=device)
         solved = fit_logistic(x, y, meta['num_classes'])
-        model.head.classifier.weight.data.copy_(solved[:-1].T[..., None, None])
-        model.head.classifier.bias.data.copy_(solved[-1])
+        for layer, weights in zip((model.head.classifier, model.pixel_head), solved[:-1].T[..., None, None].split(4 * vit.embed_dim, dim=1)):
+            layer.weight.data.copy_(weights)
+            layer.bias.data.copy_(solved[-1] * (layer is model.head.classifier))
         steps = 0
 
     # ---- boilerplate: segmentation setup (the same lines in segment.py and baseline_deeplab.py)
