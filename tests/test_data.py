@@ -2,6 +2,7 @@
 import glob
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -169,6 +170,29 @@ def test_every_bad_file_gives_one_sentence_that_names_it(tmp_path):
             read_scene(path)
         text = str(caught.value)
         assert path in text and words in text and '\n' not in text and text.count(':') >= 2, (name, text)
+
+
+def test_arrays_of_objects_run_no_code_and_a_tiff_opens_no_other_file(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'owned'),)
+    np.save(tmp_path / 'evil.npy', np.array([[[Evil()]]], object), allow_pickle=True)
+    np.savez(tmp_path / 'evil.npz', cube=np.zeros((4, 4, 2), np.int16), class_names=np.array([Evil()], object))
+    for name in ('evil.npy', 'evil.npz'):
+        with pytest.raises(UserError, match='cannot be read'):
+            read_scene(str(tmp_path / name))
+    assert not (tmp_path / 'owned').exists()
+    for name, value in (('own', 1), ('secret', 2)):
+        tifffile.imwrite(tmp_path / f'{name}.ome.tif', np.full((2, 16, 16), value, np.uint8), ome=True, metadata={'axes': 'CYX'}, photometric='minisblack')
+    text = tifffile.TiffFile(tmp_path / 'own.ome.tif').ome_metadata
+    plane = '<TiffData IFD="0" FirstC="{0}" PlaneCount="1"><UUID FileName="secret.ome.tif">urn:uuid:1</UUID></TiffData>'
+    text = re.sub(r'<TiffData.*?(/>|</TiffData>)', plane.format(0) + plane.format(1), text, flags=re.S)
+    tifffile.imwrite(tmp_path / 'liar.ome.tif', np.ones((2, 16, 16), np.uint8), description=text.encode(), metadata=None, photometric='minisblack')
+    assert tifffile.TiffFile(tmp_path / 'liar.ome.tif').series[0].asarray().max() == 2  # what it asks for
+    try:
+        assert read_scene(str(tmp_path / 'liar.ome.tif')).cube.max() < 2
+    except UserError as error:
+        assert 'liar' in str(error)
 
 
 def test_lzw_without_imagecodecs_names_the_package(tmp_path):
