@@ -6,6 +6,7 @@ Parameter names and shapes are those of the public MAE and DINOv2 checkpoints, s
 """
 import math
 import os
+import zipfile
 
 import torch
 import torch.nn as nn
@@ -731,6 +732,11 @@ def load_checkpoint(path):
         content = torch.load(path, map_location='cpu', weights_only=True)
         if not isinstance(content, dict):
             raise ValueError(f'it holds a {type(content).__name__}')
+        if zipfile.is_zipfile(path):  # torch looks at no checksum: a flipped bit would be a wrong weight
+            with zipfile.ZipFile(path) as parts:
+                damaged = parts.testzip()
+            if damaged:
+                raise ValueError(f'{damaged} in it is damaged')
         return content
     except Exception as error:  # whatever a damaged file makes the reader do
         raise UserError(f'{path}: not a checkpoint that can be read safely ({one_line(error)}): pass a file written by one of these scripts') from None
