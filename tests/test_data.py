@@ -45,7 +45,8 @@ def test_perfect_predictor_gets_100_percent_whatever_is_ignored():
 
 def test_shifted_predictor_is_near_zero_and_shuffled_predictor_trips_the_warning():
     target = long_tailed()
-    assert judge((target + 1) % 24, target)['miou'] < 0.001
+    shifted = judge((target + 1) % 24, target)
+    assert shifted['miou'] < 0.001 and 'not clearly above chance' in chance_warning(shifted)
     shuffled = judge(target[torch.randperm(len(target))], target)
     assert shuffled['miou'] < 0.05 and abs(shuffled['kappa']) < 0.02
     assert 'not clearly above chance' in chance_warning(shuffled)

@@ -477,6 +477,16 @@ def test_models_compile_without_graph_breaks():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
+def test_float16_goes_through_its_scaler_and_resumes_exactly(scene_data, tmp_path):
+    for name, steps in (('whole', [4]), ('parts', [2, 4])):
+        for n in steps:
+            train('pretrain_mae.py', scene_data, tmp_path / name, '--dtype=float16', f'--max_steps={n}')
+    checkpoint = load_checkpoint(tmp_path / 'parts' / 'last.pt')
+    assert checkpoint['scaler']['scale'] > 0 and equal(weights(tmp_path / 'whole'), checkpoint['model'])
+    assert all(torch.isfinite(value).all() for value in checkpoint['model'].values())
+
+
 def test_bfloat16_autocast_gives_nearly_the_same_loss():
     mae = MaskedAutoencoder(16, 4, 5, 48, 2, 3, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     x, noise = torch.randn(4, 5, 16, 16), torch.rand(4, 16)
