@@ -372,19 +372,30 @@ def test_scenes_of_one_name_are_two_scenes_and_nodata_must_agree(tmp_path):
         data.tile(tile_args(root=f'{tmp_path}/a/s.npz,{tmp_path}/c.npz', out=tmp_path / 'out2', tile_size=16))
 
 
-def test_killed_between_the_last_renames_loses_nothing(tmp_path, monkeypatch):
-    args = dict(root=make_scene(tmp_path / 's.npz'), tile_size=16)
-    data.tile(tile_args(out=tmp_path / 'a', **args))
+@pytest.mark.parametrize('done', [False, True], ids=['before', 'after'])
+def test_killed_before_or_after_any_rename_loses_nothing(done, tmp_path, monkeypatch):
+    args, replace = dict(root=make_scene(tmp_path / 's.npz'), tile_size=16), os.replace
+    data.tile(tile_args(out=tmp_path / 'whole', **args))
 
-    def disk_full(path, content, write_json=data.write_json):
-        if path.endswith('meta.json'):
-            raise OSError('no space left')
-        write_json(path, content)
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(data, 'write_json', disk_full)
-        data.tile(tile_args(out=tmp_path / 'b', **args))
-    data.tile(tile_args(out=tmp_path / 'b', **args))
-    assert {k: v for k, v in contents(tmp_path / 'a').items() if k != 'meta.json'} == {k: v for k, v in contents(tmp_path / 'b').items() if k != 'meta.json'}
+    def killed(source, target):
+        renames.append(target)
+        if len(renames) <= n or done:
+            replace(source, target)
+        if len(renames) == n + 1:
+            raise KeyboardInterrupt
+    for n in range(99):
+        out, renames = tmp_path / str(n), []
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'replace', killed)
+            try:
+                data.tile(tile_args(out=out, **args))
+                break  # fewer renames than n
+            except KeyboardInterrupt:
+                pass
+        data.tile(tile_args(out=out, **args))
+        pairs = [{k: v for k, v in contents(tmp_path / name).items() if k.endswith('.npy')} for name in ('whole', str(n))]
+        assert pairs[0] == pairs[1], renames
+    assert 6 < n < 20
 
 
 @pytest.mark.parametrize('flags, words', [
