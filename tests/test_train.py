@@ -271,7 +271,7 @@ def test_names_inside_files_are_never_paths(tmp_path, whole):
     """Scenes and checkpoints whose contents name other places: what is written lies in the directories on the command line, and nowhere else."""
     home = tmp_path / 'a' / 'b' / 'c'
     os.makedirs(home / 'in')
-    names = ['../../escaped', str(tmp_path / 'escaped'), 'escaped $\\frac$ $']
+    names = ['../../escaped', str(tmp_path / 'escaped'), 'escaped $\\frac$']
     scene = make_scene(home / 'in' / 'scene.npz', height=64, width=96, class_names=names, **{'../../escaped': np.ones(3), str(tmp_path / 'escaped'): np.ones(3)})
     checkpoint = load_checkpoint(whole / 'pretrain_mae.py' / 'last.pt')
     checkpoint['script'] = 'pretrain_/../../../escaped.py'
