@@ -9,7 +9,9 @@ A tile directory holds {tr,val,ts}_images.npy (N, C, S, S) in the sensor's own t
 (0 = unlabelled, classes from 1) and meta.json. Everything after that is memory-mapped: no worker processes, no file formats.
 """
 import argparse
+import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import itertools
@@ -166,7 +168,7 @@ GEOTAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # pixel scale, tie points,
 def read_tiff(path, mmap=False):
     import tifffile
     logging.getLogger('tifffile').setLevel(logging.CRITICAL)  # its warnings come back as our own sentences
-    with tifffile.TiffFile(path) as tif:
+    with tifffile.TiffFile(path, _multifile=False, is_mmstack=False, is_ndtiff=False) as tif:  # a name inside a file opens no other file
         series = tif.series[0]
         if series.nbytes > 2000 * os.path.getsize(path):  # no lossless compression does better: a damaged size field
             raise UserError(f'{path}: claims {series.nbytes / 1e9:.0f} GB of pixels in a file of {os.path.getsize(path)} bytes: '
@@ -373,7 +375,7 @@ class TileWriter:
 
 def write_json(path, content):
     """Atomic: the file is either the old one or the new one, never half of it."""
-    with open(path + '.tmp', 'w') as file:
+    with open(path + '.tmp', 'w', encoding='utf-8') as file:
         json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())
@@ -482,12 +484,12 @@ def tile(args):
     meta_path, progress_path = os.path.join(args.out, 'meta.json'), os.path.join(args.out, 'progress.json')
     for path in (meta_path, progress_path):
         if os.path.exists(path):
-            old = json.load(open(path))['settings']
+            old = json.load(open(path, encoding='utf-8'))['settings']
             changed = [f'{k} ({old.get(k)} there, {v} now)' for k, v in settings.items() if old.get(k) != v]
             if changed:
                 raise UserError(f'{args.out}: was made with other settings: {", ".join(changed)}: choose another --out or delete it')
     if os.path.exists(meta_path):
-        meta = json.load(open(meta_path))
+        meta = json.load(open(meta_path, encoding='utf-8'))
         new = [entry[0] for entry in inputs if entry[0] not in meta['scenes'] + meta['skipped']]
         if new:
             raise UserError(f'{args.out}: is complete, and {len(new)} inputs are new ({new[0]} ...): choose another --out or delete it')
@@ -495,7 +497,7 @@ def tile(args):
         return
     os.makedirs(args.out, exist_ok=True)
     if os.path.exists(progress_path):
-        progress = json.load(open(progress_path))
+        progress = json.load(open(progress_path, encoding='utf-8'))
         print(f'{args.out}: going on after {len(progress["done"])} of {len(inputs)} inputs')
     else:
         progress = {'settings': settings, 'command': command, 'done': {}, 'tiles': dict.fromkeys(SPLITS, 0), 'scene': None,
@@ -580,9 +582,9 @@ class Tiles:
         if not os.path.exists(meta_path):
             half_made = os.path.join(directory, 'progress.json')
             if os.path.exists(half_made):
-                raise UserError(f'{directory}: is half-made: finish it with\n  {json.load(open(half_made))["command"]}')
+                raise UserError(f'{directory}: is half-made: finish it with\n  {json.load(open(half_made, encoding="utf-8"))["command"]}')
             raise UserError(f'{directory}: no tiles here: make them with `python data.py tile --root=... --out={directory}`')
-        self.directory, self.split, self.meta, self.pin_memory = directory, split, json.load(open(meta_path)), pin_memory
+        self.directory, self.split, self.meta, self.pin_memory = directory, split, json.load(open(meta_path, encoding='utf-8')), pin_memory
         count, size = len(self.meta['tiles'][split]), self.meta['tile_size']
         if not count:
             raise UserError(f'{directory}: the split "{split}" has no tiles: tile it again with other --shares or more scenes')
@@ -610,7 +612,8 @@ class Tiles:
         """Tiles `ids` -> images (B, C, S, S) in the stored type, labels (B, S, S) uint8 or None.
 
         With `corners` (B, 2) only the window of `side` pixels at that row and column is read. The tensors are kept buffers, two in
-        turn: valid until the next call but one (pinned when asked for, so that the copy to a GPU can overlap with its work).
+        turn: valid until the next call but one (pinned when asked for, so that the copy to a GPU can overlap with its work; the
+        scripts' finite check waits for the GPU once a step, so that a copy has ended before its buffer is written again).
         """
         ids = np.asarray(ids)
         self._turn = 1 - self._turn
@@ -692,8 +695,20 @@ def standardize(x, mean, matrix, nodata=None):
     x = torch.where(valid, x.float() - mean[:, None, None], 0.0)
     if matrix.ndim == 1:
         return x * matrix[:, None, None]
-    with torch.autocast(x.device.type, enabled=False):  # whitening magnifies small differences: bfloat16 would round them away
+    with full_float32(x.device):  # whitening magnifies small differences
         return torch.matmul(matrix, x.flatten(2)).reshape(x.shape)
+
+
+@contextlib.contextmanager
+def full_float32(device):
+    """Products of float32 are that in here: autocast's bfloat16 and TF32 (10 bits, what the scripts allow on CUDA) would round."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ============ augmentation: a whole batch at once, on the device ============
@@ -876,7 +891,8 @@ def fit_logistic(x, y, num_classes, max_iter=500):
         value.backward()
         return value
 
-    optimizer.step(loss)
+    with full_float32(x.device):
+        optimizer.step(loss)
     weights = weights.detach()
     matrix = weights[:-1] / spread[:, None]  # of features that are not standardised
     return torch.cat([matrix, (weights[-1] - center @ matrix)[None]])
@@ -908,7 +924,7 @@ def floors(directory, split='ts', label_share=1.0, seed=0):
     """What a network must beat on `split`: majority class, chance, and logistic regression on the pixel's spectrum and on spectra
     averaged over windows of 1, 3, 5 and 9 px. Fitted on 'tr' (see Tiles for `label_share`), kept in floors.json. -> dict name -> scores()"""
     path = os.path.join(directory, 'floors.json')
-    known = json.load(open(path)) if os.path.exists(path) else {}
+    known = json.load(open(path, encoding='utf-8')) if os.path.exists(path) else {}
     key = split if label_share == 1 else f'{split}, {label_share:g} of the labels, seed {seed}'
     if key in known:
         return known[key]
@@ -940,16 +956,16 @@ def print_scores(rows):
 
 def append_row(path, row):
     """Add `row` (dict) to a .csv table unless it is there already; columns it does not know yet are added at the end."""
-    rows = list(csv.DictReader(open(path, newline=''))) if os.path.exists(path) else []
+    rows = list(csv.DictReader(open(path, newline='', encoding='utf-8'))) if os.path.exists(path) else []
     row = {name: str(value) for name, value in row.items()}
     if any(all(known.get(name) == value for name, value in row.items()) for known in rows):
         return
     columns = list(dict.fromkeys(name for known in [*rows, row] for name in known))
     if rows and columns == list(rows[0]):  # one line at the end: runs that finish together do not lose each other's
-        with open(path, 'a', newline='') as file:
+        with open(path, 'a', newline='', encoding='utf-8') as file:
             csv.DictWriter(file, columns, restval='').writerow(row)
         return
-    with open(f'{path}.{os.getpid()}.tmp', 'w', newline='') as file:
+    with open(f'{path}.{os.getpid()}.tmp', 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, columns, restval='')
         writer.writeheader()
         writer.writerows([*rows, row])
@@ -960,11 +976,11 @@ def print_table(path):
     """The rows of results.csv as a table: one line for each method, mean and standard deviation (n - 1) over its seeds, floors below."""
     if not os.path.exists(path):
         raise UserError(f'{path}: there are no results yet: run segment.py or baseline_deeplab.py first')
-    rows = list({(row['out_dir'], row['data'], row['seed']): row for row in csv.DictReader(open(path, newline=''))}.values())  # the last of each run
+    rows = list({(row['out_dir'], row['data'], row['seed']): row for row in csv.DictReader(open(path, newline='', encoding='utf-8'))}.values())  # the last of each run
     results = ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1', 'pixel_floor', 'window_floor', 'best_step', 'out_dir', 'seed', 'data', 'label_share')
     groups = {}
     for row in rows:  # data/ip_0, data/ip_1 with seeds 0, 1: the same experiment on other splits
-        data, encoder = (re.sub(rf'_{row["seed"]}(?=/|$)', '', row[name]) for name in ('data', 'encoder'))
+        data, encoder = (re.sub(rf'_{row["seed"]}(?=[/\\]|$)', '', row[name]) for name in ('data', 'encoder'))
         settings = tuple((name, encoder if name == 'encoder' else value) for name, value in row.items() if name not in results)
         groups.setdefault((data, float(row.get('label_share') or 1)), {}).setdefault(settings, []).append(row)
     for (data, share), methods in sorted(groups.items()):
@@ -1063,10 +1079,12 @@ def map_scene(predict, path, meta, window, overlap, out, probabilities=''):
             if probabilities:
                 shares[:, rows] = np.where(valid, np.round(255 * probs), 0)
             bar.update(probs.shape[1])
-    for name, array in ((out, classes), (probabilities, shares)):
-        if name:
-            array.flush()
-            os.replace(name + '.tmp', name)
+    classes.flush()
+    if probabilities:
+        shares.flush()
+    del classes, shares  # Windows renames no file that is mapped
+    for name in filter(None, (out, probabilities)):
+        os.replace(name + '.tmp', name)
     write_json(os.path.splitext(out)[0] + '.json', {str(k + 1): name for k, name in enumerate(meta['class_names'])})
     print(f'{out}: {H} x {W} pixels in {time.time() - started:.0f} s' + ('' if scene.geotags else '; no georeference: none was found in the scene (read from GeoTIFF only)'))
 
@@ -1113,7 +1131,10 @@ def false_color(x, meta):
 
 
 def save_figure(figure, path):
-    figure.savefig(path, dpi=110, bbox_inches='tight')
+    for text in figure.findobj(lambda artist: hasattr(artist, 'set_parse_math')):
+        text.set_parse_math(False)  # the name of a class may hold a $
+    figure.savefig(path + '.tmp', format='png', dpi=110, bbox_inches='tight')
+    os.replace(path + '.tmp', path)
     figure.clear()
 
 
@@ -1308,7 +1329,8 @@ def parse(argv=None):
 def plain_errors():
     """From here on a user's mistake ends the program with its sentence and exit code 1, not with a traceback."""
     def hook(kind, error, trace):
-        if issubclass(kind, (UserError, KeyboardInterrupt)) or (issubclass(kind, OSError) and error.filename):
+        full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        if issubclass(kind, (UserError, KeyboardInterrupt)) or (issubclass(kind, OSError) and (error.filename or full)):
             print(f'error: {error}' if str(error) else 'interrupted', file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)

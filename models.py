@@ -6,13 +6,13 @@ Parameter names and shapes are those of the public MAE and DINOv2 checkpoints, s
 """
 import math
 import os
-import pickle
+import zipfile
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import UserError, cut_positions
+from data import UserError, cut_positions, one_line
 
 SIZES = {  # small and base are ViT-S and ViT-B (Touvron et al. 2021, Dosovitskiy et al. 2021); tiny is for laptops
     'tiny': dict(embed_dim=128, depth=6, num_heads=4),
@@ -729,26 +729,36 @@ def load_checkpoint(path):
     if not os.path.isfile(path):
         raise UserError(f'{path}: there is no such checkpoint: pass the last.pt of a run directory')
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise UserError(f'{path}: not a checkpoint that can be read safely ({str(error).splitlines()[0][:120]}): '
-                         'pass a file written by one of these scripts') from None
+        content = torch.load(path, map_location='cpu', weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError(f'it holds a {type(content).__name__}')
+        if zipfile.is_zipfile(path):  # torch looks at no checksum: a flipped bit would be a wrong weight
+            with zipfile.ZipFile(path) as parts:
+                damaged = parts.testzip()
+            if damaged:
+                raise ValueError(f'{damaged} in it is damaged')
+        return content
+    except Exception as error:  # whatever a damaged file makes the reader do
+        raise UserError(f'{path}: not a checkpoint that can be read safely ({one_line(error)}): pass a file written by one of these scripts') from None
 
 
 def load_encoder(path):
     """The encoder of a checkpoint written by a pre-training script, in eval mode: of a DINO run the teacher, as its papers do.
 
     `encoder.config` holds the run's constants (the standardisation among them), `encoder.args` its arguments, `encoder.script` its script. Raises UserError when
-    the file is damaged.
+    the file is damaged or of another network.
     """
     checkpoint = load_checkpoint(path)
     if not str(checkpoint.get('script')).startswith('pretrain_'):
         raise UserError(f'{path}: holds no encoder of ours (found {sorted(checkpoint)[:6]}): pass the last.pt of a pre-training run')
-    encoder = (SpatialSpectralViT if 'fusion' in checkpoint['encoder_args'] else ViT)(**checkpoint['encoder_args'])
-    prefix = 'teacher.encoder.' if any(name.startswith('teacher.') for name in checkpoint['model']) else 'encoder.'
-    weights = {name.removeprefix(prefix): value for name, value in checkpoint['model'].items() if name.startswith(prefix)}
-    encoder.load_state_dict(weights, strict=True)
-    encoder.config, encoder.args, encoder.script = checkpoint['config'], checkpoint['encoder_args'], checkpoint['script']
+    try:
+        encoder = (SpatialSpectralViT if 'fusion' in checkpoint['encoder_args'] else ViT)(**checkpoint['encoder_args'])
+        prefix = 'teacher.encoder.' if any(name.startswith('teacher.') for name in checkpoint['model']) else 'encoder.'
+        weights = {name.removeprefix(prefix): value for name, value in checkpoint['model'].items() if name.startswith(prefix)}
+        encoder.load_state_dict(weights, strict=True)
+        encoder.config, encoder.args, encoder.script = checkpoint['config'], checkpoint['encoder_args'], checkpoint['script']
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f'{path}: its encoder cannot be built again ({one_line(error)}): pass the last.pt of a pre-training run') from None
     return encoder.eval()
 
 

@@ -104,21 +104,23 @@ def open_run(out_dir, config, resume):
         out_dir = next(name for name in names if not os.path.exists(name))
     path = os.path.join(out_dir, 'config.json')
     if os.path.exists(path) and any(os.path.exists(os.path.join(out_dir, name)) for name in ('last.pt', 'best.pt')):
-        old = json.load(open(path))['config']
+        old = json.load(open(path, encoding='utf-8'))['config']
         changed = [f'{k} ({old.get(k)} there, {v} now)' for k, v in config.items() if old.get(k) != v and k not in FREE_TO_CHANGE]
         if changed:
             raise UserError(f'{out_dir}: holds a run with other constants: {", ".join(changed)}: pass another --out_dir, or '
                             '--resume=false to start a new run beside it')
     os.makedirs(out_dir, exist_ok=True)
     for name in os.listdir(out_dir):
-        if name.endswith('.tmp'):
+        if re.fullmatch(r'\w+\.(pt|json|png|py)\.tmp', name):
             os.remove(os.path.join(out_dir, name))  # of a save that was cut off
     try:
         git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
     except OSError:
         git = ''  # not installed
     write_json(path, {'config': config, 'torch': torch.__version__, 'git': git, 'command': sys.argv})
-    shutil.copy(__file__, out_dir)
+    script = os.path.join(out_dir, os.path.basename(__file__))
+    shutil.copy(__file__, script + '.tmp')
+    os.replace(script + '.tmp', script)
     return out_dir
 
 
@@ -140,7 +142,7 @@ def read_log(path, before_step):
     if not os.path.exists(path):
         return []
     lines = []
-    for line in open(path):
+    for line in open(path, encoding='utf-8'):
         try:
             lines.append(json.loads(line))
         except ValueError:
@@ -149,7 +151,7 @@ def read_log(path, before_step):
 
 
 def append_line(path, entry):
-    with open(path, 'a') as file:
+    with open(path, 'a', encoding='utf-8') as file:
         file.write(json.dumps(entry) + '\n')
 
 
@@ -181,7 +183,7 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, patch_embed_lr=1.0):
 def native_bfloat16(device):
     """Does the hardware multiply bfloat16 itself? A CPU that must emulate it is up to 80 times slower than in float32."""
     if device.type == 'cuda':
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(getattr(torch.cpu, name, bool)() for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
 # ---- end of boilerplate: helpers ----
 
@@ -349,7 +351,7 @@ if __name__ == '__main__':
     log_path, first_step, started = os.path.join(out_dir, 'log.jsonl'), step, time.time()
     log = read_log(log_path, step)
     if rank == 0:
-        with open(log_path, 'w') as file:
+        with open(log_path, 'w', encoding='utf-8') as file:
             file.writelines(json.dumps(entry) + '\n' for entry in log)
     # ---- end of boilerplate: resume
 

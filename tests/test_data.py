@@ -2,6 +2,7 @@
 import glob
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,7 +45,8 @@ def test_perfect_predictor_gets_100_percent_whatever_is_ignored():
 
 def test_shifted_predictor_is_near_zero_and_shuffled_predictor_trips_the_warning():
     target = long_tailed()
-    assert judge((target + 1) % 24, target)['miou'] < 0.001
+    shifted = judge((target + 1) % 24, target)
+    assert shifted['miou'] < 0.001 and 'not clearly above chance' in chance_warning(shifted)
     shuffled = judge(target[torch.randperm(len(target))], target)
     assert shuffled['miou'] < 0.05 and abs(shuffled['kappa']) < 0.02
     assert 'not clearly above chance' in chance_warning(shuffled)
@@ -169,6 +171,29 @@ def test_every_bad_file_gives_one_sentence_that_names_it(tmp_path):
             read_scene(path)
         text = str(caught.value)
         assert path in text and words in text and '\n' not in text and text.count(':') >= 2, (name, text)
+
+
+def test_arrays_of_objects_run_no_code_and_a_tiff_opens_no_other_file(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'owned'),)
+    np.save(tmp_path / 'evil.npy', np.array([[[Evil()]]], object), allow_pickle=True)
+    np.savez(tmp_path / 'evil.npz', cube=np.zeros((4, 4, 2), np.int16), class_names=np.array([Evil()], object))
+    for name in ('evil.npy', 'evil.npz'):
+        with pytest.raises(UserError, match='cannot be read'):
+            read_scene(str(tmp_path / name))
+    assert not (tmp_path / 'owned').exists()
+    for name, value in (('own', 1), ('secret', 2)):
+        tifffile.imwrite(tmp_path / f'{name}.ome.tif', np.full((2, 16, 16), value, np.uint8), ome=True, metadata={'axes': 'CYX'}, photometric='minisblack')
+    text = tifffile.TiffFile(tmp_path / 'own.ome.tif').ome_metadata
+    plane = '<TiffData IFD="0" FirstC="{0}" PlaneCount="1"><UUID FileName="secret.ome.tif">urn:uuid:1</UUID></TiffData>'
+    text = re.sub(r'<TiffData.*?(/>|</TiffData>)', plane.format(0) + plane.format(1), text, flags=re.S)
+    tifffile.imwrite(tmp_path / 'liar.ome.tif', np.ones((2, 16, 16), np.uint8), description=text.encode(), metadata=None, photometric='minisblack')
+    assert tifffile.TiffFile(tmp_path / 'liar.ome.tif').series[0].asarray().max() == 2  # what it asks for
+    try:
+        assert read_scene(str(tmp_path / 'liar.ome.tif')).cube.max() < 2
+    except UserError as error:
+        assert 'liar' in str(error)
 
 
 def test_lzw_without_imagecodecs_names_the_package(tmp_path):
@@ -347,19 +372,30 @@ def test_scenes_of_one_name_are_two_scenes_and_nodata_must_agree(tmp_path):
         data.tile(tile_args(root=f'{tmp_path}/a/s.npz,{tmp_path}/c.npz', out=tmp_path / 'out2', tile_size=16))
 
 
-def test_killed_between_the_last_renames_loses_nothing(tmp_path, monkeypatch):
-    args = dict(root=make_scene(tmp_path / 's.npz'), tile_size=16)
-    data.tile(tile_args(out=tmp_path / 'a', **args))
+@pytest.mark.parametrize('done', [False, True], ids=['before', 'after'])
+def test_killed_before_or_after_any_rename_loses_nothing(done, tmp_path, monkeypatch):
+    args, replace = dict(root=make_scene(tmp_path / 's.npz'), tile_size=16), os.replace
+    data.tile(tile_args(out=tmp_path / 'whole', **args))
 
-    def disk_full(path, content, write_json=data.write_json):
-        if path.endswith('meta.json'):
-            raise OSError('no space left')
-        write_json(path, content)
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(data, 'write_json', disk_full)
-        data.tile(tile_args(out=tmp_path / 'b', **args))
-    data.tile(tile_args(out=tmp_path / 'b', **args))
-    assert {k: v for k, v in contents(tmp_path / 'a').items() if k != 'meta.json'} == {k: v for k, v in contents(tmp_path / 'b').items() if k != 'meta.json'}
+    def killed(source, target):
+        renames.append(target)
+        if len(renames) <= n or done:
+            replace(source, target)
+        if len(renames) == n + 1:
+            raise KeyboardInterrupt
+    for n in range(99):
+        out, renames = tmp_path / str(n), []
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'replace', killed)
+            try:
+                data.tile(tile_args(out=out, **args))
+                break  # fewer renames than n
+            except KeyboardInterrupt:
+                pass
+        data.tile(tile_args(out=out, **args))
+        pairs = [{k: v for k, v in contents(tmp_path / name).items() if k.endswith('.npy')} for name in ('whole', str(n))]
+        assert pairs[0] == pairs[1], renames
+    assert 6 < n < 20
 
 
 @pytest.mark.parametrize('flags, words', [

@@ -167,7 +167,8 @@ def test_targets_and_koleo_are_the_same_on_two_processes(script, tmp_path):
 # ============ student and teacher ============
 
 def small_model(script, **flags):
-    args = dict(img_size=16, patch_size=4, in_chans=7, embed_dim=48, depth=2, num_heads=3, num_register_tokens=2, init_values=0.1, mask_token=True)
+    args = dict(img_size=16, patch_size=4, in_chans=7, embed_dim=48, depth=2, num_heads=3, num_register_tokens=2, init_values=0.1, ffn='swiglu',
+                mask_token=True)
     encoder = ViT(**args) if script is pretrain_dino else SpatialSpectralViT(**args, **flags)
     return script.SelfDistillation(script.Branch(encoder, DINOHead(48, 32, 64, 16)), 32)
 

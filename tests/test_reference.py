@@ -37,7 +37,8 @@ def test_losses_are_those_of_the_reference(script, demo):
     if reference['torch'] != torch.__version__.split('+')[0]:
         pytest.skip(f'written with torch {reference["torch"]}: another version draws other weights')
     expected = reference[script]
-    np.testing.assert_allclose(ten_losses(script, demo), expected, rtol=0.01)  # machines differ by rounding, which ten steps amplify
+    tolerance = 0.01 if script == 'baseline_deeplab.py' else 1e-4  # machines differ by rounding, which ten steps amplify, batch norm most
+    np.testing.assert_allclose(ten_losses(script, demo), expected, rtol=tolerance)
 
 
 if __name__ == '__main__':

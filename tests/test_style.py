@@ -1,4 +1,5 @@
 """The scripts as texts: copies that must stay the same, constants that explain themselves, nothing that only works by luck."""
+import ast
 import glob
 import os
 import re
@@ -59,6 +60,30 @@ def test_scripts_import_only_data_models_and_the_five_packages():
     for path in glob.glob(os.path.join(ROOT, '*.py')):
         for module in re.findall(r'^\s*(?:from|import) (\w+)', open(path, encoding='utf-8').read(), re.M):
             assert module in allowed or module in standard, f'{path} imports {module}'
+
+
+def calls():
+    """(file, what is called as text, its call node) for every call in the scripts"""
+    for path in glob.glob(os.path.join(ROOT, '*.py')):
+        for node in ast.walk(ast.parse(read(path))):
+            if isinstance(node, ast.Call):
+                yield os.path.basename(path), ast.unparse(node.func), node
+
+
+def test_text_files_are_utf8_on_every_system():
+    texts = [(name, node) for name, function, node in calls() if function == 'open' and not re.search(r"'[rw]\+?b'", ast.unparse(node))]
+    assert len(texts) > 20
+    for name, node in texts:
+        assert 'encoding' in {keyword.arg for keyword in node.keywords}, f'{name}, line {node.lineno}: pass encoding= to open()'
+
+
+def test_no_file_is_read_in_a_way_that_runs_code():
+    loads = [(name, ast.unparse(node)) for name, function, node in calls() if function == 'torch.load']
+    assert len(loads) == 1 and 'weights_only=True' in loads[0][1]  # in models.load_checkpoint
+    for name, function, node in calls():
+        assert function not in ('eval', 'exec', 'os.system', '__import__') or ast.unparse(node) == "__import__('scipy.io')", f'{name}, line {node.lineno}'
+        assert not function.startswith(('pickle.', 'marshal.', 'shelve.')), f'{name}, line {node.lineno}'
+        assert not {'allow_pickle=True', 'shell=True'} & {ast.unparse(keyword) for keyword in node.keywords}, f'{name}, line {node.lineno}'
 
 
 def test_readme_commands_use_flags_that_exist():

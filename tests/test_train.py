@@ -17,7 +17,7 @@ import torch
 import pretrain_mae
 import segment
 from conftest import MAE_TINY, ROOT, make_scene, run
-from data import standardize
+from data import UserError, standardize
 from models import MaskedAutoencoder, ViT, LinearHead, dense_features, load_checkpoint, load_encoder
 
 DINO_TINY = ['--size=tiny', '--img_size=16', '--local_crops_size=8', '--patch_size=4', '--batch_size=8', '--local_crops_number=2', '--out_dim=64',
@@ -112,18 +112,27 @@ def test_unequal_numbers_of_labels_on_two_processes_and_batches_without_any(scen
     assert all((one[name].double() - two[name].double()).abs().max() < 5e-5 for name in one)
 
 
+def altered_copy(script, folder, *changes):
+    """A copy of the scripts in `folder`, `script` with changes (old text, new text) -> its path"""
+    os.makedirs(folder)
+    for name in os.listdir(ROOT):
+        if name.endswith('.py'):
+            shutil.copy(os.path.join(ROOT, name), folder)
+    source = open(folder / script, encoding='utf-8').read()
+    for old, new in changes:
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (folder / script).write_text(source, encoding='utf-8')
+    return folder / script
+
+
 @pytest.mark.parametrize('script, processes', [slow_unless([('pretrain_dino_hsi.py', 1), ('segment.py', 1), ('pretrain_mae.py', 2)], script, n)
                                                for script in SCRIPTS for n in (1, 2)])
 def test_sigterm_loses_nothing(script, processes, scene_data, whole, tmp_path):
-    slow = tmp_path / 'slow'  # a copy of the script that sleeps in each step, so that the signal comes in mid-run
-    os.makedirs(slow)
-    for name in os.listdir(ROOT):
-        if name.endswith('.py'):
-            shutil.copy(os.path.join(ROOT, name), slow)
-    source = open(slow / script).read()
-    (slow / script).write_text(source.replace('        bar.update()', '        bar.update()\n        time.sleep(0.5)'))
+    # it sleeps in each step, so that the signal comes in mid-run
+    slow = altered_copy(script, tmp_path / 'slow', ('        bar.update()', '        bar.update()\n        time.sleep(0.5)'))
     launcher = [sys.executable] + (['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone'] if processes == 2 else [])
-    process = subprocess.Popen([*launcher, str(slow / script), *FLAGS[script], f'--data={scene_data}', f'--out_dir={tmp_path / "run"}', '--max_steps=12',
+    process = subprocess.Popen([*launcher, str(slow), *FLAGS[script], f'--data={scene_data}', f'--out_dir={tmp_path / "run"}', '--max_steps=12',
                                 *([f'--results={tmp_path}/r.csv'] if script in JUDGES else [])],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     log = tmp_path / 'run' / 'log.jsonl'
@@ -231,6 +240,53 @@ def test_foreign_and_damaged_checkpoints_run_no_code(tmp_path, whole):
             load_encoder(path)
         assert path in str(caught.value)
     assert not (tmp_path / 'owned').exists()
+
+
+def test_a_checkpoint_that_holds_something_else_is_told_in_a_sentence(tmp_path, whole):
+    good = load_checkpoint(whole / 'pretrain_mae.py' / 'last.pt')
+    for name, content in (('list', [1, 2]), ('tensor', torch.ones(2)), ('no arguments', {'script': 'pretrain_mae.py', 'model': {}}),
+                          ('other arguments', {**good, 'encoder_args': {'no_such': 1}}), ('other weights', {**good, 'model': {'encoder.norm.weight': torch.ones(3)}}),
+                          ('wrong shape', {**good, 'encoder_args': {**good['encoder_args'], 'in_chans': 3}}), ('names', {**good, 'model': [1]})):
+        torch.save(content, tmp_path / 'x.pt')
+        with pytest.raises(ValueError, match='x.pt: ') as caught:
+            load_encoder(tmp_path / 'x.pt')
+        assert '\n' not in str(caught.value), name
+
+
+def test_damaged_checkpoints_are_read_or_told_in_a_sentence(tmp_path, whole):
+    from fuzz_scenes import damage
+    content, rng, path = open(whole / 'pretrain_mae.py' / 'last.pt', 'rb').read(), np.random.default_rng(0), tmp_path / 'damaged.pt'
+    good, refused = load_encoder(whole / 'pretrain_mae.py' / 'last.pt').state_dict(), 0
+    for i in range(60):
+        path.write_bytes(damage(content, rng))
+        try:
+            assert equal(load_encoder(path).state_dict(), good), i  # between the weights there is room where damage does nothing
+        except UserError as error:
+            assert str(path) in str(error) and '\n' not in str(error)
+            refused += 1
+    assert refused > 30
+
+
+def test_names_inside_files_are_never_paths(tmp_path, whole):
+    """Scenes and checkpoints whose contents name other places: what is written lies in the directories on the command line, and nowhere else."""
+    home = tmp_path / 'a' / 'b' / 'c'
+    os.makedirs(home / 'in')
+    names = ['../../escaped', str(tmp_path / 'escaped'), 'escaped $\\frac$']
+    scene = make_scene(home / 'in' / 'scene.npz', height=64, width=96, class_names=names, **{'../../escaped': np.ones(3), str(tmp_path / 'escaped'): np.ones(3)})
+    checkpoint = load_checkpoint(whole / 'pretrain_mae.py' / 'last.pt')
+    checkpoint['script'] = 'pretrain_/../../../escaped.py'
+    checkpoint['config'] |= {name: str(tmp_path / 'escaped') for name in ('out_dir', 'data', 'results', 'out', 'init_from')}
+    torch.save(checkpoint, home / 'in' / 'last.pt')
+    before = {path: os.stat(path).st_mtime_ns for path in map(str, tmp_path.rglob('*')) if os.path.isfile(path)}
+    run('data.py', 'tile', f'--root={scene}', f'--out={home}/tiles', '--tile_size=16', '--split_block=8', cwd=home / 'in')
+    train('segment.py', home / 'tiles', home / 'run', f'--encoder={home}/in/last.pt', '--steps=2', cwd=home / 'in')
+    run('segment.py', f'--out_dir={home}/run', f'--predict={scene}', f'--out={home}/map/map.tif', cwd=home / 'in')
+    assert os.path.exists(home / 'map' / 'map.tif')
+    after = {path: os.stat(path).st_mtime_ns for path in map(str, tmp_path.rglob('*')) if os.path.isfile(path)}
+    assert {path: time for path, time in after.items() if path in before} == before
+    for path in after.keys() - before.keys():
+        assert os.path.relpath(path, home).split(os.sep)[0] in ('tiles', 'run', 'run.csv', 'map'), path
+    assert not list(tmp_path.rglob('*escaped*'))
 
 
 def test_a_run_directory_holds_what_a_reader_needs(whole):
@@ -391,13 +447,26 @@ def test_only_pre_training_checkpoints_are_encoders(scene_data, whole, tmp_path)
         assert done.returncode == 1 and 'pass the last.pt of a pre-training run' in done.stderr and 'Traceback' not in done.stderr
 
 
-def test_whitening_is_not_rounded_by_autocast():
+def test_whitening_is_not_rounded_by_autocast_or_tf32(monkeypatch):
     mean, matrix = torch.zeros(4), torch.randn(4, 4) * 100
     x = torch.randn(2, 4, 8, 8)
     with torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(standardize(x, mean, matrix), (matrix @ x.flatten(2)).float().reshape(x.shape)) is False
         under = standardize(x, mean, matrix)
-    assert torch.equal(under, standardize(x, mean, matrix))
+    matmul, seen = torch.matmul, []
+    monkeypatch.setattr(torch, 'matmul', lambda *args: (seen.append(torch.get_float32_matmul_precision()), matmul(*args))[1])
+    torch.set_float32_matmul_precision('high')  # TF32 on CUDA, as the scripts set it
+    try:
+        again = standardize(x, mean, matrix)
+        assert seen == ['highest'] and torch.get_float32_matmul_precision() == 'high'
+    finally:
+        torch.set_float32_matmul_precision('highest')
+    assert torch.equal(under, again)
+
+
+def test_bfloat16_is_native_only_where_a_gpu_does_not_emulate_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation)  # a GPU before Ampere
+    assert not pretrain_mae.native_bfloat16(torch.device('cuda'))
 
 
 def test_models_compile_without_graph_breaks():
@@ -406,6 +475,16 @@ def test_models_compile_without_graph_breaks():
     mae = MaskedAutoencoder(16, 4, 5, 48, 2, 3, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     torch.compile(mae, fullgraph=True, backend=counter)(torch.randn(2, 5, 16, 16), 0.75, torch.rand(2, 16))
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_float16_goes_through_its_scaler_and_resumes_exactly(scene_data, tmp_path):
+    for name, steps in (('whole', [4]), ('parts', [2, 4])):
+        for n in steps:
+            train('pretrain_mae.py', scene_data, tmp_path / name, '--dtype=float16', f'--max_steps={n}')
+    checkpoint = load_checkpoint(tmp_path / 'parts' / 'last.pt')
+    assert checkpoint['scaler']['scale'] > 0 and equal(weights(tmp_path / 'whole'), checkpoint['model'])
+    assert all(torch.isfinite(value).all() for value in checkpoint['model'].values())
 
 
 def test_bfloat16_autocast_gives_nearly_the_same_loss():
@@ -417,6 +496,25 @@ def test_bfloat16_autocast_gives_nearly_the_same_loss():
 
 
 # ============ DINO runs ============
+
+CHECKSUMS = """
+{indent}import zlib
+{indent}sums = [zlib.crc32(b''.join(v.numpy().tobytes() for v in part.state_dict().values())) for part in (model.student, model.teacher)]
+{indent}print(step, *sums, file=open(os.path.join(out_dir, f'sums{{rank}}.txt'), 'a'))
+"""
+
+
+@pytest.mark.parametrize('script', [slow_unless([('pretrain_dino.py',)], s) for s in PRETRAINERS[1:]])
+def test_students_and_teachers_are_the_same_on_both_processes(script, scene_data, tmp_path):
+    end_of_setup, end_of_step = '    # ---- end of boilerplate: resume', '        bar.update()'  # before DDP broadcasts anything; after each step
+    path = altered_copy(script, tmp_path / 'copy', (end_of_setup, CHECKSUMS.format(indent=4 * ' ') + end_of_setup),
+                        (end_of_step, end_of_step + CHECKSUMS.format(indent=8 * ' ')))
+    run(path, *FLAGS[script], f'--data={scene_data}', f'--out_dir={tmp_path / "run"}', '--max_steps=3', '--eval_every=0', processes=2)
+    first, second = (open(tmp_path / 'run' / f'sums{rank}.txt').read().splitlines() for rank in (0, 1))
+    assert first == second
+    steps, students, teachers = zip(*(line.split() for line in first))
+    assert steps == ('0', '1', '2', '3') and students[0] == teachers[0] and len({*students, *teachers}) == 7  # both move, apart from each other
+
 
 @pytest.mark.parametrize('script', PRETRAINERS[1:])
 def test_micro_steps_are_the_same_experiment(script, scene_data, tmp_path):
