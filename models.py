@@ -420,7 +420,7 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self, img_size: int = 64, patch_size: int = 8, in_chans: int = 32, embed_dim: int = 768, depth: int = 12,
                  num_heads: int = 12, mlp_ratio: float = 4.0, decoder_embed_dim: int = 512, decoder_depth: int = 8,
-                 decoder_num_heads: int = 16, norm_pix_loss: bool = False, dropout: float = 0.0):
+                 decoder_num_heads: int = 16, norm_pix_loss: bool = False, dropout: float = 0.0, freeze_encoder: bool = False):
         super().__init__()
         # ---- encoder
         self.encoder = ViT(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, dropout=dropout,
@@ -440,6 +440,16 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_pos_embed.data[:, 1:] = sincos_positions(decoder_embed_dim, grid, grid)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(init_linear)
+        self.freeze_encoder = freeze_encoder
+        if freeze_encoder:
+            self.encoder.requires_grad_(False)
+        self.train()
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.freeze_encoder:
+            self.encoder.eval()  # no dropout
+        return self
 
     def random_masking(self, noise, mask_ratio):
         """noise (B, N): the patches with the smallest values stay -> ids_keep (B, L), ids_restore (B, N), mask (B, N), 1 = removed"""
@@ -839,8 +849,8 @@ def resize_kernel(kernel, P):
     """kernel (D, C, p, p) -> (D, C, P, P) that answers to a resized patch as the old one to the patch (FlexiViT, 2212.08013).
 
     <x, w> = <Bx, w'> for all patches x, with B their resizing, is solved by w' = pinv(B') w. B is `stretch` to larger patches
-    and its pseudo-inverse to smaller ones, so that there w' = stretch' w, exact for all stretched patches; FlexiViT's B
-    averages, which is 10 % off with kernels that are not smooth. Interpolating w would change answers by the ratio of areas.
+    and its pseudo-inverse to smaller ones, so that there w' = stretch' w, exact for all stretched patches. FlexiViT's own B
+    averages there: 7 to 17 % off with kernels of white noise. Interpolating w would change answers by the ratio of areas.
     """
     p = kernel.shape[-1]
     matrix = stretch(P, p).T if P <= p else torch.linalg.pinv(stretch(p, P).T)  # (P, p), for rows and columns alike
@@ -948,7 +958,8 @@ def export_encoder(path_in, path_out, form='timm'):
         weights = {re.sub(r'(?<=\.mlp\.)(w12|w3)', lambda old: names[old[0]], name): value for name, value in weights.items()}
         ratio = len(weights['blocks.0.mlp.fc1.weight']) / encoder.embed_dim
         call = (f'timm.models.VisionTransformer({sizes}, mlp_ratio={ratio}, num_classes=0, reg_tokens={registers}, '
-                f'no_embed_class={registers > 0}{", mlp_layer=timm.layers.SwiGLUPacked" if swiglu else ""})')
+                f'no_embed_class={registers > 0}'
+                f'{", mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU" if swiglu else ""})')
     torch.save({name: value.clone() for name, value in weights.items()}, path_out + '.tmp')
     os.replace(path_out + '.tmp', path_out)
     return call

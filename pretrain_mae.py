@@ -326,12 +326,9 @@ if __name__ == '__main__':
                         'this one to pretrain_dino.py')
     encoder_args.update({name: public[name] for name in SIZES[size] if name in public})
     model = MaskedAutoencoder(**encoder_args, decoder_embed_dim=decoder[0], decoder_depth=decoder[1], decoder_num_heads=decoder[2],
-                              norm_pix_loss=norm_pix_loss).to(device)
+                              norm_pix_loss=norm_pix_loss, freeze_encoder=freeze_encoder).to(device)
     if init_from:
         print0(start_from(init_from, model, meta['wavelengths_nm'], rgb_kernels))
-    if freeze_encoder:
-        model.encoder.requires_grad_(False)
-    model.encoder.train(not freeze_encoder)  # no dropout in a frozen one
     encoder_args['fixed_positions'] = True  # as MaskedAutoencoder builds its ViT; load_encoder builds it from these
     print0(f'{sum(p.numel() for p in model.parameters()):,} parameters; {meta["num_bands"]} bands, {img_size} px crops, '
            f'{(img_size // patch_size) ** 2} patches of {patch_size} px, {mask_ratio:.0%} hidden; {crops} crops an epoch, '
@@ -394,7 +391,6 @@ if __name__ == '__main__':
                                 mean, matrix, meta, img_size, mask_ratio)
             save_curves(os.path.join(out_dir, 'curves.png'), log)
             model.train()
-            model.encoder.train(not freeze_encoder)
         if step == last_step:
             break
 
