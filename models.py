@@ -4,15 +4,17 @@ Shapes in comments: B batch, C bands, H W pixels (rows, columns), P patch side, 
 D width, R registers, T = 1 + R + N tokens, nh heads, hd = D / nh, L = number of visible patches, K classes.
 Parameter names and shapes are those of the public MAE and DINOv2 checkpoints, so that weights can travel.
 """
+import argparse
 import math
 import os
+import re
 import zipfile
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import UserError, cut_positions, one_line
+from data import UserError, cut_positions, one_line, plain_errors
 
 SIZES = {  # small and base are ViT-S and ViT-B (Touvron et al. 2021, Dosovitskiy et al. 2021); tiny is for laptops
     'tiny': dict(embed_dim=128, depth=6, num_heads=4),
@@ -418,7 +420,7 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self, img_size: int = 64, patch_size: int = 8, in_chans: int = 32, embed_dim: int = 768, depth: int = 12,
                  num_heads: int = 12, mlp_ratio: float = 4.0, decoder_embed_dim: int = 512, decoder_depth: int = 8,
-                 decoder_num_heads: int = 16, norm_pix_loss: bool = False, dropout: float = 0.0):
+                 decoder_num_heads: int = 16, norm_pix_loss: bool = False, dropout: float = 0.0, freeze_encoder: bool = False):
         super().__init__()
         # ---- encoder
         self.encoder = ViT(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, dropout=dropout,
@@ -438,6 +440,16 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_pos_embed.data[:, 1:] = sincos_positions(decoder_embed_dim, grid, grid)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(init_linear)
+        self.freeze_encoder = freeze_encoder
+        if freeze_encoder:
+            self.encoder.requires_grad_(False)
+        self.train()
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.freeze_encoder:
+            self.encoder.eval()  # no dropout
+        return self
 
     def random_masking(self, noise, mask_ratio):
         """noise (B, N): the patches with the smallest values stay -> ids_keep (B, L), ids_restore (B, N), mask (B, N), 1 = removed"""
@@ -742,15 +754,23 @@ def load_checkpoint(path):
         raise UserError(f'{path}: not a checkpoint that can be read safely ({one_line(error)}): pass a file written by one of these scripts') from None
 
 
-def load_encoder(path):
+def load_encoder(path, img_size=0, patch_size=0, in_chans=0, wavelengths_nm=None, rgb_kernels='wavelength', whiten=0):
     """The encoder of a checkpoint written by a pre-training script, in eval mode: of a DINO run the teacher, as its papers do.
+    Or of a public file (read_public): only that is adapted to the other arguments (0 = as in the file) and told its `whiten`.
 
-    `encoder.config` holds the run's constants (the standardisation among them), `encoder.args` its arguments, `encoder.script` its script. Raises UserError when
-    the file is damaged or of another network.
+    `encoder.config` holds the run's constants (the standardisation among them), `encoder.args` its arguments, `encoder.script`
+    its script, or the name of the public file. Raises UserError when the file is damaged or of another network.
     """
     checkpoint = load_checkpoint(path)
     if not str(checkpoint.get('script')).startswith('pretrain_'):
-        raise UserError(f'{path}: holds no encoder of ours (found {sorted(checkpoint)[:6]}): pass the last.pt of a pre-training run')
+        args, weights, _ = read_public(path)
+        side, patch_size = args['img_size'] // args['patch_size'], patch_size or args['patch_size']
+        args.update(img_size=img_size or side * patch_size, patch_size=patch_size, in_chans=in_chans or args['in_chans'])
+        encoder = ViT(**args)
+        adapted = adapt_patch_embed(weights, encoder.state_dict(), wavelengths_nm, rgb_kernels)
+        encoder.load_state_dict(resize_positions(adapted, encoder.state_dict(), path), strict=True)
+        encoder.config, encoder.args, encoder.script = {'whiten': whiten}, args, os.path.basename(path)
+        return encoder.eval()
     try:
         encoder = (SpatialSpectralViT if 'fusion' in checkpoint['encoder_args'] else ViT)(**checkpoint['encoder_args'])
         prefix = 'teacher.encoder.' if any(name.startswith('teacher.') for name in checkpoint['model']) else 'encoder.'
@@ -777,3 +797,187 @@ def resize_positions(weights, like, path):
         raise UserError(f'{path}: does not fit this network: {len(wrong)} tensors differ ({", ".join(wrong[:4])} ...): pass the --size, '
                         '--patch_size, --out_dim and data of the run that wrote it')
     return weights
+
+
+# ============ other people's weights ============
+
+RGB_NM = (600.0, 540.0, 460.0)  # about where a camera's red, green and blue peak: public encoders learned from photographs
+
+
+def read_public(path):
+    """A public file of a ViT -> our ViT's arguments, its weights, weights of a MAE decoder ({} where the file has none).
+
+    Read are MAE's files ({'model': state}, also with the decoder), DINO's, DINOv2's, and what export_encoder wrote with
+    DINOv2's names. Width, depth, MLP, registers, patch, grid and bands show in names and shapes. Heads do not: they are 64
+    channels wide, but for MAE's ViT-H and our tiny.
+    """
+    weights = load_checkpoint(path)
+    if isinstance(weights.get('model'), dict) and 'script' not in weights:  # MAE's
+        weights = weights['model']
+    ndims = {name: value.ndim for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    if (ndims.get('pos_embed'), ndims.get('patch_embed.proj.weight')) != (3, 4) or len(ndims) < len(weights):
+        raise UserError(f'{path}: this checkpoint holds no encoder, neither ours nor one with the names of MAE and DINOv2 '
+                        f'(found {sorted(map(str, weights))[:6]}): pass the last.pt of a pre-training run, or a public file')
+    decoder = {name: value.float() for name, value in weights.items()  # an encoder's mask token would be (1, D)
+               if name.startswith('decoder_') or (name == 'mask_token' and value.ndim == 3)}
+    weights = {name: value.float() for name, value in weights.items() if name not in decoder}
+
+    D, C, P = weights['patch_embed.proj.weight'].shape[:3]
+    depth = len({found[1] for found in (re.match(r'blocks\.(\d+)\.', name) for name in weights) if found})
+    swiglu = 'blocks.0.mlp.w3.weight' in weights
+    if swiglu:
+        hidden = 1.5 * weights['blocks.0.mlp.w3.weight'].shape[1]  # SwiGLU takes 2/3 of what it is given
+    else:
+        hidden = len(weights['blocks.0.mlp.fc1.weight']) if 'blocks.0.mlp.fc1.weight' in weights else 4 * D
+    heads = {1280: 16, **{width['embed_dim']: width['num_heads'] for width in SIZES.values()}}
+    registers = weights['register_tokens'].shape[1] if 'register_tokens' in weights else 0
+    args = dict(img_size=math.isqrt(weights['pos_embed'].shape[1] - 1) * P, patch_size=P, in_chans=C, embed_dim=D, depth=depth,
+                num_heads=heads.get(D, max(1, D // 64)), mlp_ratio=hidden / D, ffn='swiglu' if swiglu else 'mlp',
+                num_register_tokens=registers, init_values=1.0 if 'blocks.0.ls1.gamma' in weights else 0.0,
+                mask_token='mask_token' in weights)
+    with torch.device('meta'):  # names and shapes only
+        like = ViT(**args).state_dict()
+    wrong = sorted(set(weights) ^ set(like)) or sorted(name for name in like if like[name].shape != weights[name].shape)
+    if wrong:
+        raise UserError(f'{path}: these names or shapes are not those of a ViT of MAE or DINOv2 of width {D} and depth {depth}: '
+                        f'{", ".join(wrong[:8])}{" ..." if len(wrong) > 8 else ""}: pass an encoder alone, with public names')
+    return args, weights, decoder
+
+
+def stretch(n, m):
+    """(m, n) matrix that brings n pixels in a row to m: linear between pixel centres, and straight on beyond the outermost"""
+    at = (torch.arange(m, dtype=torch.float64) + 0.5) * n / m - 0.5
+    left = at.floor().clamp(0, max(n - 2, 0)).long()
+    share, eye = (at - left)[:, None], torch.eye(n, dtype=torch.float64)
+    return eye[left] * (1 - share) + eye[(left + 1).clamp(max=n - 1)] * share
+
+
+def resize_kernel(kernel, P):
+    """kernel (D, C, p, p) -> (D, C, P, P) that answers to a resized patch as the old one to the patch (FlexiViT, 2212.08013).
+
+    <x, w> = <Bx, w'> for all patches x, with B their resizing, is solved by w' = pinv(B') w. B is `stretch` to larger patches
+    and its pseudo-inverse to smaller ones, so that there w' = stretch' w, exact for all stretched patches. FlexiViT's own B
+    averages there: 7 to 17 % off with kernels of white noise. Interpolating w would change answers by the ratio of areas.
+    """
+    p = kernel.shape[-1]
+    matrix = stretch(P, p).T if P <= p else torch.linalg.pinv(stretch(p, P).T)  # (P, p), for rows and columns alike
+    return (matrix @ kernel.double() @ matrix.T).to(kernel.dtype)
+
+
+def spread_bands(kernel, C, wavelengths_nm=None, how='wavelength'):
+    """kernel (D, c, P, P) -> (D, C, P, P) that answers to a grey image (all bands alike) as the old one did.
+
+    'wavelength': a band takes the mixture of the two of the red, green and blue kernel (RGB_NM) it lies between, or the one at
+    its end; each kernel is shared out over its bands so that its sum stays. Without `wavelengths_nm` (C,), C = c bands keep
+    their kernels. Otherwise, and with 'repeat', each band takes the mean kernel times c / C.
+    """
+    c = kernel.shape[1]
+    mixture = torch.ones(C, c, dtype=torch.float64)
+    if how == 'wavelength' and c == 3 and wavelengths_nm and len(wavelengths_nm) == C:  # principal components have none
+        nm, (r, g, b) = torch.tensor(wavelengths_nm, dtype=torch.float64), RGB_NM
+        red, blue = ((nm - g) / (r - g)).clamp(0, 1), ((g - nm) / (g - b)).clamp(0, 1)
+        mixture = torch.stack([red, 1 - red - blue, blue], dim=1)  # (C, 3)
+        for k in range(3):
+            if not mixture[:, k].any():  # a sensor that sees nothing there
+                mixture[(nm - RGB_NM[k]).abs().argmin(), k] = 1
+    elif how == 'wavelength' and C == c:
+        mixture = torch.eye(c, dtype=torch.float64)
+    return torch.einsum('dcpq,Cc->dCpq', kernel.double(), mixture / mixture.sum(0)).to(kernel.dtype)
+
+
+def adapt_patch_embed(weights, like, wavelengths_nm, how):
+    """Weights of a public encoder -> the same with the patch embedding brought to patch and bands of the state `like`; `how`:
+    'wavelength' or 'repeat' (see spread_bands), or 'fresh', which keeps the one in `like`"""
+    if how not in ('wavelength', 'repeat', 'fresh'):
+        raise UserError(f'--rgb_kernels={how}: choose wavelength, repeat or fresh')
+    if how == 'fresh':
+        return {**weights, **{name: value for name, value in like.items() if name.startswith('patch_embed.')}}
+    _, C, _, P = like['patch_embed.proj.weight'].shape
+    kernel = resize_kernel(weights['patch_embed.proj.weight'], P)
+    return {**weights, 'patch_embed.proj.weight': spread_bands(kernel, C, wavelengths_nm, how)}
+
+
+def public_shape(path):
+    """'' or a run of ours -> {}; a public file -> those of its ViT's arguments that a script's encoder has to take over"""
+    if not path or 'script' in load_checkpoint(path):
+        return {}
+    names = ('embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'ffn', 'num_register_tokens', 'init_values')
+    return {name: value for name, value in read_public(path)[0].items() if name in names}
+
+
+def start_from(path, model, wavelengths_nm=None, rgb_kernels='wavelength'):
+    """Fill `model` with the weights in a file -> a sentence that says which.
+
+    From a run of the same script all, position tables interpolated. From a public file (read_public) each encoder's spatial
+    stream, adapted, and a masked autoencoder's decoder, if the file has one of the same width and depth.
+    """
+    checkpoint, state = load_checkpoint(path), model.state_dict()
+    if 'script' in checkpoint:
+        model.load_state_dict(resize_positions(checkpoint['model'], state, path), strict=True)
+        return f'{path}: all {len(state)} tensors taken'
+    args, weights, decoder = read_public(path)
+    taken, first = {}, 'patch_embed.proj.weight'
+    for prefix in [name.removesuffix(first) for name in state if name.endswith(first)]:  # encoder; student's and teacher's
+        like = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        adapted = adapt_patch_embed(weights, like, wavelengths_nm, rgb_kernels)
+        if 'mask_token' not in like:
+            adapted.pop('mask_token', None)  # of DINOv2; a masked autoencoder's encoder has none
+        like = {name: value for name, value in like.items()  # without what starts fresh
+                if name in adapted or not name.startswith(('spectral_', 'fuse.', 'mask_token'))}
+        taken.update({prefix + name: value for name, value in resize_positions(adapted, like, path).items()})
+    own = {name for name in state if name.startswith('decoder_') or name == 'mask_token'}  # a masked autoencoder's decoder
+    last = {'decoder_pred.weight', 'decoder_pred.bias'}  # gives pixels: taken only if patch and bands are ours
+    fits = {name: value for name, value in decoder.items()
+            if name == 'decoder_pos_embed' or (name in own and state[name].shape == value.shape)}
+    if set(decoder) == own and own <= set(fits) | last:
+        taken.update(fits)
+    model.load_state_dict(resize_positions({**state, **taken}, state, path), strict=True)
+    part = re.compile(r'(?:student\.|teacher\.)?(?:encoder\.)?(decoder_pred|decoder|spectral|\w+)')
+    fresh = sorted({part.match(name)[1] for name in set(state) - set(taken)})
+    return (f'{path}: a public ViT of width {args["embed_dim"]}, depth {args["depth"]}, patches of {args["patch_size"]} px, '
+            f'{args["in_chans"]} bands; its encoder is taken, what starts fresh: {", ".join(fresh) or "nothing"}')
+
+
+def export_encoder(path_in, path_out, form='timm'):
+    """Write an encoder of ours as plain tensors that load with strict=True into timm's ViT ('timm') or DINOv2's ('dinov2')
+    -> the call that makes that network. Its input is to be standardised as the run did (data.standardization)."""
+    encoder = load_encoder(path_in)
+    if form not in ('timm', 'dinov2'):
+        raise UserError(f'--form={form}: choose timm or dinov2')
+    if isinstance(encoder, SpatialSpectralViT):
+        raise UserError(f'{path_in}: has a second stream, which neither timm nor DINOv2 has: export a run of pretrain_mae.py or '
+                        'pretrain_dino.py')
+    weights, block, registers = encoder.state_dict(), encoder.blocks[0], encoder.num_prefix_tokens - 1
+    swiglu = isinstance(block.mlp, SwiGLU)
+    sizes = (f'img_size={encoder.img_size}, patch_size={encoder.patch_size}, in_chans={encoder.in_chans}, '
+             f'embed_dim={encoder.embed_dim}, depth={len(encoder.blocks)}, num_heads={block.attn.num_heads}, '
+             f'init_values={1.0 if isinstance(block.ls1, LayerScale) else None}')
+    if form == 'dinov2':
+        weights.setdefault('mask_token', torch.zeros(1, encoder.embed_dim))  # theirs always has one
+        call = (f'DinoVisionTransformer({sizes}, mlp_ratio={encoder.args.get("mlp_ratio", 4.0)}, block_chunks=0, '
+                f'ffn_layer="{"swiglufused" if swiglu else "mlp"}", num_register_tokens={registers})')
+    else:
+        weights.pop('mask_token', None)
+        if registers:  # timm adds no position to the cls token of a ViT with registers
+            weights['reg_token'], table = weights.pop('register_tokens'), weights['pos_embed']
+            weights['cls_token'], weights['pos_embed'] = weights['cls_token'] + table[:, :1], table[:, 1:]
+        names = {'w12': 'fc1', 'w3': 'fc2'}
+        weights = {re.sub(r'(?<=\.mlp\.)(w12|w3)', lambda old: names[old[0]], name): value for name, value in weights.items()}
+        ratio = len(weights['blocks.0.mlp.fc1.weight']) / encoder.embed_dim
+        call = (f'timm.models.VisionTransformer({sizes}, mlp_ratio={ratio}, num_classes=0, reg_tokens={registers}, '
+                f'no_embed_class={registers > 0}'
+                f'{", mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU" if swiglu else ""})')
+    torch.save({name: value.clone() for name, value in weights.items()}, path_out + '.tmp')
+    os.replace(path_out + '.tmp', path_out)
+    return call
+
+
+if __name__ == '__main__':
+    plain_errors()
+    parser = argparse.ArgumentParser(description='Write an encoder for other programs.', allow_abbrev=False)
+    parser.add_argument('--export', required=True, help='last.pt of a run of pretrain_mae.py or pretrain_dino.py')
+    parser.add_argument('--out', default='vit.pth', help='file to write')
+    parser.add_argument('--form', default='timm', help='whose names: timm or dinov2')
+    arguments = parser.parse_args()
+    call = export_encoder(arguments.export, arguments.out, arguments.form)
+    print(f'{arguments.out}: loads with strict=True into\n{call}')

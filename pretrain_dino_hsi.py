@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from data import (FLOORS, UserError, Tiles, augment_spectra, demo_if_missing, draw_crops, epoch_ids, false_color, labelled_pixels, plain_errors,
                   principal_colors, resized_crop, ridge_probe, save_figure, spectrum_features, standardization, standardize, standardize_rows, write_json)
-from models import SIZES, DINOHead, SpatialSpectralViT, dense_features, load_checkpoint, resize_positions
+from models import SIZES, DINOHead, SpatialSpectralViT, dense_features, load_checkpoint, public_shape, start_from
 
 # ---- data
 data = 'data/demo'  # tile directory; the demo is made on first use
@@ -68,7 +68,8 @@ fusion = 'channel'  # channel (any crop size) or token (dissertation; crops of i
 wavelength_encoding = True  # spectral tokens know their wavelength (or band number, where there are none)
 init_values = 1.0  # LayerScale at the start; DINOv2's 1e-5 is for 1,000 times more steps: at 0.1 the probe did not rise here (docs/log.md)
 drop_path_rate = 0.1  # probability that a residual branch skips a sample; at most 0.1 on small data, 0.3 in DINOv2 ViT-L
-init_from = ''  # last.pt of a run to start from, e.g. with a larger --img_size (DINOv2's last stage); positions are interpolated
+init_from = ''  # last.pt of a run to start from, e.g. with a larger --img_size (DINOv2's last stage); or a public ViT, whose shape is then taken
+rgb_kernels = 'wavelength'  # how a public file's 3 kernels reach our bands: wavelength (mixture of the nearest in nm), repeat (their mean) or fresh
 # ---- method
 out_dim = 4096  # prototypes: 65,536 (dissertation) suit 100 million images; Sinkhorn spreads a batch of 128 evenly over them
 separate_heads = False  # true = heads of their own for DINO and iBOT (DINOv2); one shared head (iBOT, dissertation) costs less
@@ -592,12 +593,12 @@ if __name__ == '__main__':
                         init_values=init_values, drop_path_rate=drop_path_rate, mask_token=True, **SIZES[size],
                         spectral_patch_size=spectral_patch_size, fusion=fusion, wavelength_encoding=wavelength_encoding,
                         wavelengths_nm=meta['wavelengths_nm'])
+    encoder_args.update(public_shape(init_from))
     encoder = SpatialSpectralViT(**encoder_args)
     heads = [DINOHead(encoder.embed_dim, out_dim, hidden_dim, bottleneck_dim) for _ in range(1 + separate_heads)]
     model = SelfDistillation(Branch(encoder, *heads), out_dim).to(device).train()
     if init_from:
-        weights = load_checkpoint(init_from)['model']
-        model.load_state_dict(resize_positions(weights, model.state_dict(), init_from), strict=True)
+        print0(start_from(init_from, model, meta['wavelengths_nm'], rgb_kernels))
     parameters = sum(p.numel() for p in model.student.parameters())
     print0(f'{parameters:,} parameters, twice (student and teacher); {meta["num_bands"]} bands, 2 crops of {img_size} px and '
            f'{local_crops_number} of {local_crops_size} px, patches of {patch_size} px, {encoder.num_groups} groups of {spectral_patch_size} bands, '

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data import (FLOORS, UserError, Tiles, demo_if_missing, draw_crops, epoch_ids, false_color, labelled_pixels, plain_errors, resized_crop,
                   ridge_probe, save_figure, spectrum_features, standardization, standardize, write_json)
-from models import SIZES, MaskedAutoencoder, dense_features, load_checkpoint, patchify, unpatchify
+from models import SIZES, MaskedAutoencoder, dense_features, load_checkpoint, patchify, public_shape, start_from, unpatchify
 
 # ---- data
 data = 'data/demo'  # tile directory; the demo is made on first use
@@ -45,6 +45,9 @@ turns = True  # random flips and quarter turns: seen from above there is no up. 
 # ---- model
 size = 'base'  # tiny (width 128, depth 6), small (384, 12) or base (768, 12)
 patch_size = 8  # 8 for 64 px (the dissertation); 2 to 4 for small scenes, at (8 / patch)^2 times the tokens
+init_from = ''  # last.pt of a run to start from, or a public MAE file: its width, depth and heads are taken, `size` is then the decoder's
+rgb_kernels = 'wavelength'  # how a public file's 3 kernels reach our bands: wavelength (mixture of the nearest in nm), repeat (their mean) or fresh
+freeze_encoder = False  # true = only the decoder learns (the dissertation's proof of concept)
 dropout = 0.1  # dissertation: 0.1 "on the small amount of data"; MAE itself uses 0
 # ---- method
 mask_ratio = 0.75  # 0.75 in MAE, Table 1a
@@ -319,8 +322,15 @@ if __name__ == '__main__':
         raise UserError(f'--size={size}: choose one of {", ".join(SIZES)}')
     decoder = {'tiny': (96, 2, 4), 'small': (256, 4, 8), 'base': (512, 8, 16)}[size]
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'], dropout=dropout, **SIZES[size])
+    public = public_shape(init_from)
+    if public and (public['num_register_tokens'] or public['init_values'] or public['ffn'] != 'mlp'):
+        raise UserError(f'{init_from}: has registers, LayerScale or SwiGLU, which a masked autoencoder has not: pass a file of MAE here, and '
+                        'this one to pretrain_dino.py')
+    encoder_args.update({name: public[name] for name in SIZES[size] if name in public})
     model = MaskedAutoencoder(**encoder_args, decoder_embed_dim=decoder[0], decoder_depth=decoder[1], decoder_num_heads=decoder[2],
-                              norm_pix_loss=norm_pix_loss).to(device)
+                              norm_pix_loss=norm_pix_loss, freeze_encoder=freeze_encoder).to(device)
+    if init_from:
+        print0(start_from(init_from, model, meta['wavelengths_nm'], rgb_kernels))
     encoder_args['fixed_positions'] = True  # as MaskedAutoencoder builds its ViT; load_encoder builds it from these
     print0(f'{sum(p.numel() for p in model.parameters()):,} parameters; {meta["num_bands"]} bands, {img_size} px crops, '
            f'{(img_size // patch_size) ** 2} patches of {patch_size} px, {mask_ratio:.0%} hidden; {crops} crops an epoch, '

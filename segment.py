@@ -50,12 +50,13 @@ label_share = 1.0  # share of the labelled pixels of tr and val that are used, d
 crop_size = 0  # side of the training crops, px; 0 = whole tiles. Larger tiles are then scored by windows of this side, blended
 augment = False  # random flips, turns and resized crops; features can then not be kept in memory
 # ---- model
-encoder = ''  # last.pt of a pre-training run; '' = a random encoder of the four constants below (the row every table needs)
+encoder = ''  # last.pt of a pre-training run, or a public file (MAE, DINOv2); '' = a random encoder of the constants below (the row every table needs)
 untrained = False  # true = the architecture of that encoder with random weights: what pre-training is to be compared with
 size = 'base'  # random encoder: tiny, small or base
-img_size = 64  # random encoder: side of its window in pixels
-patch_size = 8  # random encoder: side of a patch
-whiten = 16  # random encoder: as in pretrain_mae.py (a trained encoder brings its own)
+img_size = 64  # random or public encoder: side of its window in pixels
+patch_size = 8  # random or public encoder: side of a patch
+whiten = 16  # random or public encoder: as in pretrain_mae.py; 0 is nearest to what a public one has seen (a run of ours brings its own)
+rgb_kernels = 'wavelength'  # how a public file's 3 kernels reach our bands: wavelength (mixture of the nearest in nm), repeat (their mean) or fresh
 decoder = 'linear'  # linear (batch norm, 1x1 convolution), conv (UNet-like), transformer (Segmenter), or logistic = linear, solved not trained
 freeze = True  # false = fine-tune the encoder as well; with a random encoder: a ViT trained from scratch
 window_stride = 0  # step of the encoder's window over larger tiles, px; 0 = half a window, a quarter is worth 2 to 4 points
@@ -530,7 +531,7 @@ if __name__ == '__main__':
         if value not in known:
             raise UserError(f'--{name}={value}: choose one of {", ".join(known)}')
     if encoder:
-        vit = load_encoder(encoder)
+        vit = load_encoder(encoder, img_size, patch_size, meta['num_bands'], meta['wavelengths_nm'], rgb_kernels, whiten)
         whiten, encoder_args = vit.config['whiten'], vit.args
         method = {'pretrain_mae.py': 'MAE', 'pretrain_dino.py': 'DINOv2', 'pretrain_dino_hsi.py': 'HSI-DINOv2'}.get(vit.script, vit.script)
         if untrained:

@@ -23,7 +23,10 @@ from matplotlib.patches import Rectangle
 from data import UserError, Tiles, demo_if_missing, false_color, plain_errors, principal_colors, read_scene, save_figure, standardization, standardize, valid_pixels
 from models import load_encoder
 
-encoders = 'runs/demo/last.pt'  # last.pt of one or several pre-training runs, separated by commas: a row each
+encoders = 'runs/demo/last.pt'  # last.pt of one or several pre-training runs, or public files (MAE, DINOv2), separated by commas: a row each
+patch_size = 8  # of public files, adapted to it
+whiten = 0  # of public files: 0 = each band to mean 0, std 1, or so many components (a run of ours brings its own)
+rgb_kernels = 'wavelength'  # how a public file's 3 kernels reach our bands: wavelength (mixture of the nearest in nm), repeat (their mean) or fresh
 data = 'data/demo'  # tile directory
 split = 'tr'  # which of its tiles: tr, val or ts
 tiles = '0,1'  # numbers of tiles, separated by commas: a picture each
@@ -141,7 +144,7 @@ if __name__ == '__main__':
     meta = chosen.meta
     paths = encoders.split(',')
     names = [os.path.basename(os.path.dirname(path)) or path for path in paths]
-    loaded = [load_encoder(path) for path in paths]
+    loaded = [load_encoder(path, 0, patch_size, meta['num_bands'], meta['wavelengths_nm'], rgb_kernels, whiten) for path in paths]
     for path, encoder in zip(paths, loaded):
         if encoder.in_chans != meta['num_bands']:
             raise UserError(f'{path}: the encoder was trained on {encoder.in_chans} bands, {data} has {meta["num_bands"]}: give tiles of the same bands')

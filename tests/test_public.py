@@ -1,0 +1,389 @@
+"""Other people's weights: synthetic files with the public names and shapes, what the adapted encoders answer, and the way back."""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import MAE_TINY, ROOT, run
+from data import UserError
+from models import (RGB_NM, MaskedAutoencoder, ViT, adapt_patch_embed, export_encoder, load_checkpoint, load_encoder, resize_kernel, spread_bands,
+                    start_from)
+
+REFERENCE = os.path.join(os.path.dirname(ROOT), 'shared', 'reference')
+BLOCK = {'norm1.weight': ('D',), 'norm1.bias': ('D',), 'attn.qkv.weight': ('3D', 'D'), 'attn.qkv.bias': ('3D',), 'attn.proj.weight': ('D', 'D'),
+         'attn.proj.bias': ('D',), 'norm2.weight': ('D',), 'norm2.bias': ('D',)}
+MLP = {'mlp.fc1.weight': ('4D', 'D'), 'mlp.fc1.bias': ('4D',), 'mlp.fc2.weight': ('D', '4D'), 'mlp.fc2.bias': ('D',)}
+SWIGLU = {'mlp.w12.weight': ('2H', 'D'), 'mlp.w12.bias': ('2H',), 'mlp.w3.weight': ('D', 'H'), 'mlp.w3.bias': ('D',)}
+
+
+def names(D, depth, patch, side, dinov2=False, registers=0, ffn=MLP, decoder=None, bands=3):
+    """name -> shape as in the public files: mae_pretrain_vit_*.pth (side 14 of 16 px), dinov2_vit*14_*.pth (side 37 of 14 px)"""
+    scale = {'D': D, '3D': 3 * D, '4D': 4 * D, 'H': (int(4 * D * 2 / 3) + 7) // 8 * 8, '2H': 2 * ((int(4 * D * 2 / 3) + 7) // 8 * 8)}
+    found = {'cls_token': (1, 1, D), 'pos_embed': (1, 1 + side * side, D), 'patch_embed.proj.weight': (D, bands, patch, patch),
+             'patch_embed.proj.bias': (D,), 'norm.weight': (D,), 'norm.bias': (D,)}
+    for i in range(depth):
+        scales = {'ls1.gamma': ('D',), 'ls2.gamma': ('D',)} if dinov2 else {}
+        found.update({f'blocks.{i}.{name}': tuple(scale[s] for s in shape) for name, shape in {**BLOCK, **ffn, **scales}.items()})
+    if dinov2:
+        found['mask_token'] = (1, D)
+    if registers:
+        found['register_tokens'] = (1, registers, D)
+    if decoder:
+        d, layers = decoder
+        found.update({'mask_token': (1, 1, d), 'decoder_pos_embed': (1, 1 + side * side, d), 'decoder_embed.weight': (d, D), 'decoder_embed.bias': (d,),
+                      'decoder_norm.weight': (d,), 'decoder_norm.bias': (d,), 'decoder_pred.weight': (patch * patch * bands, d),
+                      'decoder_pred.bias': (patch * patch * bands,)})
+        wide = {'D': d, '3D': 3 * d, '4D': 4 * d}
+        found.update({f'decoder_blocks.{i}.{name}': tuple(wide[s] for s in shape) for i in range(layers) for name, shape in {**BLOCK, **MLP}.items()})
+    return found
+
+
+def synthetic(path, wrapped=True, **kwargs):
+    """A file with those names, small random values -> its state"""
+    generator = torch.Generator().manual_seed(0)
+    state = {name: 0.05 * torch.randn(shape, generator=generator) + (name.endswith(('norm.weight', 'norm1.weight', 'norm2.weight')))
+             for name, shape in names(**kwargs).items()}
+    torch.save({'model': state} if wrapped else state, path)
+    return state
+
+
+TINY_MAE = dict(D=64, depth=2, patch=16, side=14)
+TINY_DINO = dict(D=64, depth=2, patch=14, side=37, dinov2=True, wrapped=False)
+
+
+@pytest.mark.parametrize('file, kwargs', [('mae_vit_base_64x8_32ch', dict(D=768, depth=12, patch=8, side=8, decoder=(512, 8), bands=32)),
+                                          ('dinov2_vit_base_64x8_32ch_reg4_mlp', dict(D=768, depth=12, patch=8, side=8, dinov2=True, registers=4, bands=32)),
+                                          ('dinov2_vit_base_64x8_32ch_reg4_swiglufused',
+                                           dict(D=768, depth=12, patch=8, side=8, dinov2=True, registers=4, bands=32, ffn=SWIGLU))])
+def test_the_synthetic_files_have_the_recorded_names_and_shapes(file, kwargs):
+    path = os.path.join(REFERENCE, f'{file}.keys.json')
+    if not os.path.exists(path):
+        pytest.skip('the recorded names are not at hand')
+    assert {name: list(shape) for name, shape in names(**kwargs).items()} == json.load(open(path))
+
+
+KINDS = [(TINY_MAE, 0, 'mlp'), ({**TINY_MAE, 'decoder': (32, 1)}, 0, 'mlp'), (TINY_DINO, 0, 'mlp'), ({**TINY_DINO, 'registers': 4}, 4, 'mlp'),
+         ({**TINY_DINO, 'ffn': SWIGLU}, 0, 'swiglu')]
+BASE = dict(D=768, depth=12, patch=16, side=14)  # mae_pretrain_vit_base.pth
+LARGE = [(BASE, 0, 'mlp', 200), (dict(D=1024, depth=24, patch=16, side=14), 0, 'mlp', 32),  # dinov2_vitb14_reg4_pretrain.pth:
+         (dict(D=768, depth=12, patch=14, side=37, dinov2=True, wrapped=False, registers=4), 4, 'mlp', 200)]
+
+
+@pytest.mark.parametrize('kwargs, registers, ffn, bands', [(*kind, bands) for kind in KINDS for bands in (32, 200)] + [(BASE, 0, 'mlp', 32)]
+                         + [pytest.param(*kind, marks=pytest.mark.slow) for kind in LARGE])
+def test_a_public_file_loads_into_64_px_patches_of_8_and_any_bands(kwargs, registers, ffn, bands, tmp_path):
+    state = synthetic(tmp_path / 'public.pth', **kwargs)
+    encoder = load_encoder(str(tmp_path / 'public.pth'), 64, 8, bands, list(np.linspace(450, 2400, bands)), whiten=3)
+    assert (encoder.embed_dim, len(encoder.blocks), encoder.num_prefix_tokens) == (kwargs['D'], kwargs['depth'], 1 + registers)
+    assert encoder.blocks[0].attn.num_heads == kwargs['D'] // 64 and encoder.config['whiten'] == 3 and not encoder.training
+    assert type(encoder.blocks[0].mlp).__name__ == {'mlp': 'Mlp', 'swiglu': 'SwiGLU'}[ffn]
+    got = encoder.state_dict()
+    for name, value in got.items():
+        if name == 'pos_embed':
+            assert value.shape == (1, 65, kwargs['D']) and torch.equal(value[:, 0], state[name][:, 0])
+        elif name == 'patch_embed.proj.weight':
+            assert value.shape == (kwargs['D'], bands, 8, 8)
+        else:
+            assert torch.equal(value, state[name]), name
+    assert set(state) - set(got) == {name for name in state if name.startswith('decoder_') or (name == 'mask_token' and 'decoder' in kwargs)}
+    with torch.no_grad():
+        maps = encoder.get_intermediate_layers(torch.randn(1, bands, 64, 64), 2)
+    assert maps[-1].shape == (1, kwargs['D'], 8, 8) and maps[-1].isfinite().all()
+    again = ViT(**encoder.args)  # what segment.py rebuilds a run from
+    again.load_state_dict(got, strict=True)
+
+
+def test_without_arguments_the_file_is_taken_as_it_is(tmp_path):
+    state = synthetic(tmp_path / 'public.pth', **{**TINY_MAE, 'side': 4})
+    encoder = load_encoder(str(tmp_path / 'public.pth'))
+    assert (encoder.img_size, encoder.patch_size, encoder.in_chans) == (64, 16, 3)
+    assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items() if name != 'patch_embed.proj.weight')
+    torch.testing.assert_close(encoder.patch_embed.proj.weight, state['patch_embed.proj.weight'], rtol=1e-6, atol=0)
+
+
+def smooth_images(side, seed=0):
+    """Eight images of 12 waves each, none shorter than half an image, (8, 3, side, side) float64"""
+    generator = torch.Generator().manual_seed(seed)
+    angle, phase, frequency = (torch.rand(12, 8, 3, 1, 1, generator=generator, dtype=torch.float64) for _ in range(3))
+    at = (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    along = (angle * math.tau).cos() * at[:, None] + (angle * math.tau).sin() * at
+    return (math.tau * (2 * frequency * along + phase)).sin().sum(0)
+
+
+def response(images, kernel):
+    return F.conv2d(images, kernel.double(), stride=kernel.shape[-1])
+
+
+def error(old, new, adapt, seed=0):
+    """Largest difference between the adapted kernel's answer to an image and the original's to the upscaled image, as a share of the largest answer;
+    or the same of the root mean squares, if that is more. Kernels of white noise, the hardest there are; 8 x 8 patches"""
+    kernel = torch.randn(64, 3, old, old, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    small = smooth_images(8 * new, seed)
+    large = F.interpolate(small, size=(8 * old, 8 * old), mode='bicubic')
+    expected, got = response(large, kernel), response(small, adapt(kernel, new))
+    return max(float(norm(got - expected) / norm(expected)) for norm in (lambda x: x.abs().max(), lambda x: x.square().mean().sqrt()))
+
+
+@pytest.mark.parametrize('old, new', [(16, 8), (14, 8), (16, 4), (8, 16), (14, 16)])
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_a_resized_kernel_answers_to_an_image_as_the_original_to_the_upscaled_one(old, new, seed):
+    def interpolated(kernel, P):
+        return F.interpolate(kernel, size=(P, P), mode='bicubic', antialias=P < kernel.shape[-1])
+    ours = error(old, new, resize_kernel, seed)
+    assert ours < 0.02
+    assert error(old, new, interpolated, seed) > 0.2  # it changes the sum over the pixels
+    assert error(old, new, lambda kernel, P: interpolated(kernel, P) * (old / new) ** 2, seed) > 3 * ours  # and more than the sum
+
+
+def test_growing_is_exact_and_undone_by_shrinking():
+    kernel = torch.randn(5, 3, 4, 4, dtype=torch.float64)
+    assert torch.equal(resize_kernel(kernel, 4), kernel)
+    torch.testing.assert_close(resize_kernel(resize_kernel(kernel, 16), 4), kernel)
+    assert resize_kernel(kernel, 1).shape == (5, 3, 1, 1)
+    torch.testing.assert_close(resize_kernel(kernel, 1)[..., 0, 0], kernel.sum((2, 3)))  # one pixel a patch: the answer to a flat patch
+
+
+@pytest.mark.parametrize('nm', [list(np.linspace(466, 940, 32)), list(np.linspace(400, 2450, 200)), [485, 560, 660, 830, 1650, 2215], [800, 900, 1000],
+                                [660, 560, 480], [560], None])
+@pytest.mark.parametrize('how', ['wavelength', 'repeat'])
+def test_a_grey_image_gives_the_same_response_in_any_bands(nm, how):
+    kernel = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    C, grey = len(nm or range(7)), torch.randn(2, 1, 16, 16, dtype=torch.float64)
+    spread = spread_bands(kernel, C, nm, how)
+    assert spread.shape == (16, C, 8, 8)
+    torch.testing.assert_close(response(grey.expand(-1, C, -1, -1), spread), response(grey.expand(-1, 3, -1, -1), kernel), rtol=1e-5, atol=1e-5)
+
+
+def test_bands_take_the_kernels_nearest_in_wavelength():
+    kernel = torch.eye(3).reshape(3, 3, 1, 1)  # answers with red, green, blue
+    r, g, b = RGB_NM
+    shares = spread_bands(kernel, 6, [b - 100, b, (b + g) / 2, g, r, 2400.0])[:, :, 0, 0]
+    torch.testing.assert_close(shares, torch.tensor([[0, 0, 0, 0, 1 / 2, 1 / 2], [0, 0, 1 / 3, 2 / 3, 0, 0], [0.4, 0.4, 0.2, 0, 0, 0]]))
+    unsorted = spread_bands(kernel, 3, [b, g, r])[:, :, 0, 0]
+    torch.testing.assert_close(unsorted, torch.eye(3).flip(1))
+    assert torch.equal(spread_bands(kernel, 3, None), kernel)  # principal components, or a picture
+    torch.testing.assert_close(spread_bands(kernel, 4, None)[:, :, 0, 0], torch.full((3, 4), 1 / 4))
+    torch.testing.assert_close(spread_bands(kernel, 3, None, 'repeat')[:, :, 0, 0], torch.full((3, 3), 1 / 3))
+
+
+def test_fresh_keeps_the_networks_own_projection_and_a_typing_error_is_told(tmp_path):
+    weights, like = synthetic(tmp_path / 'p.pth', **TINY_MAE), ViT(64, 8, 7, 64, 2, 1).state_dict()
+    adapted = adapt_patch_embed(weights, like, None, 'fresh')
+    assert all(torch.equal(adapted[name], like[name]) for name in like if name.startswith('patch_embed'))
+    with pytest.raises(UserError, match='--rgb_kernels=mean: choose'):
+        load_encoder(str(tmp_path / 'p.pth'), 64, 8, 7, None, 'mean')
+
+
+def test_foreign_names_and_shapes_are_an_error_that_names_them(tmp_path):
+    path = str(tmp_path / 'public.pth')
+    state = synthetic(path, **{**TINY_MAE, 'side': 2})
+    foreign = {'timm': ({**state, 'reg_token': torch.zeros(1, 4, 64), 'head.weight': torch.zeros(9, 64)}, ['head.weight', 'reg_token']),
+               'less': ({k: v for k, v in state.items() if k != 'blocks.1.attn.proj.bias'}, ['blocks.1.attn.proj.bias']),
+               'chunks': ({k.replace('blocks.', 'blocks.0.'): v for k, v in state.items()}, ['blocks.0.0.attn.proj.bias']),
+               'shape': ({**state, 'norm.bias': torch.zeros(63)}, ['norm.bias']),
+               'no cls position': ({**state, 'pos_embed': torch.zeros(1, 4, 64)}, ['pos_embed']),
+               'resnet': ({'conv1.weight': torch.zeros(64, 3, 7, 7)}, ['no encoder', 'conv1.weight']),
+               'prefixed': ({f'module.{k}': v for k, v in state.items()}, ['no encoder', 'module.blocks.0.']),
+               'numbers': ({'model': 3}, ['no encoder']), 'list': ([1, 2], ['list'])}
+    model = MaskedAutoencoder(16, 8, 4, 64, 2, 1, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    for content, words in foreign.values():
+        torch.save(content, path)
+        for read in (load_encoder, lambda file: start_from(file, model)):
+            with pytest.raises(UserError) as caught:
+                read(path)
+            assert all(word in str(caught.value) for word in [path, *words]), str(caught.value)
+
+
+def test_a_whole_masked_autoencoder_gives_its_decoder_where_it_fits(tmp_path):
+    path = str(tmp_path / 'full.pth')
+    state = synthetic(path, **TINY_MAE, decoder=(32, 1))
+    build = lambda depth, patch, bands: MaskedAutoencoder(4 * patch, patch, bands, 64, 2, 1, decoder_embed_dim=32, decoder_depth=depth, decoder_num_heads=2)
+    same, other, deep = build(1, 16, 3), build(1, 8, 5), build(2, 16, 3)
+    assert 'starts fresh: nothing' in start_from(path, same)
+    assert 'starts fresh: decoder_pred' in start_from(path, other)
+    assert 'starts fresh: decoder, decoder_pred, mask_token' in start_from(path, deep)
+    torch.testing.assert_close(same.decoder_pred.weight.data, state['decoder_pred.weight'])
+    assert torch.equal(other.decoder_blocks[0].mlp.fc1.weight, state['decoder_blocks.0.mlp.fc1.weight']) and torch.equal(other.mask_token, state['mask_token'])
+    assert not torch.equal(deep.decoder_blocks[0].mlp.fc1.weight, state['decoder_blocks.0.mlp.fc1.weight'])
+    assert all(torch.equal(model.encoder.norm.bias, state['norm.bias']) for model in (same, other, deep))
+    same(torch.randn(2, 3, 64, 64))[0].backward()
+
+
+def test_a_frozen_encoder_has_no_gradient_and_no_dropout():
+    model = MaskedAutoencoder(16, 8, 4, 64, 2, 1, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2, dropout=0.5, freeze_encoder=True)
+    for mode in (None, False, True):
+        model = model if mode is None else model.train(mode)
+        assert not any(module.training for module in model.encoder.modules()) and model.decoder_blocks[0].training == (mode is not False)
+    model(torch.randn(2, 4, 16, 16))[0].backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, _ in model.named_parameters() if not name.startswith('encoder.') and name != 'decoder_pos_embed'}
+
+
+# ---- the scripts
+
+TINY_RUN = [*MAE_TINY, '--whiten=0', '--log_every=1', '--max_steps=3', '--eval_every=0']
+
+
+def weights_of(out):
+    return load_checkpoint(os.path.join(out, 'last.pt'))['model']
+
+
+@pytest.mark.parametrize('processes', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_frozen_encoder_keeps_its_bits_while_the_decoder_moves(processes, scene_data, tmp_path):
+    state = synthetic(tmp_path / 'mae.pth', **TINY_MAE)
+    flags = [f'--data={scene_data}', f'--init_from={tmp_path}/mae.pth', '--freeze_encoder', f'--out_dir={tmp_path}/run']
+    done = run('pretrain_mae.py', *TINY_RUN, *flags, '--max_steps=1', processes=processes)
+    assert 'mae.pth: a public ViT of width 64, depth 2' in done.stdout and 'starts fresh: decoder, decoder_pred, mask_token' in done.stdout
+    first = weights_of(tmp_path / 'run')
+    run('pretrain_mae.py', *TINY_RUN, *flags, processes=processes)  # goes on
+    last = weights_of(tmp_path / 'run')
+    assert all(torch.equal(first[name], last[name]) for name in first if name.startswith('encoder.'))
+    moved = [name for name in first if not torch.equal(first[name], last[name])]
+    assert {'decoder_pred.weight', 'decoder_blocks.0.attn.qkv.weight', 'mask_token'} <= set(moved)
+    for name, value in state.items():
+        if name not in ('pos_embed', 'patch_embed.proj.weight'):
+            assert torch.equal(last[f'encoder.{name}'], value), name
+    assert load_encoder(str(tmp_path / 'run' / 'last.pt')).embed_dim == 64  # judged as any other
+
+
+def test_an_encoder_that_is_not_frozen_learns_on_and_dinov2_is_refused_where_it_does_not_fit(scene_data, tmp_path):
+    synthetic(tmp_path / 'mae.pth', **TINY_MAE)
+    run('pretrain_mae.py', *TINY_RUN, f'--data={scene_data}', f'--init_from={tmp_path}/mae.pth', f'--out_dir={tmp_path}/one')
+    one = weights_of(tmp_path / 'one')
+    assert not torch.equal(one['encoder.norm.bias'], load_checkpoint(str(tmp_path / 'mae.pth'))['model']['norm.bias'])  # it learns
+    synthetic(tmp_path / 'dino.pth', **TINY_DINO)
+    done = run('pretrain_mae.py', *TINY_RUN, f'--data={scene_data}', f'--init_from={tmp_path}/dino.pth', f'--out_dir={tmp_path}/three', check=False)
+    assert done.returncode == 1 and 'has registers, LayerScale or SwiGLU' in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_masked_autoencoder_starts_from_a_run_of_ours(scene_data, tmp_path):
+    run('pretrain_mae.py', *TINY_RUN, f'--data={scene_data}', f'--out_dir={tmp_path}/ours')
+    flags = [f'--init_from={tmp_path}/ours/last.pt', '--base_lr=0', f'--out_dir={tmp_path}/two']
+    assert 'tensors taken' in run('pretrain_mae.py', *TINY_RUN, f'--data={scene_data}', *flags).stdout
+    ours, two = weights_of(tmp_path / 'ours'), weights_of(tmp_path / 'two')
+    assert all(torch.equal(two[name], value) for name, value in ours.items())
+
+
+DINO_RUN = ['--size=tiny', '--img_size=16', '--local_crops_size=8', '--patch_size=4', '--batch_size=8', '--local_crops_number=1', '--out_dim=32',
+            '--whiten=0', '--probe_tiles=2', '--max_steps=1', '--eval_every=0', '--base_lr=0', '--min_lr=0', '--momentum_teacher=1']
+
+
+@pytest.mark.parametrize('script, kwargs', [('pretrain_dino.py', {**TINY_DINO, 'registers': 4}), ('pretrain_dino_hsi.py', TINY_MAE),
+                                            pytest.param('pretrain_dino_hsi.py', {**TINY_DINO, 'ffn': SWIGLU}, marks=pytest.mark.slow)])
+def test_dino_starts_student_and_teacher_from_a_public_file(script, kwargs, scene_data, tmp_path):
+    state = synthetic(tmp_path / 'public.pth', **kwargs)
+    done = run(script, *DINO_RUN, f'--data={scene_data}', f'--init_from={tmp_path}/public.pth', f'--out_dir={tmp_path}/run')
+    assert 'a public ViT of width 64, depth 2' in done.stdout
+    model = weights_of(tmp_path / 'run')
+    for branch in ('student', 'teacher'):
+        for name, value in state.items():
+            if name not in ('pos_embed', 'patch_embed.proj.weight'):
+                assert torch.equal(model[f'{branch}.encoder.{name}'], value), name
+        assert torch.equal(model[f'{branch}.encoder.pos_embed'][:, 0], state['pos_embed'][:, 0])
+
+
+@pytest.mark.parametrize('kwargs', [TINY_MAE, {**TINY_DINO, 'registers': 4}])
+def test_a_public_file_is_judged_and_looked_at(kwargs, scene_data, tmp_path):
+    synthetic(tmp_path / 'my_vit.pth', **{**kwargs, 'depth': 4})  # segment.py reads four blocks
+    public = [f'--data={scene_data}', '--patch_size=4', '--whiten=0']
+    done = run('segment.py', *public, f'--encoder={tmp_path}/my_vit.pth', '--img_size=16', '--decoder=logistic', f'--out_dir={tmp_path}/run',
+               f'--results={tmp_path}/r.csv')
+    assert 'my_vit.pth + logistic' in done.stdout
+    run('segment.py', f'--out_dir={tmp_path}/run', f'--compare={tmp_path}/run')  # builds the run again from its checkpoint
+    run('viz_attention.py', *public, f'--encoders={tmp_path}/my_vit.pth', f'--out_dir={tmp_path}/out', '--tiles=0')
+    assert os.path.exists(tmp_path / 'run' / 'comparison.png') and os.path.exists(tmp_path / 'out' / 'attention_tile0.png')
+
+
+# ---- the way back
+
+def our_run(path, **extra):
+    """last.pt as a pre-training script writes it, of a ViT with random values"""
+    args = dict(img_size=16, patch_size=4, in_chans=7, embed_dim=48, depth=2, num_heads=3, **extra)
+    torch.manual_seed(0)
+    encoder = ViT(**args)
+    for parameter in encoder.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    torch.save({'script': 'pretrain_dino.py', 'config': {'whiten': 3}, 'encoder_args': args,
+                'model': {f'teacher.encoder.{name}': value for name, value in encoder.state_dict().items()}}, path)
+    return encoder.eval()
+
+
+OURS = {'mae': dict(fixed_positions=True), 'dino': dict(num_register_tokens=4, ffn='swiglu', init_values=1.0, mask_token=True),
+        'plain dino': dict(ffn='mlp', init_values=1.0, mask_token=True)}
+
+
+@pytest.mark.parametrize('kind', OURS)
+def test_what_is_exported_with_public_names_comes_back_bit_by_bit(kind, tmp_path):
+    encoder = our_run(tmp_path / 'last.pt', **OURS[kind])
+    call = export_encoder(str(tmp_path / 'last.pt'), str(tmp_path / 'vit.pth'), 'dinov2')
+    assert 'DinoVisionTransformer(img_size=16, patch_size=4, in_chans=7' in call
+    state = torch.load(tmp_path / 'vit.pth', weights_only=True)
+    ffn = SWIGLU if 'swiglu' in OURS[kind].values() else MLP
+    recorded = names(48, 2, 4, 4, dinov2=True, registers=OURS[kind].get('num_register_tokens', 0), ffn=ffn, bands=7)
+    if kind == 'mae':  # no LayerScale: DINOv2's ViT with init_values=None
+        recorded = {name: shape for name, shape in recorded.items() if 'gamma' not in name}
+    assert {name: tuple(value.shape) for name, value in state.items()} == recorded
+    assert all(torch.equal(state[name], value) for name, value in encoder.state_dict().items())
+
+
+def test_the_command_exports_and_refuses_in_a_sentence(tmp_path):
+    our_run(tmp_path / 'last.pt')
+    done = run('models.py', f'--export={tmp_path}/last.pt', f'--out={tmp_path}/vit.pth')
+    assert 'timm.models.VisionTransformer(img_size=16' in done.stdout and sorted(os.listdir(tmp_path)) == ['last.pt', 'vit.pth']
+    for flags, words in ((['--form=jax'], 'choose timm or dinov2'), ([f'--export={tmp_path}/no.pt'], 'no such checkpoint')):
+        done = run('models.py', f'--export={tmp_path}/last.pt', *flags, check=False)
+        assert done.returncode == 1 and words in done.stderr and 'Traceback' not in done.stderr
+
+
+TIMM = r'''
+import importlib.abc, importlib.machinery, sys, types
+import torch
+try:
+    import torchvision
+except ImportError:  # timm imports names of it at the top, for data and detection; its ViT uses none
+    class Name(type):
+        def __getattr__(cls, name):
+            if name.startswith('__'):
+                raise AttributeError(name)
+            return name
+    class Empty(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+        def find_spec(self, name, path=None, target=None):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split('.')[0] == 'torchvision' else None
+        def create_module(self, spec):
+            def name_of(name):
+                if name.startswith('__'):
+                    raise AttributeError(name)
+                return Name(name, (), {})
+            module = types.ModuleType(spec.name)
+            module.__getattr__ = name_of
+            return module
+        def exec_module(self, module):
+            pass
+    sys.meta_path.append(Empty())
+import timm
+call, weights, image, features = sys.argv[1:]
+vit = eval(call).eval()
+vit.load_state_dict(torch.load(weights, weights_only=True), strict=True)
+with torch.no_grad():
+    torch.save(vit.forward_features(torch.load(image, weights_only=True)), features)
+'''
+
+
+@pytest.mark.parametrize('kind', OURS)
+def test_timm_loads_an_exported_encoder_strictly_and_sees_the_same(kind, tmp_path):
+    if not __import__('importlib.util').util.find_spec('timm'):
+        pytest.skip('timm is not installed')
+    encoder, x = our_run(tmp_path / 'last.pt', **OURS[kind]), torch.randn(2, 7, 16, 16)
+    call = export_encoder(str(tmp_path / 'last.pt'), str(tmp_path / 'vit.pth'), 'timm')
+    torch.save(x, tmp_path / 'x.pt')
+    done = subprocess.run([sys.executable, '-c', TIMM, call, *(str(tmp_path / name) for name in ('vit.pth', 'x.pt', 'y.pt'))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / 'y.pt', weights_only=True), encoder(x), rtol=1e-4, atol=1e-4)
