@@ -257,29 +257,29 @@ def read_envi(path):
 # ============ bands: from one sensor's wavelengths to another's ============
 
 def checked_wavelengths(wavelengths, where, bands=None):
-    """Wavelengths of `bands` bands -> (C,) float64 in nm. All below 100 are micrometres, as many ENVI files have them: converted."""
+    """Wavelengths of `bands` bands -> (C,) float64 in nm. All below 100 are micrometres, as in many ENVI files: converted."""
     try:
         nm = np.asarray(wavelengths, float)
     except (TypeError, ValueError):
         raise UserError(f'{where}: its wavelengths are not numbers ({str(wavelengths)[:60]}): correct them') from None
     if nm.ndim != 1 or len(nm) != (len(nm) if bands is None else bands):
-        raise UserError(f'{where}: has {nm.size} wavelengths for {"?" if bands is None else bands} bands: give one for each')
+        raise UserError(f'{where}: has {nm.size} wavelengths for {bands or "its"} bands: give one for each')
     wrong = ~(np.isfinite(nm) & (nm > 0))
     if wrong.any():
-        raise UserError(f'{where}: {wrong.sum()} of its {len(nm)} wavelengths are missing (no numbers above 0): correct them, or '
-                        'leave those bands out')
+        raise UserError(f'{where}: {wrong.sum()} of its {len(nm)} wavelengths are missing (no numbers above 0): correct them, '
+                        'or leave those bands out')
     return nm * 1000 if len(nm) and nm.max() < 100 else nm
 
 
 def parse_bands(text):
-    """--bands= -> wavelengths (C',) and widths (C',) in nm: a name of BAND_SETS, or '485:70,560', a width (FWHM) behind the centre
-    where it is not 15 nm."""
+    """--bands= -> wavelengths (C',) and widths (C',) in nm: a name of BAND_SETS, or '485:70,560', a width (FWHM) behind the
+    centre where it is not 15 nm."""
     try:
         pairs = [(band if ':' in band else f'{band}:15').split(':') for band in BAND_SETS.get(text, text).split(',')]
         nm, fwhm = np.array([(float(centre), float(width)) for centre, width in pairs]).T
     except ValueError:
-        raise UserError(f'--bands={text}: give wavelengths in nm separated by commas, as 485:70,560 (a width after a colon), or '
-                        f'{" or ".join(BAND_SETS)}') from None
+        raise UserError(f'--bands={text}: give wavelengths in nm separated by commas, as 485:70,560 (a width after a colon), '
+                        f'or {" or ".join(BAND_SETS)}') from None
     if not (np.isfinite(fwhm) & (fwhm >= 1)).all():
         raise UserError(f'--bands={text}: a width of {fwhm.min():g} nm: give widths of 1 nm and more')
     return checked_wavelengths(nm, f'--bands={text}'), fwhm
@@ -294,25 +294,27 @@ def same_bands(from_nm, to_nm):
 
 
 def band_matrix(from_nm, to_nm, fwhm=15.0, where='the scene'):
-    """Weights (C', C) that bring bands at `from_nm` (C,) to `to_nm` (C',), in nm or micrometres, in any order; rows add up to 1.
+    """Weights (C', C) that bring bands at `from_nm` (C,) to `to_nm` (C',), nm or micrometres, in any order; rows add up to 1.
 
-    A Gaussian response of `fwhm` nm, one for all or (C',), where the source's steps are finer than that all over the response; a
-    source band counts with its share of the wavelengths (where detectors overlap, bands stand closer). Linear interpolation
-    elsewhere: in a coarser source, in and beside a hole (dropped water bands), at the ends, and where both sets are the same, which
-    gives the bands back. Source bands at one wavelength count as their mean. Refused: a band more than 50 nm from every source
-    band, or beyond the last one by more than half a step. The source's own response is not taken out: the result has both.
+    A Gaussian response of `fwhm` nm, one for all or (C',), where the source's steps are finer than that all over the response;
+    a source band counts with its share of the wavelengths (where detectors overlap, bands stand closer). Linear interpolation
+    elsewhere: in a coarser source, in and beside a hole (dropped water bands), at the ends, and where both sets are the same,
+    which gives the bands back. Source bands at one wavelength count as their mean. Refused: a band more than 50 nm from every
+    source band, or beyond the last one by more than half a step. The source's own response is not taken out: the result has both.
     """
     source, which = np.unique(checked_wavelengths(from_nm, where), return_inverse=True)
     to_nm = checked_wavelengths(to_nm, 'the bands asked for')
-    fwhm, step, apart = np.broadcast_to(fwhm, to_nm.shape)[:, None], np.diff(source), to_nm[:, None] - source  # apart (C', C)
+    fwhm, step = np.broadcast_to(fwhm, to_nm.shape)[:, None], np.diff(source)
+    apart = to_nm[:, None] - source  # (C', C)
     first, last = (min(FARTHEST_NM, step[end] / 2) if len(step) else 0.0 for end in (0, -1))
     far = (to_nm < source[0] - first - 1) | (to_nm > source[-1] + last + 1) | (np.abs(apart).min(1) > FARTHEST_NM)
     if far.any():
-        raise UserError(f'{where}: has {len(source)} bands from {source[0]:.0f} to {source[-1]:.0f} nm, none near '
-                        f'{", ".join(f"{nm:.0f}" for nm in to_nm[far][:6])} nm: choose bands inside its range and not in a hole of it')
+        named = ', '.join(f'{nm:.0f}' for nm in to_nm[far][:6])
+        raise UserError(f'{where}: has {len(source)} bands from {source[0]:.0f} to {source[-1]:.0f} nm, none near {named} nm: '
+                        'choose bands inside its range and not in a hole of it')
     low, high = to_nm[:, None] - fwhm / 2, to_nm[:, None] + fwhm / 2  # of the response, (C', 1)
-    fine = ((step <= fwhm) | (source[1:] <= low) | (source[:-1] >= high)).all(1) & (low >= source[0])[:, 0] & (high <= source[-1])[:, 0]
-    fine &= not same_bands(source, np.sort(to_nm))
+    fine = ((step <= fwhm) | (source[1:] <= low) | (source[:-1] >= high)).all(1)
+    fine &= (low >= source[0])[:, 0] & (high <= source[-1])[:, 0] & (not same_bands(source, np.sort(to_nm)))
     half = np.minimum(step, fwhm) / 2  # of each interval, (C', C - 1): one half is the lower band's, one the upper's
     share = np.pad(half, ((0, 0), (0, 1))) + np.pad(half, ((0, 0), (1, 0)))
     gauss = share * np.exp(-4 * np.log(2) * (apart / fwhm) ** 2)
@@ -322,14 +324,14 @@ def band_matrix(from_nm, to_nm, fwhm=15.0, where='the scene'):
 
 
 def resample_bands(x, from_nm, to_nm, fwhm=15.0):
-    """x (C, H, W) at band centres `from_nm` -> (C', H, W) float32 at `to_nm`, as band_matrix() says. Raises UserError where the
-    source does not reach, and for wavelengths that are missing or not as many as bands."""
+    """x (C, H, W) at band centres `from_nm` -> (C', H, W) float32 at `to_nm`, as band_matrix() says. Raises UserError where
+    the source does not reach, and for wavelengths that are missing or not as many as bands."""
     weights = band_matrix(checked_wavelengths(from_nm, 'the scene', len(x)), to_nm, fwhm)
     return np.tensordot(weights.astype(np.float32), x.astype(np.float32), 1)
 
 
 def at_bands(meta, bands, where):
-    """meta of a tile directory, --bands -> meta at those bands, weights (C', C) float32 for to_bands(); None where they are the data's own.
+    """meta of a tile directory, --bands -> meta at those bands, weights (C', C) for to_bands(); None where they are its own.
 
     Resampling is linear, so the statistics follow exactly: mean' = R mean, covariance' = R covariance R'.
     """
@@ -337,19 +339,19 @@ def at_bands(meta, bands, where):
         return meta, None
     nm, fwhm = parse_bands(bands)
     if not meta['wavelengths_nm']:
-        raise UserError(f'{where}: --bands needs the wavelengths of the data, and they are not known: tile scenes that have them '
-                        '(.npz with wavelengths_nm, ENVI)')
+        raise UserError(f'{where}: --bands needs the wavelengths of the data, and they are not known: tile scenes that have '
+                        'them (.npz with wavelengths_nm, ENVI)')
     if same_bands(meta['wavelengths_nm'], nm):
         return meta, None
     weights = band_matrix(meta['wavelengths_nm'], nm, fwhm, where)
     covariance = weights @ np.array(meta['covariance']) @ weights.T
-    changed = {'num_bands': len(nm), 'wavelengths_nm': nm.tolist(), 'nodata': None, 'dtype': 'float32', 'mean': (weights @ meta['mean']).tolist(),
-               'std': np.sqrt(covariance.diagonal()).tolist(), 'covariance': covariance.tolist()}
+    changed = {'num_bands': len(nm), 'wavelengths_nm': nm.tolist(), 'nodata': None, 'dtype': 'float32',
+               'mean': (weights @ meta['mean']).tolist(), 'std': np.sqrt(covariance.diagonal()).tolist(), 'covariance': covariance.tolist()}
     return {**meta, **changed}, torch.from_numpy(weights).float()
 
 
 def to_bands(x, weights, nodata=None):
-    """x (B, C, H, W) raw values, weights (C', C) of at_bands() -> (B, C', H, W) float32, invalid pixels NaN; x if weights is None"""
+    """x (B, C, H, W) raw values, weights (C', C) of at_bands() -> (B, C', H, W) float32, invalid pixels NaN; None: x itself"""
     if weights is None:
         return x
     x = x.float().masked_fill(~valid_pixels(x, nodata)[:, None], math.nan)
@@ -767,16 +769,17 @@ def epoch_ids(num_tiles, batch_size, step, seed):
 
 
 def open_sources(directories, bands, img_size, pin_memory=False):
-    """--data=a,b,c -> the training tiles of each directory at common --bands, the number of windows of img_size px that each holds"""
+    """--data=a,b,c -> the training tiles of each at common --bands, and the number of windows of img_size px that each holds"""
     sources = [Tiles(directory, 'tr', pin_memory, bands=bands) for directory in directories.split(',')]
     first = sources[0].meta
     for source in sources:
         meta = source.meta
         if img_size > meta['tile_size']:
             raise UserError(f'--img_size={img_size}: the tiles of {source.directory} have {meta["tile_size"]} px: choose at most that')
-        if meta['num_bands'] != first['num_bands'] or not same_bands(meta['wavelengths_nm'] or [], first['wavelengths_nm'] or []):
-            raise UserError(f'{source.directory}: its {meta["num_bands"]} bands are not the {first["num_bands"]} of {sources[0].directory}: '
-                            'pass --bands=, wavelengths within the reach of all, as --bands=landsat')
+        bands_differ = not same_bands(meta['wavelengths_nm'] or [], first['wavelengths_nm'] or [])
+        if bands_differ or meta['num_bands'] != first['num_bands']:
+            raise UserError(f'{source.directory}: its {meta["num_bands"]} bands are not the {first["num_bands"]} of '
+                            f'{sources[0].directory}: pass --bands=, wavelengths within the reach of all, as --bands=landsat')
     return sources, [len(source) * max(1, round((source.meta['tile_size'] / img_size) ** 2)) for source in sources]
 
 
@@ -786,7 +789,7 @@ def pick_source(windows, step, seed):
 
 
 def principal_components(meta, count):
-    """meta -> the `count` leading principal components of its spectra (count, C), unit vectors, and their shares of the variance (count,)"""
+    """meta -> the `count` leading principal components (count, C), unit vectors, and their shares of the variance (count,)"""
     covariance = torch.tensor(meta['covariance'], dtype=torch.float64)
     if not 0 < count <= len(covariance):
         raise UserError(f'--pca={count}: choose from 1 to {len(covariance)} components, as many as there are bands')
@@ -823,8 +826,8 @@ def standardization(meta, whiten=0, components=None):
 
 
 def standardize(x, mean, matrix, nodata=None):
-    """x (B, C, H, W) raw values, any type -> (B, C, H, W) float32, standardised, invalid pixels 0 (= the mean). A matrix (K, C)
-    makes K channels of the C bands."""
+    """x (B, C, H, W) raw values, any type -> (B, C, H, W) float32, standardised, invalid pixels 0 (= the mean). A matrix
+    (K, C) makes K channels of the C bands."""
     valid = valid_pixels(x, nodata)[:, None]
     x = torch.where(valid, x.float() - mean[:, None, None], 0.0)
     if matrix.ndim == 1:

@@ -36,7 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (FLOORS, UserError, Tiles, augment_spectra, demo_if_missing, draw_crops, epoch_ids, false_color, labelled_pixels, open_sources,
-                  pick_source, plain_errors, principal_colors, resized_crop, ridge_probe, save_figure, spectrum_features, standardization, standardize, standardize_rows, write_json)
+                  pick_source, plain_errors, principal_colors, resized_crop, ridge_probe, save_figure, spectrum_features, standardization, standardize,
+                  standardize_rows, write_json)
 from models import SIZES, DINOHead, ViT, dense_features, load_checkpoint, resize_positions
 
 # ---- data
@@ -540,7 +541,8 @@ if __name__ == '__main__':
     prepare = lambda raw: standardize(raw, *statistics[0], meta['nodata'])
     watched = rank == 0 and all(os.path.exists(os.path.join(train.directory, f'{split}_labels.npy')) for split in ('tr', 'val'))
     if watched:
-        probe_splits = [Tiles(train.directory, split, bands=bands) for split in ('tr', 'val')]  # of their own: a batch waits in the buffers of `train`
+        # Tiles of their own: a batch waits in the buffers of `train`
+        probe_splits = [Tiles(train.directory, split, bands=bands) for split in ('tr', 'val')]
         floors = {f'{name} floor': probe(spectrum_features(meta, windows, device), probe_splits, probe_tiles, device)
                   for name, windows in FLOORS.items()}
     windows = sum(windows_of)
@@ -630,8 +632,8 @@ if __name__ == '__main__':
                 append_line(log_path, log[-1])
                 bar.write(f'step {step}: probe mIoU {miou:.3f}; random encoder {log[0]["probe_miou"]:.3f}, '
                           + ', '.join(f'{name} {value:.3f}' for name, value in floors.items()))
-            save_features(os.path.join(out_dir, 'features.png'), model.teacher.encoder, train.resampled(torch.from_numpy(np.array(train.images[:4]))).to(device),
-                          prepare, meta)
+            shown = train.resampled(torch.from_numpy(np.array(train.images[:4]))).to(device)
+            save_features(os.path.join(out_dir, 'features.png'), model.teacher.encoder, shown, prepare, meta)
             save_curves(os.path.join(out_dir, 'curves.png'), log, out_dim)
             model.train()
         if step == last_step:

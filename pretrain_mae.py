@@ -219,7 +219,7 @@ def save_reconstruction(path, model, raw, mean, matrix, meta, img_size, mask_rat
     """False colour of four crops: input, what the encoder saw, what the decoder made of it (visible patches as they are).
     Principal components are brought back to bands for it, beside the image with all its bands."""
     x = standardize(raw[:, :, :img_size, :img_size], mean, matrix, meta['nodata'])
-    h, components = img_size // model.encoder.patch_size, matrix.shape != (len(mean),) * matrix.ndim
+    h = img_size // model.encoder.patch_size
     noise = torch.rand(len(x), h * h, generator=torch.Generator().manual_seed(0)).to(x.device)
     _, pred, mask = model(x, mask_ratio, noise)
     patches = patchify(x, model.encoder.patch_size)
@@ -233,7 +233,7 @@ def save_reconstruction(path, model, raw, mean, matrix, meta, img_size, mask_rat
         image = unpatchify(shown, model.encoder.patch_size, h, h)
         image = (back @ image.flatten(2)).reshape(len(x), -1, *x.shape[2:]) if back.ndim == 2 else image * back[:, None, None]
         images[title] = (image + mean[:, None, None]).cpu().numpy()
-    if components:
+    if len(matrix) < len(mean):
         images = {'all bands': raw[:, :, :img_size, :img_size].cpu().float().numpy(), **images}
     figure = Figure(figsize=(2.35 * len(images), 2.4 * len(x)), layout='constrained')
     axes = figure.subplots(len(x), len(images), squeeze=False)
@@ -312,17 +312,20 @@ if __name__ == '__main__':
             raise UserError(f'--pca={pca}: the components of one scene are not those of another: give one directory in --data')
         components, shares = principal_components(meta, pca)
         config['components'] = components.tolist()
-        print0(f'{pca} principal components hold {float(shares.sum()):.2%} of the variance: ' + ', '.join(f'{share:.2%}' for share in shares))
+        print0(f'{pca} principal components hold {float(shares.sum()):.2%} of the variance: '
+               + ', '.join(f'{share:.2%}' for share in shares))
         if rank == 0:
-            write_json(os.path.join(out_dir, 'pca.json'), {'explained_variance': shares.tolist(), 'components': components.tolist(),
-                                                           'mean': meta['mean'], 'wavelengths_nm': meta['wavelengths_nm']})
+            write_json(os.path.join(out_dir, 'pca.json'), {
+                'explained_variance': shares.tolist(), 'components': components.tolist(), 'mean': meta['mean'],
+                'wavelengths_nm': meta['wavelengths_nm']})
     statistics = [[t.to(device) for t in standardization(source.meta, whiten, components)] for source in sources]  # each its own
     prepares = [functools.partial(standardize, mean=mean, matrix=matrix, nodata=source.meta['nodata'])
                 for source, (mean, matrix) in zip(sources, statistics)]
     (mean, matrix), prepare = statistics[0], prepares[0]
     watched = rank == 0 and all(os.path.exists(os.path.join(train.directory, f'{split}_labels.npy')) for split in ('tr', 'val'))
     if watched:
-        probe_splits = [Tiles(train.directory, split, bands=bands) for split in ('tr', 'val')]  # of their own: a batch waits in the buffers of `train`
+        # Tiles of their own: a batch waits in the buffers of `train`
+        probe_splits = [Tiles(train.directory, split, bands=bands) for split in ('tr', 'val')]
         floors = {f'{name} floor': probe(spectrum_features(meta, windows, device), probe_splits, probe_tiles, device)
                   for name, windows in FLOORS.items()}
     crops = sum(windows)
@@ -396,8 +399,8 @@ if __name__ == '__main__':
                 append_line(log_path, log[-1])
                 bar.write(f'step {step}: probe mIoU {miou:.3f}; random encoder {log[0]["probe_miou"]:.3f}, '
                           + ', '.join(f'{name} {value:.3f}' for name, value in floors.items()))
-            save_reconstruction(os.path.join(out_dir, 'reconstruction.png'), model, train.resampled(torch.from_numpy(np.array(train.images[:4]))).to(device),
-                                mean, matrix, meta, img_size, mask_ratio)
+            shown = train.resampled(torch.from_numpy(np.array(train.images[:4]))).to(device)
+            save_reconstruction(os.path.join(out_dir, 'reconstruction.png'), model, shown, mean, matrix, meta, img_size, mask_ratio)
             save_curves(os.path.join(out_dir, 'curves.png'), log)
             model.train()
         if step == last_step:

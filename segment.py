@@ -47,13 +47,13 @@ from models import (SIZES, ConvHead, LinearHead, SpatialSpectralViT, Transformer
 
 # ---- data
 data = 'data/demo'  # tile directory with labels; the demo is made on first use
-bands = ''  # wavelengths the run works at: nm (485:70,560 = the first 70 nm wide), ohs or landsat (six bands); '' = the data's own (a trained encoder brings its own)
+bands = ''  # wavelengths the run works at: nm (485:70,560 = the first 70 nm wide), ohs or landsat (six bands); '' = the data's own or the encoder's
 label_share = 1.0  # share of the labelled pixels of tr and val that are used, drawn at random: 0.1, 0.01 ask how many labels it takes
 crop_size = 0  # side of the training crops, px; 0 = whole tiles. Larger tiles are then scored by windows of this side, blended
 augment = False  # random flips, turns and resized crops; features can then not be kept in memory
 # ---- model
 encoder = ''  # last.pt of a pre-training run; '' = a random encoder of the four constants below (the row every table needs)
-by_wavelength = False  # true = a spatial-spectral encoder (channel fusion) takes the data's own bands by their wavelengths, not resampled ones
+by_wavelength = False  # true = a spatial-spectral encoder takes the data's own bands by their wavelengths, not resampled to its
 untrained = False  # true = the architecture of that encoder with random weights: what pre-training is to be compared with
 size = 'base'  # random encoder: tiny, small or base
 img_size = 64  # random encoder: side of its window in pixels
@@ -537,9 +537,10 @@ if __name__ == '__main__':
         if by_wavelength:
             if not isinstance(vit, SpatialSpectralViT) or not meta['wavelengths_nm']:
                 raise UserError(f'--by_wavelength: {encoder} is no spatial-spectral encoder, or {data} has no wavelengths: leave it out')
-            vit = vit.at_wavelengths(meta['wavelengths_nm'])
+            vit = vit.at_wavelengths(meta['wavelengths_nm'])  # and in the table under a name of its own
         whiten, encoder_args = vit.config['whiten'], vit.args
         method = {'pretrain_mae.py': 'MAE', 'pretrain_dino.py': 'DINOv2', 'pretrain_dino_hsi.py': 'HSI-DINOv2'}.get(vit.script, vit.script)
+        method += ' by wavelength' * by_wavelength
         if untrained:
             vit, method = type(vit)(**encoder_args).eval(), f'{method} untrained'
         bands = config['bands'] = encoder_bands(vit, meta, encoder) or bands
