@@ -42,6 +42,7 @@ from models import DeepLabV3Plus, load_checkpoint
 
 # ---- data
 data = 'data/demo'  # tile directory with labels; the demo is made on first use
+bands = ''  # wavelengths the run works at: nm (485:70,560 = the first 70 nm wide), ohs or landsat (six bands); '' = the data's own
 label_share = 1.0  # share of the labelled pixels of tr and val that are used, drawn at random: 0.1, 0.01 ask how many labels it takes
 crop_size = 0  # side of the training crops, px; 0 = whole tiles. Larger tiles are then scored by windows of this side, blended
 augment = True  # random flips, turns and resized crops
@@ -332,7 +333,7 @@ if __name__ == '__main__':
         # ---- boilerplate: map a scene (the same lines in segment.py and baseline_deeplab.py)
         device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device)
         model.to(device)
-        mean, matrix = (t.to(device) for t in standardization(checkpoint['meta'], checkpoint['whiten']))
+        mean, matrix = (t.to(device) for t in standardization(checkpoint['meta'], checkpoint['whiten'], checkpoint['config'].get('components')))
         autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype in ('auto', 'bfloat16') and native_bfloat16(device))
 
         @torch.no_grad()
@@ -383,7 +384,7 @@ if __name__ == '__main__':
     if not 0 < label_share <= 1:
         raise UserError(f'--label_share={label_share}: a share of the labelled pixels lies between 0 and 1')
     few = dict(label_share=label_share, seed=seed)
-    splits = {split: Tiles(data, split, device.type == 'cuda', **(few if split != 'ts' else {})) for split in ('tr', 'val', 'ts')}
+    splits = {split: Tiles(data, split, device.type == 'cuda', bands=bands, **(few if split != 'ts' else {})) for split in ('tr', 'val', 'ts')}
     meta = splits['tr'].meta
     if splits['tr'].labels is None:
         raise UserError(f'{data}: has no labels, and a segmentation needs them: tile scenes that have some')
@@ -540,7 +541,7 @@ if __name__ == '__main__':
             sys.exit(128 + int(flag))
         # ---- end of boilerplate: checkpoint, stop
 
-    columns = {'data': data, 'method': method + (' (ImageNet)' if imagenet else ''), 'decoder': decoder, 'freeze': freeze, 'encoder': imagenet or stem,
+    columns = {'data': data, 'bands': bands, 'method': method + (' (ImageNet)' if imagenet else ''), 'decoder': decoder, 'freeze': freeze, 'encoder': imagenet or stem,
                'whiten': whiten, 'pixel': False, 'loss': loss}
 
     # ---- boilerplate: score the best state on the test split (the same lines in segment.py and baseline_deeplab.py)

@@ -34,6 +34,8 @@ from tqdm import tqdm
 SPLITS = ('tr', 'val', 'ts')
 OHS_NM = (466, 480, 500, 520, 536, 550, 566, 580, 596, 610, 626, 640, 656, 670, 686, 700,
           716, 730, 746, 760, 776, 790, 806, 820, 836, 850, 866, 880, 896, 910, 926, 940)  # band centres of the OHS satellites
+BAND_SETS = {'ohs': ','.join(map(str, OHS_NM)),  # names for --bands; a width (FWHM) behind each centre, where it is not 15 nm
+             'landsat': '485:70,560:80,660:60,830:140,1650:200,2215:270'}  # the six reflective bands of Landsat 5 and 7
 OHS_CLASSES = ('Paddy field', 'Dry farm', 'Woodland', 'Shrubbery', 'Sparse woodland', 'Other forest land',
                'High-covered grassland', 'Medium-covered grassland', 'Low-covered grassland', 'River canal', 'Lake',
                'Reservoir pond', 'Beach land', 'Shoal', 'Urban built-up', 'Rural settlement', 'Other construction land', 'Sand',
@@ -132,7 +134,10 @@ def read_scene(path, labels='', mmap=False):
         scene = scene._replace(labels=raw)
     if scene.labels is not None:
         scene = scene._replace(labels=checked_labels(scene.labels, labels or path))
-    return scene._replace(cube=checked_cube(scene.cube, path))
+    scene = scene._replace(cube=checked_cube(scene.cube, path))
+    if scene.wavelengths_nm:
+        scene = scene._replace(wavelengths_nm=checked_wavelengths(scene.wavelengths_nm, path, len(scene.cube)).tolist())
+    return scene
 
 
 def one_line(error):
@@ -246,28 +251,113 @@ def read_mat(path):
 def read_envi(path):
     import spectral
     image = spectral.open_image(path)
-    wavelengths = image.bands.centers
-    if wavelengths and max(wavelengths) < 100:
-        wavelengths = [w * 1000 for w in wavelengths]  # micrometres
     nodata = image.metadata.get('data ignore value')
     cube = np.asarray(image.open_memmap() if image.using_memmap else image.load(dtype=image.dtype))
-    return Scene(np.moveaxis(cube, 2, 0), None, wavelengths, None if nodata is None else float(nodata), None)
+    return Scene(np.moveaxis(cube, 2, 0), None, image.bands.centers, None if nodata is None else float(nodata), None)
+
+
+# ============ bands: from one sensor's wavelengths to another's ============
+
+def checked_wavelengths(wavelengths, where, bands=None):
+    """Wavelengths of `bands` bands -> (C,) float64 in nm. All below 100 are micrometres, as in many ENVI files: converted."""
+    try:
+        nm = np.asarray(wavelengths, float)
+    except (TypeError, ValueError):
+        raise UserError(f'{where}: its wavelengths are not numbers ({str(wavelengths)[:60]}): correct them') from None
+    if nm.ndim != 1 or len(nm) != (len(nm) if bands is None else bands):
+        raise UserError(f'{where}: has {nm.size} wavelengths for {bands or "its"} bands: give one for each')
+    wrong = ~(np.isfinite(nm) & (nm > 0))
+    if wrong.any():
+        raise UserError(f'{where}: {wrong.sum()} of its {len(nm)} wavelengths are missing (no numbers above 0): correct them, '
+                        'or leave those bands out')
+    return nm * 1000 if len(nm) and nm.max() < 100 else nm
+
+
+def parse_bands(text):
+    """--bands= -> wavelengths (C',) and widths (C',) in nm: a name of BAND_SETS, or '485:70,560', a width (FWHM) behind the
+    centre where it is not 15 nm."""
+    try:
+        pairs = [(band if ':' in band else f'{band}:15').split(':') for band in BAND_SETS.get(text, text).split(',')]
+        nm, fwhm = np.array([(float(centre), float(width)) for centre, width in pairs]).T
+    except ValueError:
+        raise UserError(f'--bands={text}: give wavelengths in nm separated by commas, as 485:70,560 (a width after a colon), '
+                        f'or {" or ".join(BAND_SETS)}') from None
+    if not (np.isfinite(fwhm) & (fwhm >= 1)).all():
+        raise UserError(f'--bands={text}: a width of {fwhm.min():g} nm: give widths of 1 nm and more')
+    return checked_wavelengths(nm, f'--bands={text}'), fwhm
+
+
+FARTHEST_NM = 50.0  # a band so far from every band of the source would be invented, not resampled
+
+
+def same_bands(from_nm, to_nm):
+    """Are these the same bands in the same order, to 1 nm?"""
+    return len(from_nm) == len(to_nm) and np.allclose(from_nm, to_nm, rtol=0, atol=1)
+
+
+def band_matrix(from_nm, to_nm, fwhm=15.0, where='the scene'):
+    """Weights (C', C) that bring bands at `from_nm` (C,) to `to_nm` (C',), nm or micrometres, in any order; rows add up to 1.
+
+    A Gaussian response of `fwhm` nm, one for all or (C',), where the source's steps are finer than that all over the response;
+    a source band counts with its share of the wavelengths (where detectors overlap, bands stand closer). Linear interpolation
+    elsewhere: in a coarser source, in and beside a hole (dropped water bands), at the ends, and where both sets are the same,
+    which gives the bands back. Source bands at one wavelength count as their mean. Refused: a band more than 50 nm from every
+    source band, or beyond the last one by more than half a step. The source's own response is not taken out: the result has both.
+    """
+    source, which = np.unique(checked_wavelengths(from_nm, where), return_inverse=True)
+    to_nm = checked_wavelengths(to_nm, 'the bands asked for')
+    fwhm, step = np.broadcast_to(fwhm, to_nm.shape)[:, None], np.diff(source)
+    apart = to_nm[:, None] - source  # (C', C)
+    first, last = (min(FARTHEST_NM, step[end] / 2) if len(step) else 0.0 for end in (0, -1))
+    far = (to_nm < source[0] - first - 1) | (to_nm > source[-1] + last + 1) | (np.abs(apart).min(1) > FARTHEST_NM)
+    if far.any():
+        named = ', '.join(f'{nm:.0f}' for nm in to_nm[far][:6])
+        raise UserError(f'{where}: has {len(source)} bands from {source[0]:.0f} to {source[-1]:.0f} nm, none near {named} nm: '
+                        'choose bands inside its range and not in a hole of it')
+    low, high = to_nm[:, None] - fwhm / 2, to_nm[:, None] + fwhm / 2  # of the response, (C', 1)
+    fine = ((step <= fwhm) | (source[1:] <= low) | (source[:-1] >= high)).all(1)
+    fine &= (low >= source[0])[:, 0] & (high <= source[-1])[:, 0] & (not same_bands(source, np.sort(to_nm)))
+    half = np.minimum(step, fwhm) / 2  # of each interval, (C', C - 1): one half is the lower band's, one the upper's
+    share = np.pad(half, ((0, 0), (0, 1))) + np.pad(half, ((0, 0), (1, 0)))
+    gauss = share * np.exp(-4 * np.log(2) * (apart / fwhm) ** 2)
+    linear = np.stack([np.interp(to_nm, source, row) for row in np.eye(len(source))], 1)  # (C', C)
+    weights = np.where(fine[:, None], gauss / gauss.sum(1, keepdims=True).clip(1e-300), linear)
+    return weights @ ((which == np.arange(len(source))[:, None]) / np.bincount(which)[:, None])
 
 
 def resample_bands(x, from_nm, to_nm, fwhm=15.0):
-    """x (C, H, W) at band centres `from_nm` -> (C', H, W) float32 at `to_nm`: Gaussian response of `fwhm` nm where the source is
-    finer than that, linear interpolation where it is coarser. Raises UserError outside the source's range."""
-    order = np.argsort(np.asarray(from_nm, float))
-    source, to_nm, x = np.asarray(from_nm, float)[order], np.asarray(to_nm, float), x[order]
-    step = np.median(np.diff(source))
-    if to_nm.min() < source.min() - step or to_nm.max() > source.max() + step:
-        raise UserError(f'bands at {to_nm.min():.0f}-{to_nm.max():.0f} nm are asked for, the scene has {source.min():.0f}-'
-                        f'{source.max():.0f} nm: choose bands inside its range')
-    gauss = np.exp(-4 * np.log(2) * ((to_nm[:, None] - source) / fwhm) ** 2)
-    linear = np.stack([np.interp(to_nm, source, row) for row in np.eye(len(source))], 1)  # (C', C)
-    spacing = np.interp(to_nm, source[:-1], np.diff(source))
-    weights = np.where((spacing <= fwhm)[:, None], gauss / gauss.sum(1, keepdims=True).clip(1e-30), linear)
+    """x (C, H, W) at band centres `from_nm` -> (C', H, W) float32 at `to_nm`, as band_matrix() says. Raises UserError where
+    the source does not reach, and for wavelengths that are missing or not as many as bands."""
+    weights = band_matrix(checked_wavelengths(from_nm, 'the scene', len(x)), to_nm, fwhm)
     return np.tensordot(weights.astype(np.float32), x.astype(np.float32), 1)
+
+
+def at_bands(meta, bands, where):
+    """meta of a tile directory, --bands -> meta at those bands, weights (C', C) for to_bands(); None where they are its own.
+
+    Resampling is linear, so the statistics follow exactly: mean' = R mean, covariance' = R covariance R'.
+    """
+    if not bands:
+        return meta, None
+    nm, fwhm = parse_bands(bands)
+    if not meta['wavelengths_nm']:
+        raise UserError(f'{where}: --bands needs the wavelengths of the data, and they are not known: tile scenes that have '
+                        'them (.npz with wavelengths_nm, ENVI)')
+    if same_bands(meta['wavelengths_nm'], nm):
+        return meta, None
+    weights = band_matrix(meta['wavelengths_nm'], nm, fwhm, where)
+    covariance = weights @ np.array(meta['covariance']) @ weights.T
+    changed = {'num_bands': len(nm), 'wavelengths_nm': nm.tolist(), 'nodata': None, 'dtype': 'float32',
+               'mean': (weights @ meta['mean']).tolist(), 'std': np.sqrt(covariance.diagonal()).tolist(), 'covariance': covariance.tolist()}
+    return {**meta, **changed}, torch.from_numpy(weights).float()
+
+
+def to_bands(x, weights, nodata=None):
+    """x (B, C, H, W) raw values, weights (C', C) of at_bands() -> (B, C', H, W) float32, invalid pixels NaN; None: x itself"""
+    if weights is None:
+        return x
+    x = x.float().masked_fill(~valid_pixels(x, nodata)[:, None], math.nan)
+    return torch.matmul(weights, x.flatten(2)).reshape(len(x), -1, *x.shape[2:])
 
 
 def valid_pixels(x, nodata, band_dim=-3):
@@ -423,17 +513,19 @@ def list_inputs(root, labels):
     return [(path, path, label, '') for path, label in zip(paths, label_paths)]
 
 
-def read_input(path, label_path, bands_nm):
+def read_input(path, label_path, bands):
     if label_path and not os.path.isfile(label_path):
         raise UserError(f'{path}: its label file {label_path} is missing: add it, or remove the image')
     scene = read_scene(path, label_path)
-    if not bands_nm:
+    if not bands:
         return scene
     if not scene.wavelengths_nm:
         raise UserError(f'{path}: --bands needs the wavelengths of the scene, and the file has none: save it as .npz with wavelengths_nm')
     cube = scene.cube.astype(np.float32)
     cube[:, ~valid_pixels(scene.cube, scene.nodata)] = np.nan
-    return scene._replace(cube=resample_bands(cube, scene.wavelengths_nm, bands_nm), wavelengths_nm=list(bands_nm), nodata=None)
+    nm, fwhm = parse_bands(bands)
+    weights = band_matrix(scene.wavelengths_nm, nm, fwhm, path).astype(np.float32)
+    return scene._replace(cube=np.tensordot(weights, cube, 1), wavelengths_nm=nm.tolist(), nodata=None)
 
 
 def parts_of(scene, split, args):
@@ -477,10 +569,8 @@ def tile(args):
     settings = {key: value for key, value in vars(args).items() if key not in ('command', 'skip_bad', 'out')}
     command = 'python data.py tile ' + ' '.join(f'--{k}={v}' for k, v in vars(args).items() if k != 'command' and v != '')
     inputs = list_inputs(args.root, args.labels)
-    try:
-        bands_nm = OHS_NM if args.bands == 'ohs' else tuple(float(nm) for nm in args.bands.split(',') if nm)
-    except ValueError:
-        raise UserError(f'--bands={args.bands}: give wavelengths in nm separated by commas, or "ohs"') from None
+    if args.bands:
+        parse_bands(args.bands)  # a mistake in it is no fault of the scenes
     meta_path, progress_path = os.path.join(args.out, 'meta.json'), os.path.join(args.out, 'progress.json')
     for path in (meta_path, progress_path):
         if os.path.exists(path):
@@ -508,7 +598,7 @@ def tile(args):
         if name in progress['done']:
             continue
         try:
-            scene = read_input(path, label_path, bands_nm)
+            scene = read_input(path, label_path, args.bands)
             facts = json.loads(json.dumps({'bands': scene.cube.shape[0], 'dtype': scene.cube.dtype.name, 'nodata': scene.nodata,
                                            'wavelengths_nm': scene.wavelengths_nm, 'class_names': scene.class_names}))
             parts = parts_of(scene, split, args)
@@ -575,9 +665,10 @@ def make_meta(progress, skipped, args, is_folder):
 
 class Tiles:
     """One split of a tile directory: `.images` (N, C, S, S) and `.labels` (N, S, S) or None, memory-mapped; `.meta` of meta.json.
-    With a `label_share` below 1 the labels are those of keep_label_share(), in memory."""
+    With a `label_share` below 1 the labels are those of keep_label_share(), in memory. With `bands` (see parse_bands) batches are
+    resampled to those wavelengths and `.meta` speaks of them; `.images`, on disk, stay as they are."""
 
-    def __init__(self, directory, split, pin_memory=False, label_share=1.0, seed=0):
+    def __init__(self, directory, split, pin_memory=False, label_share=1.0, seed=0, bands=''):
         meta_path = os.path.join(directory, 'meta.json')
         if not os.path.exists(meta_path):
             half_made = os.path.join(directory, 'progress.json')
@@ -594,6 +685,12 @@ class Tiles:
         if has_labels and label_share < 1:
             self.labels = keep_label_share(self.labels, self.meta['tiles'][split], label_share, seed)
         self._buffers, self._turn = {}, 0
+        self._stored = self.meta
+        self.use_bands(bands)
+
+    def use_bands(self, bands):
+        """From now on batches and `.meta` are at these --bands; '' = as stored"""
+        self.meta, self.weights = at_bands(self._stored, bands, self.directory)
 
     def _open(self, kind, shape):
         path = os.path.join(self.directory, f'{self.split}_{kind}.npy')
@@ -609,7 +706,7 @@ class Tiles:
         return len(self.images)
 
     def batch(self, ids, corners=None, side=0):
-        """Tiles `ids` -> images (B, C, S, S) in the stored type, labels (B, S, S) uint8 or None.
+        """Tiles `ids` -> images (B, C, S, S) in the stored type (resampled ones float32), labels (B, S, S) uint8 or None.
 
         With `corners` (B, 2) only the window of `side` pixels at that row and column is read. The tensors are kept buffers, two in
         turn: valid until the next call but one (pinned when asked for, so that the copy to a GPU can overlap with its work; the
@@ -636,7 +733,14 @@ class Tiles:
                 for i, (row, col) in enumerate(np.asarray(corners)):
                     buffer[i] = source[ids[i], ..., row:row + size, col:col + size]
             out.append(self._buffers[key])
+        if self.weights is not None:
+            out[0] = self.resampled(out[0])
+            out[0] = out[0].pin_memory() if self.pin_memory else out[0]
         return tuple(out)
+
+    def resampled(self, images):
+        """images (B, C, S, S) as stored -> (B, C', S, S) at the bands of this object"""
+        return to_bands(images, self.weights, self._stored['nodata'])
 
 
 def keep_label_share(labels, places, share, seed):
@@ -667,19 +771,54 @@ def epoch_ids(num_tiles, batch_size, step, seed):
     return np.array([order[p // num_tiles][p % num_tiles] for p in positions.tolist()])
 
 
-def standardization(meta, whiten=0):
+def open_sources(directories, bands, img_size, pin_memory=False):
+    """--data=a,b,c -> the training tiles of each at common --bands, and the number of windows of img_size px that each holds"""
+    sources = [Tiles(directory, 'tr', pin_memory, bands=bands) for directory in directories.split(',')]
+    first = sources[0].meta
+    for source in sources:
+        meta = source.meta
+        if img_size > meta['tile_size']:
+            raise UserError(f'--img_size={img_size}: the tiles of {source.directory} have {meta["tile_size"]} px: choose at most that')
+        bands_differ = not same_bands(meta['wavelengths_nm'] or [], first['wavelengths_nm'] or [])
+        if bands_differ or meta['num_bands'] != first['num_bands']:
+            raise UserError(f'{source.directory}: its {meta["num_bands"]} bands are not the {first["num_bands"]} of '
+                            f'{sources[0].directory}: pass --bands=, wavelengths within the reach of all, as --bands=landsat')
+    return sources, [len(source) * max(1, round((source.meta['tile_size'] / img_size) ** 2)) for source in sources]
+
+
+def pick_source(windows, step, seed):
+    """Which of several data sets the batch of a step comes from: drawn by (seed, step), in proportion to their windows"""
+    return int(np.random.default_rng([seed, step, 3]).choice(len(windows), p=np.array(windows) / sum(windows)))
+
+
+def principal_components(meta, count):
+    """meta -> the `count` leading principal components (count, C), unit vectors, and their shares of the variance (count,)"""
+    covariance = torch.tensor(meta['covariance'], dtype=torch.float64)
+    if not 0 < count <= len(covariance):
+        raise UserError(f'--pca={count}: choose from 1 to {len(covariance)} components, as many as there are bands')
+    variance, vectors = torch.linalg.eigh(covariance)
+    components = vectors[:, -count:].flip(1).T
+    components = components * components.sum(1, keepdim=True).sign()  # a component has no sign of its own: choose one
+    return components, variance[-count:].flip(0) / variance.sum()
+
+
+def standardization(meta, whiten=0, components=None):
     """meta -> mean (C,), matrix: (C,) per-band 1 / std, or (C, C) ZCA whitening of the `whiten` leading principal components
-    (all of them when there are fewer bands).
+    (all of them when there are fewer bands), or with `components` (K, C), unit vectors, (K, C): those, each to variance 1.
 
     Neighbouring bands are near copies, so that per band the loss is brightness over and over; whitening gives the small spectral
     differences the same weight. ZCA turns back into band space: channels keep their wavelengths. The ridge (1e-6 of the mean
     variance) keeps noise directions from exploding; the scale makes the mean variance over channels 1.
     """
     mean = torch.tensor(meta['mean'], dtype=torch.float32)
-    if whiten == 0:
+    if whiten == 0 and components is None:
         return mean, 1 / torch.tensor(meta['std'], dtype=torch.float32).clamp(min=1e-6 * (max(meta['std']) or 1))
     covariance = torch.tensor(meta['covariance'], dtype=torch.float64)
     bands = len(covariance)
+    if components is not None:
+        components = torch.as_tensor(components, dtype=torch.float64)
+        variance = ((components @ covariance) * components).sum(1, keepdim=True)
+        return mean, (components / (variance + 1e-6 * covariance.diagonal().mean()).sqrt()).float()
     if whiten < 0:
         raise UserError(f'--whiten={whiten}: choose 0 for per-band standardisation, or a number of components')
     whiten = min(whiten, bands)
@@ -690,13 +829,14 @@ def standardization(meta, whiten=0):
 
 
 def standardize(x, mean, matrix, nodata=None):
-    """x (B, C, H, W) raw values, any type -> (B, C, H, W) float32, standardised, invalid pixels 0 (= the mean)."""
+    """x (B, C, H, W) raw values, any type -> (B, C, H, W) float32, standardised, invalid pixels 0 (= the mean). A matrix
+    (K, C) makes K channels of the C bands."""
     valid = valid_pixels(x, nodata)[:, None]
     x = torch.where(valid, x.float() - mean[:, None, None], 0.0)
     if matrix.ndim == 1:
         return x * matrix[:, None, None]
     with full_float32(x.device):  # whitening magnifies small differences
-        return torch.matmul(matrix, x.flatten(2)).reshape(x.shape)
+        return torch.matmul(matrix, x.flatten(2)).reshape(len(x), -1, *x.shape[2:])
 
 
 @contextlib.contextmanager
@@ -733,7 +873,7 @@ def draw_crops(n, tile_size, img_size, scale_min, scale_max, generator, turns=Tr
     return corners.long(), side, boxes, (u[:, 4:] < 0.5) & turns
 
 
-def resize_weights(start, length, source, out, flip, soften):
+def resizeweights(start, length, source, out, flip, soften):
     """(B,) box starts and lengths -> (B, out, source): row i of a product that crops, resizes and flips one axis.
 
     Triangle filter, widened when shrinking: bilinear interpolation with anti-aliasing, as torch's interpolate(antialias=True).
@@ -756,8 +896,8 @@ def resized_crop(x, boxes, turns, out, soften=1.0):
     (B, H, C * W): an x in that order of memory (see standardize_rows) is not copied.
     """
     (B, C, H, W), boxes, turns = x.shape, boxes.to(x.device), turns.to(x.device)
-    rows = resize_weights(boxes[:, 0], boxes[:, 2], H, out, turns[:, 0], soften)  # (B, out, H)
-    cols = resize_weights(boxes[:, 1], boxes[:, 3], W, out, turns[:, 1], soften)  # (B, out, W)
+    rows = resizeweights(boxes[:, 0], boxes[:, 2], H, out, turns[:, 0], soften)  # (B, out, H)
+    cols = resizeweights(boxes[:, 1], boxes[:, 3], W, out, turns[:, 1], soften)  # (B, out, W)
     y = x.float().transpose(1, 2).reshape(B, H * C, W) @ cols.transpose(1, 2)  # (B, H * C, out)
     y = (rows @ y.reshape(B, H, C * out)).reshape(B, out, C, out)
     return torch.where(turns[:, 2, None, None, None], y.permute(0, 2, 3, 1), y.transpose(1, 2))
@@ -778,7 +918,7 @@ def resized_crop_labels(labels, boxes, turns, out):
 def standardize_rows(x, mean, matrix, nodata=None):
     """x (B, C, H, W) raw values -> (B, C + 1, H, W): standardize(), and last 1 = valid pixel, 0 = not; in memory row by row (B, H, C + 1, W), as
     resized_crop likes it. Crop this, then augment_spectra: what is invalid stays known through resizing."""
-    B, C, H, W = x.shape
+    (B, _, H, W), C = x.shape, len(matrix)
     rows = torch.empty(B, H, C + 1, W, device=x.device).transpose(1, 2)
     rows[:, :C] = standardize(x, mean, matrix, nodata)
     rows[:, C] = valid_pixels(x, nodata)
@@ -1304,7 +1444,7 @@ def parse(argv=None):
     p.add_argument('--tile_size', type=int, default=64, help='side of a tile in pixels (default %(default)s)')
     p.add_argument('--stride', type=int, default=0, help='step between training tiles; 0 = tile_size, less = they overlap')
     p.add_argument('--labels', default='', help='label file of each scene, if the scene has none inside')
-    p.add_argument('--bands', default='', help='resample to these wavelengths in nm (comma-separated, or "ohs" for the 32 of WHU-OHS)')
+    p.add_argument('--bands', default='', help='resample to these wavelengths in nm (comma-separated, "ohs" or "landsat"; 485:70 = 70 nm wide)')
     p.add_argument('--split', default='blocks', choices=('blocks', 'halves'), help='how labels of one scene are split: blocks shares '
                    'the image between splits (transductive), halves cuts it (inductive)')
     p.add_argument('--split_block', type=int, default=16, help='side of a block in pixels (default %(default)s)')

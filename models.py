@@ -5,16 +5,18 @@ D width, R registers, T = 1 + R + N tokens, nh heads, hd = D / nh, L = number of
 Parameter names and shapes are those of the public MAE and DINOv2 checkpoints, so that weights can travel.
 """
 import argparse
+import copy
 import math
 import os
 import re
 import zipfile
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import UserError, cut_positions, one_line, plain_errors
+from data import UserError, band_matrix, cut_positions, one_line, plain_errors, same_bands
 
 SIZES = {  # small and base are ViT-S and ViT-B (Touvron et al. 2021, Dosovitskiy et al. 2021); tiny is for laptops
     'tiny': dict(embed_dim=128, depth=6, num_heads=4),
@@ -300,16 +302,14 @@ class SpatialSpectralViT(ViT):
         if fusion not in ('token', 'channel'):
             raise UserError(f'fusion {fusion}: choose token or channel')
         D, depth, num_heads = self.embed_dim, len(self.blocks), self.blocks[0].attn.num_heads
-        groups = -(-self.in_chans // spectral_patch_size)  # the last band is repeated where the last group is not full
-        self.fusion, self.spectral_patch_size, self.spectral_grid, self.num_groups = fusion, spectral_patch_size, spectral_grid, groups
+        self.fusion, self.spectral_patch_size, self.spectral_grid = fusion, spectral_patch_size, spectral_grid
+        self.wavelength_encoding = wavelength_encoding
+        self.place_bands(wavelengths_nm)
+        groups = self.num_groups
         self.spectral_cls_token = nn.Parameter(torch.empty(1, 1, D))
         self.spectral_mask_token = nn.Parameter(torch.zeros(1, D)) if self.mask_token is not None else None
         self.spectral_blocks = nn.ModuleList(Block(D, num_heads, mlp_ratio, ffn, init_values, drop_path_rate, dropout) for _ in range(depth))
         self.spectral_norm = nn.LayerNorm(D, eps=1e-6)
-        nm = torch.arange(self.in_chans) if wavelengths_nm is None else torch.tensor(wavelengths_nm, dtype=torch.float64) / 10
-        nm = torch.cat([nm, nm[-1:].expand(groups * spectral_patch_size - len(nm))]).double().reshape(groups, -1).mean(1)
-        code = sincos_encoding(nm, D) if wavelength_encoding else torch.zeros(1, groups, D)
-        self.register_buffer('wavelength_code', code, persistent=False)  # (1, G, D)
         if fusion == 'token':
             sizes = {'': self.img_size, '_local': self.img_size // 2}
             self.spectral_pos_embed = nn.Parameter(torch.empty(1, 1 + groups, D))
@@ -333,6 +333,40 @@ class SpatialSpectralViT(ViT):
         # tells them apart (the probe fell by 4 points without).
         self.fuse_scale = 0.1
         nn.init.normal_(self.spectral_cls_token, std=0.02)
+
+    def place_bands(self, wavelengths_nm):
+        """Sort in_chans bands into groups: their number G and the code of each one's mean wavelength (1, G, D)"""
+        C, D, size = self.in_chans, self.embed_dim, self.spectral_patch_size
+        groups = -(-C // size)  # the last band is repeated where the last group is not full
+        nm = torch.arange(C) if wavelengths_nm is None else torch.tensor(wavelengths_nm, dtype=torch.float64) / 10
+        nm = torch.cat([nm, nm[-1:].expand(groups * size - C)]).double().reshape(groups, -1).mean(1)
+        code = sincos_encoding(nm, D) if self.wavelength_encoding else torch.zeros(1, groups, D)
+        self.register_buffer('wavelength_code', code, persistent=False)
+        self.wavelengths_nm, self.num_groups = wavelengths_nm, groups
+
+    def at_wavelengths(self, wavelengths_nm):
+        """A copy that takes bands at `wavelengths_nm` (C',) instead of its own, standardised as ever; images are not resampled.
+
+        Channel fusion only. The spectral stream groups the new bands and codes their wavelengths; finer bands are more groups.
+        A patch kernel is a function of wavelength: with R (C, C') that brings the new bands to the old ones (data.band_matrix, a
+        response as wide as the old bands' steps), w' = w R answers to a spectrum as w does to the resampled one.
+        """
+        if self.fusion != 'channel' or not self.wavelengths_nm:
+            raise UserError('other bands by their wavelengths: only for channel fusion, pre-trained on bands of known wavelengths')
+        new, own = copy.deepcopy(self), np.asarray(self.wavelengths_nm, float)
+        widths, order = np.full(len(own), 15.0), np.argsort(own)
+        if len(own) > 1:
+            widths[order] = np.gradient(own[order]).clip(min=1)
+        matrix = torch.from_numpy(band_matrix(wavelengths_nm, own, widths)).to(self.patch_embed.proj.weight)  # (C, C')
+        weight = torch.einsum('dcpq,ck->dkpq', self.patch_embed.proj.weight.detach(), matrix)
+        new.patch_embed.proj.weight = nn.Parameter(weight)
+        new.in_chans = new.patch_embed.proj.in_channels = len(wavelengths_nm)
+        new.place_bands(list(wavelengths_nm))
+        new.wavelength_code = new.wavelength_code.to(self.wavelength_code)
+        if hasattr(self, 'args'):  # of load_encoder
+            new.args = {**self.args, 'in_chans': new.in_chans, 'wavelengths_nm': new.wavelengths_nm}
+            new.config = {**self.config, 'wavelengths_nm': new.wavelengths_nm, 'bands': ''}
+        return new
 
     def embed_spectra(self, x, mask=None):
         """x (B, C, H, W), mask (B, G) True = replaced -> spectral tokens (B, 1 + R + G, D) before the first block"""
@@ -512,6 +546,20 @@ def gather_tokens(tokens, ids):
 
 
 # ============ features and decoders ============
+
+def encoder_bands(encoder, meta, path):
+    """--bands that bring data of `meta` to the bands `encoder` was trained on, '' where they are its own. Where the wavelengths
+    of one of the two are not known, only their number can be compared."""
+    components = encoder.config.get('components')
+    wavelengths = encoder.config.get('wavelengths_nm') or encoder.args.get('wavelengths_nm')
+    bands = len(components[0]) if components else encoder.in_chans
+    if wavelengths and meta['wavelengths_nm'] and not same_bands(wavelengths, meta['wavelengths_nm']):
+        return encoder.config.get('bands') or ','.join(map(str, wavelengths))
+    if bands != meta['num_bands']:
+        raise UserError(f'{path}: the encoder was trained on {bands} bands, the data has {meta["num_bands"]}, and without '
+                        'wavelengths on both sides nobody knows which is which: give data of the same bands')
+    return ''
+
 
 def dense_features(encoder, x, n=4, window=0, stride=0):
     """Feature maps of images larger than the encoder was trained on, averaged over overlapping windows.

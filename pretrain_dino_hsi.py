@@ -35,12 +35,14 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (FLOORS, UserError, Tiles, augment_spectra, demo_if_missing, draw_crops, epoch_ids, false_color, labelled_pixels, plain_errors,
-                  principal_colors, resized_crop, ridge_probe, save_figure, spectrum_features, standardization, standardize, standardize_rows, write_json)
+from data import (FLOORS, UserError, Tiles, augment_spectra, demo_if_missing, draw_crops, epoch_ids, false_color, labelled_pixels, open_sources,
+                  pick_source, plain_errors, principal_colors, resized_crop, ridge_probe, save_figure, spectrum_features, standardization, standardize,
+                  standardize_rows, write_json)
 from models import SIZES, DINOHead, SpatialSpectralViT, dense_features, load_checkpoint, public_shape, start_from
 
 # ---- data
-data = 'data/demo'  # tile directory; the demo is made on first use
+data = 'data/demo'  # tile directory; the demo is made on first use. a,b,c = of several sensors, drawn by size; a is probed and shown
+bands = ''  # wavelengths the run works at: nm (485:70,560 = the first 70 nm wide), ohs or landsat (six bands); '' = the data's own
 img_size = 64  # side of the global crops in pixels; tiles may be larger, then windows of this side move
 local_crops_size = 32  # side of the local crops
 whiten = 16  # ZCA of this many leading components (or of all bands, if fewer); 0 = each band to mean 0, std 1 (dissertation)
@@ -561,21 +563,21 @@ if __name__ == '__main__':
         demo_if_missing(data)
     if world > 1:
         dist.barrier()
-    train = Tiles(data, 'tr', pin_memory=device.type == 'cuda')
-    meta = train.meta
-    if img_size > meta['tile_size']:
-        raise UserError(f'--img_size={img_size}: the tiles of {data} have {meta["tile_size"]} px: choose at most that')
+    sources, windows_of = open_sources(data, bands, img_size, pin_memory=device.type == 'cuda')
+    train, meta = sources[0], sources[0].meta
+    config['wavelengths_nm'] = meta['wavelengths_nm']  # into the checkpoint: data of other bands can be brought to these
     if img_size % patch_size or local_crops_size % patch_size or local_crops_number < 1:
         raise UserError(f'--img_size={img_size} and --local_crops_size={local_crops_size} must be multiples of --patch_size={patch_size}, and '
                         f'--local_crops_number={local_crops_number} at least 1: change one')
-    mean, matrix = (t.to(device) for t in standardization(meta, whiten))
-    prepare = lambda raw: standardize(raw, mean, matrix, meta['nodata'])
-    watched = rank == 0 and all(os.path.exists(os.path.join(data, f'{split}_labels.npy')) for split in ('tr', 'val'))
+    statistics = [[t.to(device) for t in standardization(source.meta, whiten)] for source in sources]  # each its own
+    prepare = lambda raw: standardize(raw, *statistics[0], meta['nodata'])
+    watched = rank == 0 and all(os.path.exists(os.path.join(train.directory, f'{split}_labels.npy')) for split in ('tr', 'val'))
     if watched:
-        probe_splits = [Tiles(data, split) for split in ('tr', 'val')]  # of their own: a batch waits in the buffers of `train`
+        # Tiles of their own: a batch waits in the buffers of `train`
+        probe_splits = [Tiles(train.directory, split, bands=bands) for split in ('tr', 'val')]
         floors = {f'{name} floor': probe(spectrum_features(meta, windows, device), probe_splits, probe_tiles, device)
                   for name, windows in FLOORS.items()}
-    windows = len(train) * max(1, round((meta['tile_size'] / img_size) ** 2))
+    windows = sum(windows_of)
     total_steps = max(1, round(epochs * windows / batch_size))
     warmup_steps = min(round(warmup_epochs * windows / batch_size), total_steps // 2)
     last_step = min(max_steps or total_steps, total_steps)
@@ -649,12 +651,13 @@ if __name__ == '__main__':
         model.teacher.compile()
 
     # ---- training loop
-    draw = functools.partial(get_batch, train, rank=rank, world=world, img_size=img_size, patch_size=patch_size, batch_size=batch_size,
+    crop = functools.partial(get_batch, rank=rank, world=world, img_size=img_size, patch_size=patch_size, batch_size=batch_size,
                              global_scale=(global_crops_scale_min, global_crops_scale_max),
                              local_scale=(local_crops_scale_min, local_crops_scale_max), local_crops_number=local_crops_number, turns=turns,
                              blur=blur, mask_probability=mask_probability, mask_ratio_min=mask_ratio_min, mask_ratio_max=mask_ratio_max,
                              num_groups=encoder.num_groups, spectral_mask_ratio_min=spectral_mask_ratio_min,
                              spectral_mask_ratio_max=spectral_mask_ratio_max, seed=seed)
+    draw = lambda step: crop(sources[pick_source(windows_of, step, seed)], step)  # a batch comes from one data set
     strengths = dict(gain=gain, offset=offset, tilt=tilt, noise=noise, band_dropout=band_dropout, jitter=jitter, solarize=solarize)
     batch, collapsed = draw(step), False
     bar = tqdm(total=last_step, initial=step, disable=rank > 0, unit='step', dynamic_ncols=True)
@@ -669,8 +672,8 @@ if __name__ == '__main__':
                 append_line(log_path, log[-1])
                 bar.write(f'step {step}: probe mIoU {miou:.3f}; random encoder {log[0]["probe_miou"]:.3f}, '
                           + ', '.join(f'{name} {value:.3f}' for name, value in floors.items()))
-            save_features(os.path.join(out_dir, 'features.png'), model.teacher.encoder, torch.from_numpy(np.array(train.images[:4])).to(device),
-                          prepare, meta)
+            shown = train.resampled(torch.from_numpy(np.array(train.images[:4]))).to(device)
+            save_features(os.path.join(out_dir, 'features.png'), model.teacher.encoder, shown, prepare, meta)
             save_curves(os.path.join(out_dir, 'curves.png'), log, out_dim)
             model.train()
         if step == last_step:
@@ -686,10 +689,10 @@ if __name__ == '__main__':
 
         # ---- method: crops
         field = torch.randn(meta['num_bands'], 2 * img_size, 2 * img_size, generator=torch.Generator().manual_seed(seed * 1_000_003 + step)).to(device)
-        pieces = []
+        pieces, source = [], pick_source(windows_of, step, seed)
         for raw, boxes, turned, soften, u, *masks in zip(*(t.chunk(grad_accum) for t in batch)):
-            big, small = make_crops(raw.to(device, non_blocking=True), boxes, turned, soften, u, meta, mean, matrix, img_size, local_crops_size,
-                                    field, strengths)
+            big, small = make_crops(raw.to(device, non_blocking=True), boxes, turned, soften, u, sources[source].meta, *statistics[source], img_size,
+                                    local_crops_size, field, strengths)
             masks = [mask.transpose(0, 1).flatten(0, 1) for mask in masks]  # (2B, N) and (2B, G), crop by crop as `big`
             rows = [mask.flatten().nonzero()[:, 0] for mask in masks]
             pieces.append((big, [mask.to(device) for mask in masks], [row.to(device) for row in rows], small))

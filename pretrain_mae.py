@@ -31,14 +31,17 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (FLOORS, UserError, Tiles, demo_if_missing, draw_crops, epoch_ids, false_color, labelled_pixels, plain_errors, resized_crop,
-                  ridge_probe, save_figure, spectrum_features, standardization, standardize, write_json)
+from data import (FLOORS, UserError, Tiles, demo_if_missing, draw_crops, epoch_ids, false_color, labelled_pixels, open_sources, pick_source,
+                  plain_errors, principal_components, resized_crop, ridge_probe, save_figure, spectrum_features, standardization, standardize,
+                  write_json)
 from models import SIZES, MaskedAutoencoder, dense_features, load_checkpoint, patchify, public_shape, start_from, unpatchify
 
 # ---- data
-data = 'data/demo'  # tile directory; the demo is made on first use
+data = 'data/demo'  # tile directory; the demo is made on first use. a,b,c = of several sensors, drawn by size; a is probed and shown
+bands = ''  # wavelengths the run works at: nm (485:70,560 = the first 70 nm wide), ohs or landsat (six bands); '' = the data's own
 img_size = 64  # side of the training crops in pixels; tiles may be larger, then crops move
 whiten = 16  # ZCA of this many leading components (or of all bands, if fewer); 0 = each band to mean 0, std 1 (dissertation)
+pca = 0  # this many principal components, each of variance 1, instead of the bands (dissertation, section 4.1: 3); 0 = bands
 scale_min = 0.4  # smallest crop, as a share of img_size x img_size; 0.2 in MAE, too much zoom for 64 px
 scale_max = 1.0  # largest crop; 1 with scale_min = 1 never resizes
 turns = True  # random flips and quarter turns: seen from above there is no up. dissertation: flips only
@@ -218,7 +221,8 @@ def probe(features, splits, probe_tiles, device):
 
 @torch.no_grad()
 def save_reconstruction(path, model, raw, mean, matrix, meta, img_size, mask_ratio):
-    """False colour of four crops: input, what the encoder saw, what the decoder made of it (visible patches as they are)."""
+    """False colour of four crops: input, what the encoder saw, what the decoder made of it (visible patches as they are).
+    Principal components are brought back to bands for it, beside the image with all its bands."""
     x = standardize(raw[:, :, :img_size, :img_size], mean, matrix, meta['nodata'])
     h = img_size // model.encoder.patch_size
     noise = torch.rand(len(x), h * h, generator=torch.Generator().manual_seed(0)).to(x.device)
@@ -228,13 +232,17 @@ def save_reconstruction(path, model, raw, mean, matrix, meta, img_size, mask_rat
         pred = pred * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
     hidden = mask[..., None].bool()
     back = torch.linalg.pinv(matrix) if matrix.ndim == 2 else 1 / matrix  # out of the standardised space
-    figure = Figure(figsize=(7, 2.4 * len(x)), layout='constrained')
-    axes = figure.subplots(len(x), 3, squeeze=False)
-    for column, (title, shown) in enumerate({'input': patches, f'visible ({1 - mask_ratio:.0%})': patches.masked_fill(hidden, torch.nan),
-                                             'predicted': torch.where(hidden, pred.float(), patches)}.items()):
+    images = {}
+    for title, shown in {'input': patches, f'visible ({1 - mask_ratio:.0%})': patches.masked_fill(hidden, torch.nan),
+                         'predicted': torch.where(hidden, pred.float(), patches)}.items():
         image = unpatchify(shown, model.encoder.patch_size, h, h)
-        image = (back @ image.flatten(2)).reshape(image.shape) if back.ndim == 2 else image * back[:, None, None]
-        image = (image + mean[:, None, None]).cpu().numpy()
+        image = (back @ image.flatten(2)).reshape(len(x), -1, *x.shape[2:]) if back.ndim == 2 else image * back[:, None, None]
+        images[title] = (image + mean[:, None, None]).cpu().numpy()
+    if len(matrix) < len(mean):
+        images = {'all bands': raw[:, :, :img_size, :img_size].cpu().float().numpy(), **images}
+    figure = Figure(figsize=(2.35 * len(images), 2.4 * len(x)), layout='constrained')
+    axes = figure.subplots(len(x), len(images), squeeze=False)
+    for column, (title, image) in enumerate(images.items()):
         for row in range(len(x)):
             unseen = np.isnan(image[row, 0])[..., None]
             axes[row, column].imshow(np.where(unseen, 0.5, false_color(image[row], meta)), interpolation='nearest')
@@ -301,18 +309,31 @@ if __name__ == '__main__':
         demo_if_missing(data)
     if world > 1:
         dist.barrier()
-    train = Tiles(data, 'tr', pin_memory=device.type == 'cuda')
-    meta = train.meta
-    if img_size > meta['tile_size']:
-        raise UserError(f'--img_size={img_size}: the tiles of {data} have {meta["tile_size"]} px: choose at most that')
-    mean, matrix = (t.to(device) for t in standardization(meta, whiten))
-    prepare = lambda raw: standardize(raw, mean, matrix, meta['nodata'])
-    watched = rank == 0 and all(os.path.exists(os.path.join(data, f'{split}_labels.npy')) for split in ('tr', 'val'))
+    sources, windows = open_sources(data, bands, img_size, pin_memory=device.type == 'cuda')
+    train, meta, components = sources[0], sources[0].meta, None
+    config['wavelengths_nm'] = meta['wavelengths_nm']  # into the checkpoint: data of other bands can be brought to these
+    if pca:
+        if len(sources) > 1:
+            raise UserError(f'--pca={pca}: the components of one scene are not those of another: give one directory in --data')
+        components, shares = principal_components(meta, pca)
+        config['components'] = components.tolist()
+        print0(f'{pca} principal components hold {float(shares.sum()):.2%} of the variance: '
+               + ', '.join(f'{share:.2%}' for share in shares))
+        if rank == 0:
+            write_json(os.path.join(out_dir, 'pca.json'), {
+                'explained_variance': shares.tolist(), 'components': components.tolist(), 'mean': meta['mean'],
+                'wavelengths_nm': meta['wavelengths_nm']})
+    statistics = [[t.to(device) for t in standardization(source.meta, whiten, components)] for source in sources]  # each its own
+    prepares = [functools.partial(standardize, mean=mean, matrix=matrix, nodata=source.meta['nodata'])
+                for source, (mean, matrix) in zip(sources, statistics)]
+    (mean, matrix), prepare = statistics[0], prepares[0]
+    watched = rank == 0 and all(os.path.exists(os.path.join(train.directory, f'{split}_labels.npy')) for split in ('tr', 'val'))
     if watched:
-        probe_splits = [Tiles(data, split) for split in ('tr', 'val')]  # of their own: a batch waits in the buffers of `train`
+        # Tiles of their own: a batch waits in the buffers of `train`
+        probe_splits = [Tiles(train.directory, split, bands=bands) for split in ('tr', 'val')]
         floors = {f'{name} floor': probe(spectrum_features(meta, windows, device), probe_splits, probe_tiles, device)
                   for name, windows in FLOORS.items()}
-    crops = len(train) * max(1, round((meta['tile_size'] / img_size) ** 2))
+    crops = sum(windows)
     total_steps = max(1, round(epochs * crops / batch_size))
     warmup_steps = min(round(warmup_epochs * crops / batch_size), total_steps // 2)
     last_step = min(max_steps or total_steps, total_steps)
@@ -321,7 +342,7 @@ if __name__ == '__main__':
     if size not in SIZES:
         raise UserError(f'--size={size}: choose one of {", ".join(SIZES)}')
     decoder = {'tiny': (96, 2, 4), 'small': (256, 4, 8), 'base': (512, 8, 16)}[size]
-    encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'], dropout=dropout, **SIZES[size])
+    encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=len(matrix), dropout=dropout, **SIZES[size])
     public = public_shape(init_from)
     if public and (public['num_register_tokens'] or public['init_values'] or public['ffn'] != 'mlp'):
         raise UserError(f'{init_from}: has registers, LayerScale or SwiGLU, which a masked autoencoder has not: pass a file of MAE here, and '
@@ -332,7 +353,7 @@ if __name__ == '__main__':
     if init_from:
         print0(start_from(init_from, model, meta['wavelengths_nm'], rgb_kernels))
     encoder_args['fixed_positions'] = True  # as MaskedAutoencoder builds its ViT; load_encoder builds it from these
-    print0(f'{sum(p.numel() for p in model.parameters()):,} parameters; {meta["num_bands"]} bands, {img_size} px crops, '
+    print0(f'{sum(p.numel() for p in model.parameters()):,} parameters; {len(matrix)} {"components" if pca else "bands"}, {img_size} px crops, '
            f'{(img_size // patch_size) ** 2} patches of {patch_size} px, {mask_ratio:.0%} hidden; {crops} crops an epoch, '
            f'{total_steps} steps of {batch_size}; {device}, {dtype}, {world} process(es); {out_dir}')
 
@@ -342,7 +363,7 @@ if __name__ == '__main__':
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 
     if device.type == 'cpu' and rank == 0:  # how long will this take? forward and backward of 8 crops tell
-        sample, tick = torch.randn(8, meta['num_bands'], img_size, img_size), time.time()
+        sample, tick = torch.randn(8, len(matrix), img_size, img_size), time.time()
         with autocast():
             model(sample, mask_ratio)[0].backward()
         optimizer.zero_grad()
@@ -374,8 +395,9 @@ if __name__ == '__main__':
     # ---- end of boilerplate: compile and DDP
 
     # ---- training loop
-    draw = functools.partial(get_batch, train, rank=rank, world=world, img_size=img_size, patch_size=patch_size, batch_size=batch_size,
+    crop = functools.partial(get_batch, rank=rank, world=world, img_size=img_size, patch_size=patch_size, batch_size=batch_size,
                              scale_min=scale_min, scale_max=scale_max, turns=turns, seed=seed)
+    draw = lambda step: crop(sources[pick_source(windows, step, seed)], step)  # a batch comes from one data set
     batch = draw(step)
     bar = tqdm(total=last_step, initial=step, disable=rank > 0, unit='step', dynamic_ncols=True)
     while step <= last_step:
@@ -389,8 +411,8 @@ if __name__ == '__main__':
                 append_line(log_path, log[-1])
                 bar.write(f'step {step}: probe mIoU {miou:.3f}; random encoder {log[0]["probe_miou"]:.3f}, '
                           + ', '.join(f'{name} {value:.3f}' for name, value in floors.items()))
-            save_reconstruction(os.path.join(out_dir, 'reconstruction.png'), model, torch.from_numpy(np.array(train.images[:4])).to(device),
-                                mean, matrix, meta, img_size, mask_ratio)
+            shown = train.resampled(torch.from_numpy(np.array(train.images[:4]))).to(device)
+            save_reconstruction(os.path.join(out_dir, 'reconstruction.png'), model, shown, mean, matrix, meta, img_size, mask_ratio)
             save_curves(os.path.join(out_dir, 'curves.png'), log)
             model.train()
         if step == last_step:
@@ -405,8 +427,9 @@ if __name__ == '__main__':
         # ---- method: forward, loss, backward. Target: the standardised pixels of the hidden patches; pixels cannot collapse
         total_loss, extras = 0.0, {}
         pieces = [t.to(device, non_blocking=True).chunk(grad_accum) for t in batch]
+        source = pick_source(windows, step, seed)
         for raw, boxes, turned, noise in zip(*pieces):
-            x = resized_crop(prepare(raw), boxes, turned, img_size)
+            x = resized_crop(prepares[source](raw), boxes, turned, img_size)
             with autocast():
                 loss, _, _ = net(x, mask_ratio, noise)
             scaler.scale(loss / grad_accum).backward()

@@ -42,15 +42,18 @@ from tqdm import tqdm
 from data import (IGNORE_INDEX, UserError, Tiles, append_row, chance_warning, class_colors, confusion_matrix, demo_if_missing, draw_crops,
                   epoch_ids, false_color, fit_logistic, floors, label_to_class, labelled_pixels, map_scene, plain_errors, print_scores, print_table, resized_crop,
                   resized_crop_labels, save_figure, scores, sliding_window, standardization, standardize, write_json)
-from models import SIZES, ConvHead, LinearHead, SpatialSpectralViT, TransformerHead, ViT, dense_features, load_checkpoint, load_encoder
+from models import (SIZES, ConvHead, LinearHead, SpatialSpectralViT, TransformerHead, ViT, dense_features, encoder_bands, load_checkpoint,
+                    load_encoder)
 
 # ---- data
 data = 'data/demo'  # tile directory with labels; the demo is made on first use
+bands = ''  # wavelengths the run works at: nm (485:70,560 = the first 70 nm wide), ohs or landsat (six bands); '' = the data's own or the encoder's
 label_share = 1.0  # share of the labelled pixels of tr and val that are used, drawn at random: 0.1, 0.01 ask how many labels it takes
 crop_size = 0  # side of the training crops, px; 0 = whole tiles. Larger tiles are then scored by windows of this side, blended
 augment = False  # random flips, turns and resized crops; features can then not be kept in memory
 # ---- model
 encoder = ''  # last.pt of a pre-training run, or a public file (MAE, DINOv2); '' = a random encoder of the constants below (the row every table needs)
+by_wavelength = False  # true = a spatial-spectral encoder takes the data's own bands by their wavelengths, not resampled to its
 untrained = False  # true = the architecture of that encoder with random weights: what pre-training is to be compared with
 size = 'base'  # random encoder: tiny, small or base
 img_size = 64  # random or public encoder: side of its window in pixels
@@ -427,13 +430,15 @@ def save_comparison(out_dir, runs):
     figure = Figure(figsize=(2 * (2 + len(models)) + 1.8, 2.2 * len(shown)), layout='constrained')
     axes = figure.subplots(len(shown), 2 + len(models), squeeze=False)
     for row, i in zip(axes, shown):
+        tiles.use_bands('')
         images, labels = (part.clone() for part in tiles.batch([i]))
         row[0].imshow(false_color(images[0], tiles.meta), interpolation='nearest')
         row[1].imshow(colors[labels[0].numpy()], interpolation='nearest')
         for axis, (model, checkpoint) in zip(row[2:], models):
-            mean, matrix = standardization(tiles.meta, checkpoint['whiten'])
+            tiles.use_bands(checkpoint['config'].get('bands', ''))
+            mean, matrix = standardization(tiles.meta, checkpoint['whiten'], checkpoint['config'].get('components'))
             with torch.no_grad():
-                pred = model(standardize(images, mean, matrix, tiles.meta['nodata'])).argmax(1)[0] + 1
+                pred = model(standardize(tiles.batch([i])[0], mean, matrix, tiles.meta['nodata'])).argmax(1)[0] + 1
             axis.imshow(colors[pred.numpy()], interpolation='nearest')
     titles = [f'{os.path.basename(os.path.normpath(run))}\nmIoU {100 * json.load(open(os.path.join(run, "report.json"), encoding="utf-8"))["scores"]["miou"]:.1f}' for run in judged]
     for axis, title in zip(axes[0], ['false colour', 'test labels', *titles]):
@@ -461,7 +466,7 @@ if __name__ == '__main__':
         # ---- boilerplate: map a scene (the same lines in segment.py and baseline_deeplab.py)
         device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device)
         model.to(device)
-        mean, matrix = (t.to(device) for t in standardization(checkpoint['meta'], checkpoint['whiten']))
+        mean, matrix = (t.to(device) for t in standardization(checkpoint['meta'], checkpoint['whiten'], checkpoint['config'].get('components')))
         autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype in ('auto', 'bfloat16') and native_bfloat16(device))
 
         @torch.no_grad()
@@ -514,7 +519,7 @@ if __name__ == '__main__':
     if not 0 < label_share <= 1:
         raise UserError(f'--label_share={label_share}: a share of the labelled pixels lies between 0 and 1')
     few = dict(label_share=label_share, seed=seed)
-    splits = {split: Tiles(data, split, device.type == 'cuda', **(few if split != 'ts' else {})) for split in ('tr', 'val', 'ts')}
+    splits = {split: Tiles(data, split, device.type == 'cuda', bands=bands, **(few if split != 'ts' else {})) for split in ('tr', 'val', 'ts')}
     meta = splits['tr'].meta
     if splits['tr'].labels is None:
         raise UserError(f'{data}: has no labels, and a segmentation needs them: tile scenes that have some')
@@ -532,13 +537,21 @@ if __name__ == '__main__':
             raise UserError(f'--{name}={value}: choose one of {", ".join(known)}')
     if encoder:
         vit = load_encoder(encoder, img_size, patch_size, meta['num_bands'], meta['wavelengths_nm'], rgb_kernels, whiten)
+        if by_wavelength:
+            if not isinstance(vit, SpatialSpectralViT) or not meta['wavelengths_nm']:
+                raise UserError(f'--by_wavelength: {encoder} is no spatial-spectral encoder, or {data} has no wavelengths: leave it out')
+            vit = vit.at_wavelengths(meta['wavelengths_nm'])  # and in the table under a name of its own
         whiten, encoder_args = vit.config['whiten'], vit.args
         method = {'pretrain_mae.py': 'MAE', 'pretrain_dino.py': 'DINOv2', 'pretrain_dino_hsi.py': 'HSI-DINOv2'}.get(vit.script, vit.script)
+        method += ' by wavelength' * by_wavelength
         if untrained:
             vit, method = type(vit)(**encoder_args).eval(), f'{method} untrained'
-        if vit.in_chans != meta['num_bands']:
-            raise UserError(f'{encoder}: the encoder was trained on {vit.in_chans} bands, {data} has {meta["num_bands"]}: tile the scene '
-                            'with --bands= the wavelengths of the encoder\'s data')
+        bands = config['bands'] = encoder_bands(vit, meta, encoder) or bands
+        for tiles in splits.values():
+            tiles.use_bands(bands)
+        if splits['tr'].weights is not None:
+            print0(f'{data}: its {len(splits["tr"].weights.T)} bands are resampled to the {len(splits["tr"].weights)} of the encoder')
+        meta, config['components'] = splits['tr'].meta, vit.config.get('components')  # for mapping a scene
     else:
         encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'], fixed_positions=True, **SIZES[size])
         vit, method = ViT(**encoder_args), 'random ViT' if freeze else 'ViT from scratch'
@@ -553,7 +566,7 @@ if __name__ == '__main__':
     model = build_segmenter(vit, meta['num_classes'], decoder, freeze, window_stride, pixel).to(device).train()
     if world > 1 and device.type == 'cuda' and not freeze:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # it has no CPU form; frozen encoders do without (calibrate_norm)
-    mean, matrix = (t.to(device) for t in standardization(meta, whiten))
+    mean, matrix = (t.to(device) for t in standardization(meta, whiten, config.get('components')))
     print0(f'{method} encoder {encoder}, {sum(p.numel() for p in vit.parameters()):,} parameters, '
            f'{"frozen" if freeze else "trained"}; {decoder} decoder, {sum(p.numel() for p in model.head.parameters()):,}; '
            f'{len(labelled)} labelled training tiles of {tile_size} px, crops of {crop_size} px; {device}, {dtype}, {world} process(es); {out_dir}')
@@ -718,7 +731,7 @@ if __name__ == '__main__':
             sys.exit(128 + int(flag))
         # ---- end of boilerplate: checkpoint, stop
 
-    columns = {'data': data, 'method': method, 'decoder': decoder, 'freeze': freeze, 'encoder': encoder or f'{size}/{patch_size}', 'whiten': whiten,
+    columns = {'data': data, 'bands': bands, 'method': method, 'decoder': decoder, 'freeze': freeze, 'encoder': encoder or f'{size}/{patch_size}', 'whiten': whiten,
                'pixel': pixel, 'window_stride': window_stride, 'loss': loss}
 
     # ---- boilerplate: score the best state on the test split (the same lines in segment.py and baseline_deeplab.py)

@@ -20,8 +20,9 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from data import UserError, Tiles, demo_if_missing, false_color, plain_errors, principal_colors, read_scene, save_figure, standardization, standardize, valid_pixels
-from models import load_encoder
+from data import (UserError, Tiles, at_bands, demo_if_missing, false_color, plain_errors, principal_colors, read_scene, save_figure, standardization,
+                  standardize, to_bands, valid_pixels)
+from models import encoder_bands, load_encoder
 
 encoders = 'runs/demo/last.pt'  # last.pt of one or several pre-training runs, or public files (MAE, DINOv2), separated by commas: a row each
 patch_size = 8  # of public files, adapted to it
@@ -87,8 +88,10 @@ def draw(path, raw, named_encoders, meta, block, heads, query):
     figure = Figure(figsize=(1.75 * sum(widths), 1.85 * len(named_encoders) + 0.45), layout='constrained')
     axes = figure.subplots(len(named_encoders), len(widths), squeeze=False, width_ratios=widths)
     for row, (name, encoder) in zip(axes, named_encoders):
-        mean, matrix = standardization(meta, encoder.config['whiten'])
-        x = standardize(torch.from_numpy(raw[None].astype(np.float32)), mean, matrix, meta['nodata'])
+        own_meta, weights = at_bands(meta, encoder_bands(encoder, meta, name), name)
+        own = to_bands(torch.from_numpy(raw[None].astype(np.float32)), weights, meta['nodata'])  # at the encoder's bands
+        mean, matrix = standardization(own_meta, encoder.config['whiten'], encoder.config.get('components'))
+        x = standardize(own, mean, matrix, own_meta['nodata'])
         attention, spectral_attention, features = capture(encoder, x, block)
         P, prefix, (h, w) = encoder.patch_size, encoder.num_prefix_tokens, features.shape[:2]
         cls = patch_maps(attention, 0, prefix, h, w)
@@ -107,7 +110,7 @@ def draw(path, raw, named_encoders, meta, block, heads, query):
         for axis in row[:len(titles)]:
             axis.set(xticks=[], yticks=[])
         if spectral:
-            draw_spectrum(row[-1], raw, meta, encoder, spectral_attention)
+            draw_spectrum(row[-1], own[0].numpy(), own_meta, encoder, spectral_attention)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
     figure.text(0.01, 0, 'attention: 1 = the average over all patches; dark = 0, yellow = its 99 % quantile or more, square root between', fontsize=7, va='top')
@@ -146,8 +149,7 @@ if __name__ == '__main__':
     names = [os.path.basename(os.path.dirname(path)) or path for path in paths]
     loaded = [load_encoder(path, 0, patch_size, meta['num_bands'], meta['wavelengths_nm'], rgb_kernels, whiten) for path in paths]
     for path, encoder in zip(paths, loaded):
-        if encoder.in_chans != meta['num_bands']:
-            raise UserError(f'{path}: the encoder was trained on {encoder.in_chans} bands, {data} has {meta["num_bands"]}: give tiles of the same bands')
+        encoder_bands(encoder, meta, path)  # raises where the data cannot be brought to them
         if not -len(encoder.blocks) <= block < len(encoder.blocks):
             raise UserError(f'--block={block}: {path} has blocks 0 to {len(encoder.blocks) - 1}, or -1 for the last')
     if image:

@@ -219,8 +219,8 @@ def test_mistakes_are_told_in_a_sentence(script, flags, code, words, scene_data,
     assert done.returncode == code and words in done.stderr and 'Traceback' not in done.stderr, done.stderr
 
 
-def test_an_encoder_of_another_band_count_is_refused(whole, tmp_path):
-    scene = make_scene(tmp_path / 's.npz', bands=5, height=64, width=64)
+def test_an_encoder_of_another_band_count_is_refused_where_wavelengths_are_not_known(whole, tmp_path):
+    scene = make_scene(tmp_path / 's.npz', bands=5, height=64, width=64, wavelengths_nm=None)
     run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path / "tiles"}', '--tile_size=16', '--split_block=8')
     done = train('segment.py', tmp_path / 'tiles', tmp_path / 'run', f'--encoder={whole / "pretrain_mae.py" / "last.pt"}', check=False)
     assert done.returncode == 1 and '7 bands' in done.stderr and 'has 5' in done.stderr and 'Traceback' not in done.stderr

@@ -19,8 +19,8 @@ from segment import trained_segmenter
 def predictions(run):
     """run directory -> predicted classes (N, S, S) and raw labels (N, S, S) of its test split, class names"""
     model, checkpoint = trained_segmenter(os.path.join(run, 'best.pt'))
-    tiles = Tiles(checkpoint['config']['data'], 'ts')
-    mean, matrix = standardization(tiles.meta, checkpoint['whiten'])
+    tiles = Tiles(checkpoint['config']['data'], 'ts', bands=checkpoint['config'].get('bands', ''))
+    mean, matrix = standardization(tiles.meta, checkpoint['whiten'], checkpoint['config'].get('components'))
     if tiles.labels is None:
         raise UserError(f'{tiles.directory}: its test split has no labels: nothing can be scored')
     pred = torch.cat([model(standardize(tiles.batch([i])[0], mean, matrix, tiles.meta['nodata'])).argmax(1) for i in range(len(tiles))])
