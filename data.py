@@ -249,7 +249,26 @@ def read_envi(path):
         wavelengths = [w * 1000 for w in wavelengths]  # micrometres
     nodata = image.metadata.get('data ignore value')
     cube = np.asarray(image.open_memmap() if image.using_memmap else image.load(dtype=image.dtype))
-    return Scene(np.moveaxis(cube, 2, 0), None, wavelengths, None if nodata is None else float(nodata), None)
+    return Scene(np.moveaxis(cube, 2, 0), None, wavelengths, None if nodata is None else float(nodata), None, envi_geotags(image.metadata.get('map info', [])))
+
+
+def envi_geotags(info):
+    """ENVI's "map info" (projection, column and row from 1, x, y, pixel width and height, then for UTM zone and North or South, datum) -> GeoTIFF
+    tags: pixel scale, tie point, and for UTM or longitude and latitude on WGS-84 the keys of their EPSG number. () where nothing or a rotation is stated."""
+    info = [str(word).strip() for word in info]
+    if len(info) < 7 or any(word.lower().startswith('rotation') and float(word.split('=')[1]) for word in info):
+        return ()
+    column, row, x, y, width, height = map(float, info[1:7])
+    tags = ((33550, 12, 3, (width, height, 0.0)), (33922, 12, 6, (column - 1, row - 1, 0.0, x, y, 0.0)))
+    if not {'wgs-84', 'wgs84', 'wgs 84'} & {word.lower() for word in info[7:]}:
+        return tags
+    if info[0] == 'UTM':
+        kind, key, epsg = 1, 3072, (32700 if info[8].lower() == 'south' else 32600) + int(info[7])
+    elif info[0] == 'Geographic Lat/Lon':
+        kind, key, epsg = 2, 2048, 4326
+    else:
+        return tags
+    return (*tags, (34735, 3, 16, (1, 1, 0, 3, 1024, 0, 1, kind, 1025, 0, 1, 1, key, 0, 1, epsg)))  # model, raster of areas, the system
 
 
 def resample_bands(x, from_nm, to_nm, fwhm=15.0):
@@ -1069,7 +1088,9 @@ def map_scene(predict, path, meta, window, overlap, out, probabilities=''):
             os.replace(name + '.tmp', name)
     write_json(os.path.splitext(out)[0] + '.json', {str(k + 1): name for k, name in enumerate(meta['class_names'])})
     save_map(os.path.splitext(out)[0] + '.png', scene._replace(wavelengths_nm=scene.wavelengths_nm or (nm if same else None)), classes, meta['class_names'])
-    print(f'{out}: {H} x {W} pixels in {time.time() - started:.0f} s' + ('' if scene.geotags else '; no georeference: none was found in the scene (read from GeoTIFF only)'))
+    where = ('' if any(tag[0] == 34735 for tag in scene.geotags) else '; placed as the scene is, without a coordinate system: none that is known here was found in it'
+             if scene.geotags else '; no georeference: none was found in the scene (it is read from GeoTIFF and ENVI files)')
+    print(f'{out}: {H} x {W} pixels in {time.time() - started:.0f} s{where}')
 
 
 # ============ pictures ============
@@ -1263,8 +1284,8 @@ def save_check(path, tiles, counts, sums):
     spectra = [k for k in range(1, meta['num_classes'] + 1) if sums[0, k, 0] > 1] or [0]
     columns = min(len(spectra), 6)
     rows = math.ceil(len(spectra) / columns)
-    figure = Figure(figsize=(9, 5.7 + 1.2 * rows), layout='constrained')
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(2.3 + 0.2 * math.ceil(len(names) / 5), 2.6, 0.5 + 1.2 * rows))
+    figure = Figure(figsize=(9, 4.9 + 0.2 * math.ceil(len(names) / 4) + 1.2 * rows), layout='constrained')
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(2.2 + 0.2 * math.ceil(len(names) / 4), 2.2, 0.5 + 1.2 * rows))
 
     many = [len(np.unique(labels)) + (labels > 0).mean() for labels in train.labels[:500]] if train.labels is not None else [0]
     image, nm = np.asarray(train.images[np.argmax(many)]), meta['wavelengths_nm']
@@ -1292,8 +1313,8 @@ def save_check(path, tiles, counts, sums):
         axis.bar(np.arange(len(names)) + 0.27 * (i - 1), counts[split][1:len(names) + 1], 0.27, label=split, color=color)
     axis.set(yscale='symlog', ylim=(0, None), xticks=range(len(names)))
     axis.set_ylabel('labelled pixels', fontsize=8)
-    axis.set_xticklabels([f'{k} {name}' for k, name in enumerate(names, 1)], rotation=35, ha='right', rotation_mode='anchor', fontsize=8)
-    axis.tick_params(axis='y', labelsize=8)
+    axis.set_xticklabels([str(k) if are_numbered(names) else name.replace(' ', '\n') for k, name in enumerate(names, 1)])
+    axis.tick_params(labelsize=8)
     axis.legend(fontsize=8, ncols=3, loc='lower right', bbox_to_anchor=(1, 1), frameon=False)
 
     nm = np.array(nm or range(1, meta['num_bands'] + 1), float)
@@ -1308,9 +1329,9 @@ def save_check(path, tiles, counts, sums):
         for other in spectra:  # the others in gray: what a class is to be told from
             axis.plot(nm[order], mean[other, order], color='0.8', linewidth=0.5)
         color = class_colors(names)[k] / 255
-        axis.fill_between(nm[order], (mean - std)[k, order], (mean + std)[k, order], color=color, alpha=0.35, linewidth=0)
+        axis.fill_between(nm[order], (mean - std)[k, order], (mean + std)[k, order], color=color, alpha=0.6, linewidth=0)
         axis.plot(nm[order], mean[k, order], color='black', linewidth=1)
-        axis.set_title(f'{k} {names[k - 1]}' if k else 'all pixels', fontsize=8)
+        axis.set_title(f'{k} {names[k - 1]}'[:27] if k else 'all pixels', fontsize=7)
         axis.tick_params(labelsize=7)
     bottom.supxlabel('wavelength, nm' if meta['wavelengths_nm'] else 'band', fontsize=8)
     bottom.supylabel('stored value, mean ± std', fontsize=8)
