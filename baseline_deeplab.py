@@ -31,13 +31,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (IGNORE_INDEX, UserError, Tiles, append_row, chance_warning, class_colors, confusion_matrix, demo_if_missing, draw_crops,
+from data import (IGNORE_INDEX, UserError, Tiles, append_row, chance_warning, class_legend, confusion_matrix, demo_if_missing, draw_crops,
                   epoch_ids, false_color, floors, label_to_class, map_scene, plain_errors, print_scores, resized_crop,
-                  resized_crop_labels, save_figure, scores, sliding_window, standardization, standardize, write_json)
+                  resized_crop_labels, save_figure, scores, show_classes, sliding_window, standardization, standardize, write_json)
 from models import DeepLabV3Plus, load_checkpoint
 
 # ---- data
@@ -276,42 +275,45 @@ def get_batch(train, labelled, step, *, rank, world, batch_size, crop_size, augm
 # Copied from segment.py
 def save_pictures(out_dir, cm, model, tiles, prepare, meta, log):
     """confusion.png, examples.png (false colour, labels, prediction of up to four test tiles) and curves.png."""
-    names, colors, K = meta['class_names'], class_colors(meta['class_names']), meta['num_classes']
-    figure = Figure(figsize=(3 + 0.4 * K, 2.5 + 0.4 * K), layout='constrained')
+    names, K = meta['class_names'], meta['num_classes']
+    side = min(0.4 * K, 6)
+    figure = Figure(figsize=(3 + side, 2.5 + side), layout='constrained')
     axis = figure.subplots()
     share = cm.double() / cm.sum(1, keepdim=True).clamp(min=1)
     axis.imshow(share, cmap='Blues', vmin=0, vmax=1)
     for i in range(K):
         for j in range(K):
             if share[i, j] >= 0.005:
-                axis.text(j, i, f'{100 * share[i, j]:.0f}', ha='center', va='center', fontsize=7, color='white' if share[i, j] > 0.6 else 'black')
+                axis.text(j, i, f'{100 * share[i, j]:.0f}', ha='center', va='center', fontsize=8 if K <= 16 else 6, color='white' if share[i, j] > 0.6 else 'black')
     axis.set(xticks=range(K), yticks=range(K), xlabel='predicted', ylabel='true', title='test pixels of a class, %')
     axis.set_xticklabels(names, rotation=60, ha='right', fontsize=8)
     axis.set_yticklabels([f'{name} ({int(n)})' for name, n in zip(names, cm.sum(1))], fontsize=8)
     save_figure(figure, os.path.join(out_dir, 'confusion.png'))
 
     most_labels = np.argsort([-np.count_nonzero(tiles.labels[i]) for i in range(min(len(tiles), 500))], kind='stable')[:4]
-    figure = Figure(figsize=(9.5, 2.35 * len(most_labels)), layout='constrained')
-    axes = figure.subplots(len(most_labels), 3, squeeze=False)
+    figure = Figure(figsize=(7.5, 2.4 * len(most_labels) + 0.8), layout='constrained')
+    axes, present = figure.subplots(len(most_labels), 3, squeeze=False), set()
     for row, i in zip(axes, most_labels):
         images, labels = tiles.batch([i])
         pred = model(prepare(images)).argmax(1)[0].cpu().numpy() + 1
         row[0].imshow(false_color(images[0], meta), interpolation='nearest')
-        row[1].imshow(colors[labels[0].numpy()], interpolation='nearest')
-        row[2].imshow(colors[pred], interpolation='nearest')
-        row[0].set_ylabel(f'tile {i}')
+        show_classes(row[1], labels[0].numpy(), names)
+        show_classes(row[2], pred, names)
+        row[0].set_ylabel(f'tile {i}, {pred.shape[0]} px')
+        present |= {*labels.unique().tolist(), *pred.flat}
     for axis, title in zip(axes[0], ('false colour', 'test labels', 'prediction')):
         axis.set_title(title)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    figure.legend(handles=[Patch(color=colors[k + 1] / 255, label=name) for k, name in enumerate(names)], loc='outside right upper', fontsize=8)
+    class_legend(figure, names, present)
     save_figure(figure, os.path.join(out_dir, 'examples.png'))
 
-    figure = Figure(figsize=(10, 3.6), layout='constrained')
-    for axis, key, label in zip(figure.subplots(1, 2), ('loss', 'val_miou'), ('training loss', 'mIoU on val')):
-        axis.plot([e['step'] for e in log if key in e], [e[key] for e in log if key in e], 'o-' if key == 'val_miou' else '-')
-        axis.set(xlabel='step', ylabel=label)
-    save_figure(figure, os.path.join(out_dir, 'curves.png'))
+    if log:  # a solved decoder has no curves
+        figure = Figure(figsize=(9, 3.2), layout='constrained')
+        for axis, key, scale, label in zip(figure.subplots(1, 2), ('loss', 'val_miou'), (1, 100), ('training loss', 'mIoU on val, %')):
+            axis.plot([e['step'] for e in log if key in e], [scale * e[key] for e in log if key in e], 'o-' if key == 'val_miou' else '-')
+            axis.set(xlabel='step', ylabel=label)
+        save_figure(figure, os.path.join(out_dir, 'curves.png'))
 
 
 def trained_network(path):

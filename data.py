@@ -253,7 +253,27 @@ def read_envi(path):
     image = spectral.open_image(path)
     nodata = image.metadata.get('data ignore value')
     cube = np.asarray(image.open_memmap() if image.using_memmap else image.load(dtype=image.dtype))
-    return Scene(np.moveaxis(cube, 2, 0), None, image.bands.centers, None if nodata is None else float(nodata), None)
+    return Scene(np.moveaxis(cube, 2, 0), None, image.bands.centers, None if nodata is None else float(nodata), None,
+                 envi_geotags(image.metadata.get('map info', [])))
+
+
+def envi_geotags(info):
+    """ENVI's "map info" (projection, column and row from 1, x, y, pixel width and height, then for UTM zone and North or South, datum) -> GeoTIFF
+    tags: pixel scale, tie point, and for UTM or longitude and latitude on WGS-84 the keys of their EPSG number. () where nothing or a rotation is stated."""
+    info = [str(word).strip() for word in info]
+    if len(info) < 7 or any(word.lower().startswith('rotation') and float(word.split('=')[1]) for word in info):
+        return ()
+    column, row, x, y, width, height = map(float, info[1:7])
+    tags = ((33550, 12, 3, (width, height, 0.0)), (33922, 12, 6, (column - 1, row - 1, 0.0, x, y, 0.0)))
+    if not {'wgs-84', 'wgs84', 'wgs 84'} & {word.lower() for word in info[7:]}:
+        return tags
+    if info[0] == 'UTM':
+        kind, key, epsg = 1, 3072, (32700 if info[8].lower() == 'south' else 32600) + int(info[7])
+    elif info[0] == 'Geographic Lat/Lon':
+        kind, key, epsg = 2, 2048, 4326
+    else:
+        return tags
+    return (*tags, (34735, 3, 16, (1, 1, 0, 3, 1024, 0, 1, kind, 1025, 0, 1, 1, key, 0, 1, epsg)))  # model, raster of areas, the system
 
 
 # ============ bands: from one sensor's wavelengths to another's ============
@@ -1171,7 +1191,7 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
 
 def map_scene(predict, path, meta, window, overlap, out, probabilities=''):
     """Classify the scene at `path` by blended windows and write a map to `out`: a GeoTIFF of class numbers (uint8, 0 = missing pixel) with the
-    scene's georeference and the classes' colours, and their names in a .json beside it.
+    scene's georeference and the classes' colours; beside it their names (.json) and a picture (.png).
 
     predict(raw (B, C, window, window)) -> probabilities (B, K, window, window), of the bands of `meta` (the training data's); a scene with
     other wavelengths is resampled to them. `probabilities` names a second GeoTIFF, (K, H, W) uint8, 255 = certain. Files appear when complete.
@@ -1222,11 +1242,14 @@ def map_scene(predict, path, meta, window, overlap, out, probabilities=''):
     classes.flush()
     if probabilities:
         shares.flush()
+    save_map(os.path.splitext(out)[0] + '.png', scene._replace(wavelengths_nm=scene.wavelengths_nm or (nm if same else None)), classes, meta['class_names'])
     del classes, shares  # Windows renames no file that is mapped
     for name in filter(None, (out, probabilities)):
         os.replace(name + '.tmp', name)
     write_json(os.path.splitext(out)[0] + '.json', {str(k + 1): name for k, name in enumerate(meta['class_names'])})
-    print(f'{out}: {H} x {W} pixels in {time.time() - started:.0f} s' + ('' if scene.geotags else '; no georeference: none was found in the scene (read from GeoTIFF only)'))
+    where = ('' if any(tag[0] == 34735 for tag in scene.geotags) else '; placed as the scene is, without a coordinate system: none that is known here was found in it'
+             if scene.geotags else '; no georeference: none was found in the scene (it is read from GeoTIFF and ENVI files)')
+    print(f'{out}: {H} x {W} pixels in {time.time() - started:.0f} s{where}')
 
 
 # ============ pictures ============
@@ -1258,16 +1281,86 @@ def principal_colors(features):
     return (shown / shown.std(0).clamp(min=1e-12) / 4 + 0.5).clamp(0, 1).reshape(*features.shape[:-1], 3).cpu()
 
 
+def false_color_bands(wavelengths_nm, num_bands):
+    """Numbers of three bands to show as red, green, blue: near infrared, red, green where wavelengths are known"""
+    nm = np.array(wavelengths_nm or [], float)
+    if len(nm) and nm.min() < 600 < 800 < nm.max():
+        return [int(np.argmin(np.abs(nm - w))) for w in (866, 656, 560)]
+    return [round(f * (num_bands - 1)) for f in (0.75, 0.5, 0.2)]
+
+
 def false_color(x, meta):
-    """x (C, H, W) values of a scene -> (H, W, 3) in 0..1: near infrared, red, green where wavelengths are known, 2-98 % stretch"""
-    x, nm = np.asarray(x, np.float32), meta['wavelengths_nm']
-    if nm and min(nm) < 600 < 800 < max(nm):
-        bands = [int(np.argmin(np.abs(np.array(nm) - w))) for w in (866, 656, 560)]
-    else:
-        bands = [round(f * (len(x) - 1)) for f in (0.75, 0.5, 0.2)]
+    """x (C, H, W) values of a scene -> (H, W, 3) in 0..1, mean ± 2 standard deviations of each band of false_color_bands(); missing = black"""
+    bands = false_color_bands(meta['wavelengths_nm'], len(x))
+    x = np.asarray(x[bands], np.float32)
     mean, std = np.array(meta['mean'])[bands], np.array(meta['std'])[bands]  # one stretch for the data set: pictures compare
-    rgb = (np.moveaxis(x[bands], 0, 2) - mean) / (4 * std) + 0.5
-    return np.nan_to_num(rgb).clip(0, 1)
+    rgb = (np.moveaxis(x, 0, 2) - mean) / (4 * std) + 0.5
+    return np.where(valid_pixels(x, meta['nodata'])[..., None], rgb, 0).clip(0, 1)
+
+
+def are_numbered(class_names):
+    """Past 8 classes no palette is safe for colour-blind eyes: pictures then carry the classes' numbers as well"""
+    return len(class_names) > len(SAFE_PALETTE)
+
+
+def show_classes(axis, classes, class_names, step=1):
+    """Draw classes (h, w), 0 = none, in their colours, `step` pixels of the scene apart; where colours do not do, number their larger areas"""
+    (h, w), colors = classes.shape, class_colors(class_names)
+    axis.imshow(colors[classes], interpolation='nearest', extent=(0, w * step, h * step, 0))
+    inside, depth = (classes > 0) & are_numbered(class_names), np.zeros(classes.shape, int)
+    while inside.any():  # peel the areas: what is left last is the middle of an area, and deep enough for a number
+        depth += inside
+        rim = np.pad(np.where(inside, classes, 0), 1)
+        inside &= np.all([classes == part for part in (rim[:-2, 1:-1], rim[2:, 1:-1], rim[1:-1, :-2], rim[1:-1, 2:])], 0)
+    rows, cols = np.mgrid[:h, :w]
+    depth[depth < max(3, max(h, w) // 24)] = 0
+    while depth.any():
+        row, col = np.unravel_index(depth.argmax(), depth.shape)
+        number = classes[row, col]
+        axis.text((col + 0.5) * step, (row + 0.5) * step, str(number), ha='center', va='center', fontsize=7,
+                  color='black' if colors[number] @ (0.3, 0.59, 0.11) > 110 else 'white')
+        depth[(classes == number) & (np.hypot(rows - row, cols - col) < max(h, w) / 3)] = 0  # one number is enough there
+
+
+def class_legend(figure, class_names, present):
+    """Below the figure: the colours of the classes in `present` (their numbers, 0 = none)"""
+    from matplotlib.patches import Patch
+    labels = [f'{k} {name}' if are_numbered(class_names) else name for k, name in enumerate(class_names, 1)]
+    shown = [(k, labels[k - 1]) for k in sorted(present) if k] + [(0, 'no label, no data')] * (0 in present)
+    columns = max(1, int(figure.bbox.width / figure.dpi / (0.55 + 0.07 * max(len(label) for _, label in shown))))
+    figure.legend(handles=[Patch(color=class_colors(class_names)[k] / 255, label=label) for k, label in shown], loc='outside lower center', fontsize=8,
+                  ncols=min(columns, len(shown)), frameon=False)
+
+
+def save_map(path, scene, classes, class_names, max_side=600):
+    """Picture of a map: the scene in false colour, its labels if it has some, classes (H, W). Of large scenes every n-th pixel is read and shown."""
+    from matplotlib.figure import Figure
+    H, W = classes.shape
+    step = math.ceil(max(H, W) / max_side)
+    thin, bands = scene.cube[:, ::step, ::step], false_color_bands(scene.wavelengths_nm, len(scene.cube))
+    x = np.asarray(thin[bands], np.float32)
+    valid = valid_pixels(x, scene.nodata)
+    stretch = {'mean': np.zeros(len(thin)), 'std': np.ones(len(thin))}
+    for band, values in zip(bands, x[:, valid]):
+        stretch['mean'][band], stretch['std'][band] = (values.mean(), max(values.std(), 1e-6)) if len(values) else (0, 1)
+    rgb = false_color(thin, {**stretch, 'wavelengths_nm': scene.wavelengths_nm, 'nodata': scene.nodata})
+    panels = {'labels': scene.labels, 'map': classes} if scene.labels is not None and scene.labels.any() else {'map': classes}
+    panels = {title: np.asarray(shown[::step, ::step]) for title, shown in panels.items()}
+    stacked, n = W > 2 * H, 1 + len(panels)
+    height = n * (min(9 * H / W, 9) + 0.3) if stacked else min(9 / n * H / W, 9)
+    figure = Figure(figsize=(9, height + 1), layout='constrained')
+    axes = figure.subplots(*((n, 1) if stacked else (1, n)), sharex=True, sharey=True, squeeze=False).ravel()
+    axes[0].imshow(rgb, interpolation='nearest', extent=(0, rgb.shape[1] * step, rgb.shape[0] * step, 0))
+    axes[0].set_title('false colour', fontsize=10)
+    for axis, (title, shown) in zip(axes[1:], panels.items()):
+        show_classes(axis, shown, class_names, step)
+        axis.set_title(title, fontsize=10)
+    for axis in axes:
+        axis.tick_params(labelsize=7)
+        axis.set_xlabel('column, px', fontsize=8)
+    axes[0].set_ylabel('row, px', fontsize=8)
+    class_legend(figure, class_names, set(np.unique(list(panels.values())).tolist()))
+    save_figure(figure, path)
 
 
 def save_figure(figure, path):
@@ -1282,7 +1375,6 @@ def save_figure(figure, path):
 
 def check(args):
     """The command `check`: facts, faults and floors of a tile directory. Exit code 1 when something is wrong."""
-    from matplotlib.figure import Figure
     splits = [s for s in SPLITS if Tiles(args.data, 'tr').meta['tiles'][s]]
     tiles, problems, seen = {s: Tiles(args.data, s) for s in splits}, [], {}
     meta = tiles['tr'].meta
@@ -1337,29 +1429,75 @@ def check(args):
         print(f'\nfloors on {splits[-1]} (%): what a network must beat')
         print_scores(rows)
 
-    figure = Figure(figsize=(11, 8), layout='constrained')
-    axes = figure.subplots(2, 1)
-    for i, split in enumerate(splits):
-        axes[0].bar(np.arange(meta['num_classes']) + 0.27 * (i - 1), counts[split][1:meta['num_classes'] + 1], 0.27, label=split)
-    axes[0].set(yscale='symlog', ylabel='labelled pixels', xticks=range(meta['num_classes']))
-    axes[0].set_xticklabels(meta['class_names'], rotation=35, ha='right', fontsize=8)
-    axes[0].legend()
-    nm = np.array(meta['wavelengths_nm'] or range(meta['num_bands']), float)
-    order, colors = np.argsort(nm), class_colors(meta['class_names']) / 255
-    for k in range(1, meta['num_classes'] + 1):
-        n = sums[0, k]
-        if n[0] > 1:
-            mean, std = sums[1, k] / n, np.sqrt((sums[2, k] / n - (sums[1, k] / n) ** 2).clip(0))
-            axes[1].plot(nm[order], mean[order], color=colors[k], label=meta['class_names'][k - 1])
-            axes[1].fill_between(nm[order], (mean - std)[order], (mean + std)[order], color=colors[k], alpha=0.12)
-    axes[1].set(xlabel='wavelength, nm' if meta['wavelengths_nm'] else 'band', ylabel='stored value, mean ± std')
-    if counts['tr'][1:].any():
-        axes[1].legend(fontsize=7, ncols=2, loc='center left', bbox_to_anchor=(1, 0.5))
-    save_figure(figure, os.path.join(args.data, 'check.png'))
+    save_check(os.path.join(args.data, 'check.png'), tiles, counts, sums)
     print(f'picture: {os.path.join(args.data, "check.png")}')
     if problems:
         raise UserError('\n'.join(f'{args.data}: {problem}' for problem in problems))
     print('nothing wrong found')
+
+
+def save_check(path, tiles, counts, sums):
+    """check.png: one training tile (false colour, single bands, labels), labelled pixels of each class and split, mean spectrum of each class.
+
+    tiles, counts: dicts split -> Tiles, pixels of each label (256,); sums (3, K + 1, C): pixels, values and squares by label
+    """
+    from matplotlib.figure import Figure
+    train, meta, names = tiles['tr'], tiles['tr'].meta, tiles['tr'].meta['class_names']
+    spectra = [k for k in range(1, meta['num_classes'] + 1) if sums[0, k, 0] > 1] or [0]
+    columns = min(len(spectra), 6)
+    rows = math.ceil(len(spectra) / columns)
+    figure = Figure(figsize=(9, 4.9 + 0.2 * math.ceil(len(names) / 4) + 1.2 * rows), layout='constrained')
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(2.2 + 0.2 * math.ceil(len(names) / 4), 2.2, 0.5 + 1.2 * rows))
+
+    many = [len(np.unique(labels)) + (labels > 0).mean() for labels in train.labels[:500]] if train.labels is not None else [0]
+    image, nm = np.asarray(train.images[np.argmax(many)]), meta['wavelengths_nm']
+    axes = top.subplots(1, 5)
+    axes[0].imshow(false_color(image, meta), interpolation='nearest')
+    axes[0].set_title('false colour', fontsize=9)
+    axes[0].set_ylabel(f'tile {np.argmax(many)} of tr, {image.shape[1]} px', fontsize=8)
+    gray = np.where(valid_pixels(image, meta['nodata']), image, np.nan)
+    for axis, share in zip(axes[1:], (0.2, 0.5, 0.8)):
+        band = round(share * (len(image) - 1))
+        low, high = np.nanquantile(gray[band], (0.02, 0.98)) if np.isfinite(gray[band]).any() else (0, 1)
+        axis.imshow(gray[band], cmap='gray', vmin=low, vmax=high, interpolation='nearest')
+        axis.set_title(f'band {band + 1}' + (f', {nm[band]:.0f} nm' if nm else ''), fontsize=9)
+    for axis in axes:
+        axis.set(xticks=[], yticks=[])
+    if train.labels is None:
+        axes[4].axis('off')
+    else:
+        show_classes(axes[4], train.labels[np.argmax(many)], names)
+        axes[4].set_title('labels', fontsize=9)
+        class_legend(top, names, range(len(names) + 1))
+
+    axis = middle.subplots()
+    for i, (split, color) in enumerate(zip(tiles, ('#0072b2', '#e69f00', '#999999'))):
+        axis.bar(np.arange(len(names)) + 0.27 * (i - 1), counts[split][1:len(names) + 1], 0.27, label=split, color=color)
+    axis.set(yscale='symlog', ylim=(0, None), xticks=range(len(names)))
+    axis.set_ylabel('labelled pixels', fontsize=8)
+    axis.set_xticklabels([str(k) if are_numbered(names) else name.replace(' ', '\n') for k, name in enumerate(names, 1)])
+    axis.tick_params(labelsize=8)
+    axis.legend(fontsize=8, ncols=3, loc='lower right', bbox_to_anchor=(1, 1), frameon=False)
+
+    nm = np.array(nm or range(1, meta['num_bands'] + 1), float)
+    order = np.argsort(nm)
+    mean = sums[1] / sums[0].clip(1)
+    std = np.sqrt((sums[2] / sums[0].clip(1) - mean ** 2).clip(0))
+    axes = bottom.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axis, k in itertools.zip_longest(axes.flat, spectra):
+        if k is None:
+            axis.axis('off')
+            continue
+        for other in spectra:  # the others in gray: what a class is to be told from
+            axis.plot(nm[order], mean[other, order], color='0.8', linewidth=0.5)
+        color = class_colors(names)[k] / 255
+        axis.fill_between(nm[order], (mean - std)[k, order], (mean + std)[k, order], color=color, alpha=0.6, linewidth=0)
+        axis.plot(nm[order], mean[k, order], color='black', linewidth=1)
+        axis.set_title(f'{k} {names[k - 1]}'[:27] if k else 'all pixels', fontsize=7)
+        axis.tick_params(labelsize=7)
+    bottom.supxlabel('wavelength, nm' if meta['wavelengths_nm'] else 'band', fontsize=8)
+    bottom.supylabel('stored value, mean ± std', fontsize=8)
+    save_figure(figure, path)
 
 
 # ============ the demo data set ============

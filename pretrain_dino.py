@@ -466,18 +466,19 @@ def save_features(path, encoder, raw, prepare, meta):
 
 def save_curves(path, log, out_dim):
     """Losses, signs of collapse, and the probe over the steps, with the floors and the random encoder (the probe at step 0) as lines."""
-    figure = Figure(figsize=(13, 3.6), layout='constrained')
+    figure = Figure(figsize=(11, 3.6), layout='constrained')
     left, middle, right = figure.subplots(1, 3)
     trained = [e for e in log if 'loss' in e]
-    for name in [key for key in (trained[0] if trained else {}) if key.startswith(('dino', 'ibot'))]:
-        left.plot([e['step'] for e in trained], [e[name] for e in trained], label=name)
+    names = [key for key in (trained[0] if trained else {}) if key.startswith(('dino', 'ibot'))]
+    for name, style in zip(names, itertools.cycle(('-', '--', '-.'))):
+        left.plot([e['step'] for e in trained], [e[name] for e in trained], style, label=name)
     left.axhline(math.log(out_dim), color='gray', linestyle=':', label='ln K: nothing learned')
     left.set(xlabel='step', ylabel='cross-entropy')
     left.legend(fontsize=8)
-    for name, scale, label in (('teacher_entropy', math.log(out_dim), 'teacher entropy / ln K'),
-                               ('patch_entropy', math.log(out_dim), 'its entropy for patches / ln K'), ('feature_std', 1, 'feature std'),
-                               ('prototypes_used', out_dim, 'prototypes used / K')):
-        middle.plot([e['step'] for e in trained], [e[name] / scale for e in trained], label=label)
+    for name, scale, label, style in (('teacher_entropy', math.log(out_dim), 'teacher entropy / ln K', '-'),
+                                      ('patch_entropy', math.log(out_dim), 'its entropy for patches / ln K', '--'),
+                                      ('feature_std', 1, 'feature std', '-.'), ('prototypes_used', out_dim, 'prototypes used / K', ':')):
+        middle.plot([e['step'] for e in trained], [e[name] / scale for e in trained], style, label=label)
     middle.set(xlabel='step', ylabel='signs of collapse', ylim=(0, None))
     middle.legend(fontsize=8)
     probed = [e for e in log if 'probe_miou' in e]
@@ -486,7 +487,7 @@ def save_curves(path, log, out_dim):
         lines = {'random encoder': probed[0]['probe_miou'], **{k: v for k, v in probed[0].items() if k.endswith('floor')}}
         for (name, value), style in zip(lines.items(), ('-.', ':', '--')):
             right.axhline(100 * value, color='gray', linestyle=style, label=name)
-        right.set(xlabel='step', ylabel='linear probe (cross-validated), mIoU in %')
+        right.set(xlabel='step', ylabel='linear probe, mIoU in %')
         right.legend(fontsize=8)
     save_figure(figure, path)
 

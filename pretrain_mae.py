@@ -263,7 +263,7 @@ def save_curves(path, log):
         lines = {'random encoder': probed[0]['probe_miou'], **{k: v for k, v in probed[0].items() if k.endswith('floor')}}
         for (name, value), style in zip(lines.items(), ('-.', ':', '--')):
             right.axhline(100 * value, color='gray', linestyle=style, label=name)
-        right.set(xlabel='step', ylabel='linear probe (cross-validated), mIoU in %')
+        right.set(xlabel='step', ylabel='linear probe, mIoU in %')
         right.legend(fontsize=8)
     save_figure(figure, path)
 

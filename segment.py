@@ -35,13 +35,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (IGNORE_INDEX, UserError, Tiles, append_row, chance_warning, class_colors, confusion_matrix, demo_if_missing, draw_crops,
+from data import (IGNORE_INDEX, UserError, Tiles, append_row, chance_warning, class_colors, class_legend, confusion_matrix, demo_if_missing, draw_crops,
                   epoch_ids, false_color, fit_logistic, floors, label_to_class, labelled_pixels, map_scene, plain_errors, print_scores, print_table, resized_crop,
-                  resized_crop_labels, save_figure, scores, sliding_window, standardization, standardize, write_json)
+                  resized_crop_labels, save_figure, scores, show_classes, sliding_window, standardization, standardize, write_json)
 from models import (SIZES, ConvHead, LinearHead, SpatialSpectralViT, TransformerHead, ViT, dense_features, encoder_bands, load_checkpoint,
                     load_encoder)
 
@@ -350,42 +349,45 @@ def get_batch(train, labelled, step, *, rank, world, batch_size, crop_size, augm
 
 def save_pictures(out_dir, cm, model, tiles, prepare, meta, log):
     """confusion.png, examples.png (false colour, labels, prediction of up to four test tiles) and curves.png."""
-    names, colors, K = meta['class_names'], class_colors(meta['class_names']), meta['num_classes']
-    figure = Figure(figsize=(3 + 0.4 * K, 2.5 + 0.4 * K), layout='constrained')
+    names, K = meta['class_names'], meta['num_classes']
+    side = min(0.4 * K, 6)
+    figure = Figure(figsize=(3 + side, 2.5 + side), layout='constrained')
     axis = figure.subplots()
     share = cm.double() / cm.sum(1, keepdim=True).clamp(min=1)
     axis.imshow(share, cmap='Blues', vmin=0, vmax=1)
     for i in range(K):
         for j in range(K):
             if share[i, j] >= 0.005:
-                axis.text(j, i, f'{100 * share[i, j]:.0f}', ha='center', va='center', fontsize=7, color='white' if share[i, j] > 0.6 else 'black')
+                axis.text(j, i, f'{100 * share[i, j]:.0f}', ha='center', va='center', fontsize=8 if K <= 16 else 6, color='white' if share[i, j] > 0.6 else 'black')
     axis.set(xticks=range(K), yticks=range(K), xlabel='predicted', ylabel='true', title='test pixels of a class, %')
     axis.set_xticklabels(names, rotation=60, ha='right', fontsize=8)
     axis.set_yticklabels([f'{name} ({int(n)})' for name, n in zip(names, cm.sum(1))], fontsize=8)
     save_figure(figure, os.path.join(out_dir, 'confusion.png'))
 
     most_labels = np.argsort([-np.count_nonzero(tiles.labels[i]) for i in range(min(len(tiles), 500))], kind='stable')[:4]
-    figure = Figure(figsize=(9.5, 2.35 * len(most_labels)), layout='constrained')
-    axes = figure.subplots(len(most_labels), 3, squeeze=False)
+    figure = Figure(figsize=(7.5, 2.4 * len(most_labels) + 0.8), layout='constrained')
+    axes, present = figure.subplots(len(most_labels), 3, squeeze=False), set()
     for row, i in zip(axes, most_labels):
         images, labels = tiles.batch([i])
         pred = model(prepare(images)).argmax(1)[0].cpu().numpy() + 1
         row[0].imshow(false_color(images[0], meta), interpolation='nearest')
-        row[1].imshow(colors[labels[0].numpy()], interpolation='nearest')
-        row[2].imshow(colors[pred], interpolation='nearest')
-        row[0].set_ylabel(f'tile {i}')
+        show_classes(row[1], labels[0].numpy(), names)
+        show_classes(row[2], pred, names)
+        row[0].set_ylabel(f'tile {i}, {pred.shape[0]} px')
+        present |= {*labels.unique().tolist(), *pred.flat}
     for axis, title in zip(axes[0], ('false colour', 'test labels', 'prediction')):
         axis.set_title(title)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    figure.legend(handles=[Patch(color=colors[k + 1] / 255, label=name) for k, name in enumerate(names)], loc='outside right upper', fontsize=8)
+    class_legend(figure, names, present)
     save_figure(figure, os.path.join(out_dir, 'examples.png'))
 
-    figure = Figure(figsize=(10, 3.6), layout='constrained')
-    for axis, key, label in zip(figure.subplots(1, 2), ('loss', 'val_miou'), ('training loss', 'mIoU on val')):
-        axis.plot([e['step'] for e in log if key in e], [e[key] for e in log if key in e], 'o-' if key == 'val_miou' else '-')
-        axis.set(xlabel='step', ylabel=label)
-    save_figure(figure, os.path.join(out_dir, 'curves.png'))
+    if log:  # a solved decoder has no curves
+        figure = Figure(figsize=(9, 3.2), layout='constrained')
+        for axis, key, scale, label in zip(figure.subplots(1, 2), ('loss', 'val_miou'), (1, 100), ('training loss', 'mIoU on val, %')):
+            axis.plot([e['step'] for e in log if key in e], [scale * e[key] for e in log if key in e], 'o-' if key == 'val_miou' else '-')
+            axis.set(xlabel='step', ylabel=label)
+        save_figure(figure, os.path.join(out_dir, 'curves.png'))
 
 
 def trained_segmenter(path):
@@ -405,14 +407,15 @@ def save_comparison(out_dir, runs):
     comparison_curves.png: the score on val over the steps, for runs of every script (the linear probe's for pre-training)."""
     os.makedirs(out_dir, exist_ok=True)
     figure = Figure(figsize=(8, 3.8), layout='constrained')
-    axis = figure.subplots()
+    axis, markers, lines = figure.subplots(), itertools.cycle('os^Dv*'), itertools.cycle(('-', '--', '-.', ':'))
+    axis.set_prop_cycle(color=[color / 255 for color in class_colors(['run'] * 8)[[5, 6, 3, 7, 1, 2, 8]]])  # told apart by colour-blind eyes
     for run in runs:
         if not os.path.exists(os.path.join(run, 'log.jsonl')):
             raise UserError(f'{run}: holds no log.jsonl: give directories of runs, separated by commas')
         log = read_log(os.path.join(run, 'log.jsonl'), math.inf)
         scored = [(e['step'], 100 * e.get('val_miou', e.get('probe_miou', 0))) for e in log if 'val_miou' in e or 'probe_miou' in e]
         if scored:  # a solved decoder has no curve
-            axis.plot(*zip(*scored), 'o-', markersize=3, label=os.path.basename(os.path.normpath(run)))
+            axis.plot(*zip(*scored), marker=next(markers), linestyle=next(lines), markersize=5, label=os.path.basename(os.path.normpath(run)))
     axis.set(xlabel='step', ylabel='mIoU on val, %')
     if axis.lines:
         axis.legend(fontsize=8)
@@ -425,28 +428,31 @@ def save_comparison(out_dir, runs):
     if len({checkpoint['config']['data'] for _, checkpoint in models}) > 1:
         raise UserError(f'--compare={",".join(judged)}: these runs are on different data sets: their maps cannot stand side by side')
     tiles = Tiles(models[0][1]['config']['data'], 'ts')
-    names, colors = tiles.meta['class_names'], class_colors(tiles.meta['class_names'])
+    names, present = tiles.meta['class_names'], set()
     shown = np.argsort([-np.count_nonzero(tiles.labels[i]) for i in range(min(len(tiles), 500))], kind='stable')[:3]
-    figure = Figure(figsize=(2 * (2 + len(models)) + 1.8, 2.2 * len(shown)), layout='constrained')
+    side = min(9 / (2 + len(models)), 2.5)
+    figure = Figure(figsize=(9, (side + 0.1) * len(shown) + 1.3), layout='constrained')
     axes = figure.subplots(len(shown), 2 + len(models), squeeze=False)
     for row, i in zip(axes, shown):
         tiles.use_bands('')
         images, labels = (part.clone() for part in tiles.batch([i]))
         row[0].imshow(false_color(images[0], tiles.meta), interpolation='nearest')
-        row[1].imshow(colors[labels[0].numpy()], interpolation='nearest')
+        show_classes(row[1], labels[0].numpy(), names)
+        row[0].set_ylabel(f'tile {i}, {labels.shape[1]} px', fontsize=8)
+        present |= set(labels.unique().tolist())
         for axis, (model, checkpoint) in zip(row[2:], models):
             tiles.use_bands(checkpoint['config'].get('bands', ''))
             mean, matrix = standardization(tiles.meta, checkpoint['whiten'], checkpoint['config'].get('components'))
             with torch.no_grad():
                 pred = model(standardize(tiles.batch([i])[0], mean, matrix, tiles.meta['nodata'])).argmax(1)[0] + 1
-            axis.imshow(colors[pred.numpy()], interpolation='nearest')
+            show_classes(axis, pred.numpy(), names)
+            present |= set(pred.unique().tolist())
     titles = [f'{os.path.basename(os.path.normpath(run))}\nmIoU {100 * json.load(open(os.path.join(run, "report.json"), encoding="utf-8"))["scores"]["miou"]:.1f}' for run in judged]
     for axis, title in zip(axes[0], ['false colour', 'test labels', *titles]):
         axis.set_title(title, fontsize=9)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    present = np.unique(np.stack([tiles.labels[i] for i in shown]))
-    figure.legend(handles=[Patch(color=colors[k] / 255, label=names[k - 1]) for k in present if k], loc='outside right upper', fontsize=7)
+    class_legend(figure, names, present)
     save_figure(figure, os.path.join(out_dir, 'comparison.png'))
 
 

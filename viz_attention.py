@@ -83,9 +83,10 @@ def draw(path, raw, named_encoders, meta, block, heads, query):
     """One picture of one image: raw (C, H, W), named_encoders: list of (name, encoder); query (row, column) in pixels"""
     (H, W), spectral = raw.shape[1:], any(hasattr(encoder, 'spectral_blocks') for _, encoder in named_encoders)
     shown_heads = min(heads, max(encoder.blocks[0].attn.num_heads for _, encoder in named_encoders))
-    titles = ['false colour'] + ['cls, mean of heads'] + [f'cls, head {i + 1}' for i in range(shown_heads)] + ['chosen patch', 'features']
-    widths = [1] * len(titles) + [1.8] * spectral
-    figure = Figure(figsize=(1.75 * sum(widths), 1.85 * len(named_encoders) + 0.45), layout='constrained')
+    titles = ['false colour', 'cls,\nall heads'] + [f'cls,\nhead {i + 1}' for i in range(shown_heads)] + ['chosen\npatch', 'features']
+    widths = [1] * len(titles) + [2] * spectral
+    side = min(9 / sum(widths), 1.8)
+    figure = Figure(figsize=(9, (side * min(H / W, 2) + 0.3) * len(named_encoders) + 0.8), layout='constrained')
     axes = figure.subplots(len(named_encoders), len(widths), squeeze=False, width_ratios=widths)
     for row, (name, encoder) in zip(axes, named_encoders):
         own_meta, weights = at_bands(meta, encoder_bands(encoder, meta, name), name)
@@ -98,27 +99,30 @@ def draw(path, raw, named_encoders, meta, block, heads, query):
         asked = patch_maps(attention, prefix + query[0] // P * w + query[1] // P, prefix, h, w).mean(0)
         row[0].imshow(false_color(raw, meta), extent=(0, W, H, 0))
         row[0].add_patch(Rectangle((query[1] // P * P, query[0] // P * P), P, P, fill=False, color='red', linewidth=1.5))
-        row[0].set_ylabel(name, fontsize=8)
+        row[0].set_ylabel(f'{name}\n{H} x {W} px', fontsize=8)
         for axis, values in zip(row[1:], [cls.mean(0), *cls[:shown_heads], *[None] * (shown_heads - len(cls)), asked]):
             if values is None:
                 axis.axis('off')
                 continue
             axis.imshow(values, cmap='viridis', norm=PowerNorm(0.5, 0, float(values.flatten().quantile(0.99))), extent=(0, W, H, 0), interpolation='nearest')
-            axis.set_xlabel(f'at most {values.max():.1f}', fontsize=7)
+            axis.set_xlabel(f'max. {values.max():.1f}', fontsize=7)
         row[len(titles) - 2].add_patch(Rectangle((query[1] // P * P, query[0] // P * P), P, P, fill=False, color='red', linewidth=1))
         row[len(titles) - 1].imshow(principal_colors(features), extent=(0, W, H, 0), interpolation='nearest')
         for axis in row[:len(titles)]:
             axis.set(xticks=[], yticks=[])
-        if spectral:
+        if spectral_attention is not None:
             draw_spectrum(row[-1], own[0].numpy(), own_meta, encoder, spectral_attention)
+        elif spectral:
+            row[-1].axis('off')
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
-    figure.text(0.01, 0, 'attention: 1 = the average over all patches; dark = 0, yellow = its 99 % quantile or more, square root between', fontsize=7, va='top')
+    figure.supxlabel('Attention: 1 = the average over all patches; dark = 0, yellow = its 99 % quantile or more, square root between.\n'
+                     'Chosen patch: red. Features: three principal components.', fontsize=8)
     save_figure(figure, path)
 
 
 def draw_spectrum(axis, raw, meta, encoder, attention):
-    """The image's mean spectrum and, if the encoder has a spectral stream, what its cls token takes from each band group"""
+    """The image's mean spectrum, and what the cls token of the encoder's spectral stream takes from each band group"""
     nm = np.array(meta['wavelengths_nm'] or range(len(raw)), float)
     order = np.argsort(nm)
     valid = valid_pixels(raw, meta['nodata'])
@@ -126,17 +130,14 @@ def draw_spectrum(axis, raw, meta, encoder, attention):
     axis.set_xlabel('wavelength, nm' if meta['wavelengths_nm'] else 'band', fontsize=7)
     axis.set_ylabel('mean value', fontsize=7)
     axis.tick_params(labelsize=6)
-    if attention is None:
-        axis.set_title('no spectral stream', fontsize=8)
-        return
     groups, size = encoder.num_groups, encoder.spectral_patch_size
     share = attention[:, 0, encoder.num_prefix_tokens:].mean(0).numpy() * groups
     middle = [nm[i * size:(i + 1) * size].mean() for i in range(groups)]
     right = axis.twinx()
-    right.bar(middle, share, width=0.8 * np.abs(np.diff(middle)).min() if groups > 1 else 1, color='tab:orange', alpha=0.6)
+    right.bar(middle, share, width=0.8 * np.abs(np.diff(middle)).min() if groups > 1 else 1, color='#e69f00', alpha=0.6)
     right.set_ylim(0, max(2.0, 1.1 * share.max()))
     right.tick_params(labelsize=6)
-    right.set_ylabel('attention (1 = average)', fontsize=7, color='tab:orange')
+    right.set_ylabel('attention, 1 = average', fontsize=7, color='#a65000')
 
 
 if __name__ == '__main__':

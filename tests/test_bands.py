@@ -8,7 +8,7 @@ import torch
 
 import data
 from conftest import MAE_TINY, make_scene, run
-from data import BAND_SETS, OHS_NM, Tiles, UserError, band_matrix, parse_bands, resample_bands, standardization, standardize, valid_pixels
+from data import OHS_NM, Tiles, UserError, band_matrix, parse_bands, resample_bands, standardization, standardize, valid_pixels
 from models import SpatialSpectralViT, load_checkpoint, load_encoder
 
 

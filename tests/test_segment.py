@@ -1,12 +1,15 @@
 """Decoders, baseline, scores of whole scenes, label shares, maps: what stands between a feature and a number one can trust."""
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import baseline_deeplab
+import data
 import segment
 import why_it_failed
 from conftest import SCENES, make_scene, run
@@ -275,6 +278,7 @@ def mapped(scene_data, tmp_path_factory):
 def test_a_map_lies_where_the_scene_lies(mapped):
     done = run('segment.py', f'--out_dir={mapped}/run', f'--predict={mapped}/scene.tif', f'--out={mapped}/map.tif', f'--probabilities={mapped}/p.tif')
     assert '45 x 61 pixels' in done.stdout and json.load(open(mapped / 'map.json')) == {'1': 'class 1', '2': 'class 2', '3': 'class 3'}
+    assert (mapped / 'map.png').stat().st_size > 5000
     again = read_scene(str(mapped / 'map.tif'))
     assert again.cube.shape == (1, 45, 61) and again.cube.dtype == np.uint8 and again.nodata == 0
     assert (again.cube[0, :6, :9] == 0).all() and again.cube.max() <= 3 and (again.cube[0, 6:] > 0).all()
@@ -286,6 +290,50 @@ def test_a_map_lies_where_the_scene_lies(mapped):
         best = probabilities.read().argmax(0) + 1
         known = written.read(1) > 0
         assert (best == written.read(1))[known].mean() > 0.97  # ties of rounded probabilities apart
+
+
+@pytest.mark.parametrize('info, epsg', [(['UTM', 3, 2, 600000, 5000000, 30, 30, 32, 'North', 'WGS-84', 'units=Meters'], 32632),
+                                        (['UTM', 1, 1, 300000, 8000000, 10, 20, 23, 'South', 'WGS-84', 'units=Meters'], 32723),
+                                        (['Geographic Lat/Lon', 1.5, 1.5, 13.1, 52.4, 0.001, 0.002, 'WGS-84', 'units=Degrees'], 4326)])
+def test_a_map_of_an_envi_scene_lies_where_the_scene_lies(info, epsg, tmp_path):
+    rasterio, spectral = pytest.importorskip('rasterio'), pytest.importorskip('spectral')
+    spectral.envi.save_image(str(tmp_path / 'a.hdr'), np.arange(60, dtype=np.int16).reshape(4, 5, 3), metadata={'map info': info}, interleave='bsq')
+    meta = {'num_bands': 3, 'num_classes': 2, 'class_names': ['a', 'b'], 'wavelengths_nm': None, 'nodata': None}
+    data.map_scene(lambda x: torch.full((len(x), 2, 4, 4), 0.5), str(tmp_path / 'a.hdr'), meta, 4, 0.5, str(tmp_path / 'map.tif'))
+    with rasterio.open(tmp_path / 'a.img') as scene, rasterio.open(tmp_path / 'map.tif') as written:  # GDAL reads both formats on its own
+        assert written.crs.to_epsg() == epsg and scene.crs.is_geographic == written.crs.is_geographic
+        np.testing.assert_allclose(written.transform, scene.transform, rtol=1e-12)
+    tags = lambda *words: [tag[0] for tag in data.envi_geotags([*info[:-1], *words])]
+    assert len(tags()) == 3 and tags('rotation=0.0') == tags() and tags('rotation=12.5') == []
+    assert [tag[0] for tag in data.envi_geotags(['Arbitrary', *info[1:]])] == [33550, 33922] and data.envi_geotags([]) == ()  # a place, no system
+
+
+def test_the_picture_of_a_map_reads_few_pixels_of_a_large_scene(tmp_path):
+    bands, H, W = 60, 3000, 2500  # 0.9 GB, on disk only
+    cube = np.memmap(tmp_path / 'cube', np.int16, 'w+', shape=(bands, H, W))
+    classes = np.memmap(tmp_path / 'classes', np.uint8, 'w+', shape=(H, W))
+    classes[:, W // 2:] = 1
+    tracemalloc.start()
+    data.save_map(str(tmp_path / 'map.png'), data.Scene(cube, None, None, None, None), classes, ['a', 'b'])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60e6 and (tmp_path / 'map.png').exists()
+
+
+def test_a_picture_of_many_classes_numbers_their_areas_rightly(tmp_path):
+    classes, step = np.zeros((60, 80), np.uint8), 3
+    classes[5:25, 5:30], classes[30:58, 2:50], classes[5:28, 40:78] = 1, 9, 16
+    classes[50, 60:79] = 7  # too thin for a number
+    figure = Figure()
+    axis = figure.subplots()
+    data.show_classes(axis, classes, [f'name {k}' for k in range(1, 17)], step)
+    places = {text.get_text(): tuple(int(v // step) for v in text.get_position()[::-1]) for text in axis.texts}
+    assert {int(number): classes[place] for number, place in places.items()} == {1: 1, 9: 9, 16: 16}
+    data.class_legend(figure, [f'name {k}' for k in range(1, 17)], {0, 1, 9})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ['1 name 1', '9 name 9', 'no label, no data']
+    few = figure.add_subplot()
+    data.show_classes(few, classes % 3, ['a', 'b', 'c'])
+    assert not few.texts  # up to 8 the colours do
 
 
 def test_a_map_without_overlap_is_tile_wise_prediction(mapped):
