@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from conftest import MAE_TINY, ROOT, run
 from data import UserError
-from models import (RGB_NM, MaskedAutoencoder, ViT, adapt_patch_embed, export_encoder, load_checkpoint, load_encoder, resize_kernel, spread_bands,
+from models import (RGB_NM, SIZES, MaskedAutoencoder, ViT, adapt_patch_embed, export_encoder, load_checkpoint, load_encoder, resize_kernel, spread_bands,
                     start_from)
 
 REFERENCE = os.path.join(os.path.dirname(ROOT), 'shared', 'reference')
@@ -305,7 +305,7 @@ def test_a_public_file_is_judged_and_looked_at(kwargs, scene_data, tmp_path):
 
 def our_run(path, **extra):
     """last.pt as a pre-training script writes it, of a ViT with random values"""
-    args = dict(img_size=16, patch_size=4, in_chans=7, embed_dim=48, depth=2, num_heads=3, **extra)
+    args = {**dict(img_size=16, patch_size=4, in_chans=7, embed_dim=48, depth=2, num_heads=3), **extra}
     torch.manual_seed(0)
     encoder = ViT(**args)
     for parameter in encoder.parameters():
@@ -331,6 +331,14 @@ def test_what_is_exported_with_public_names_comes_back_bit_by_bit(kind, tmp_path
         recorded = {name: shape for name, shape in recorded.items() if 'gamma' not in name}
     assert {name: tuple(value.shape) for name, value in state.items()} == recorded
     assert all(torch.equal(state[name], value) for name, value in encoder.state_dict().items())
+
+
+def test_heads_are_not_in_a_file_but_known_of_every_size_of_ours(tmp_path):
+    for size in SIZES.values():
+        encoder, x = our_run(tmp_path / 'last.pt', **{**size, 'depth': 1}), torch.randn(1, 7, 16, 16)
+        export_encoder(str(tmp_path / 'last.pt'), str(tmp_path / 'vit.pth'), 'dinov2')
+        with torch.no_grad():
+            torch.testing.assert_close(load_encoder(str(tmp_path / 'vit.pth'))(x), encoder(x), rtol=1e-5, atol=1e-5)
 
 
 def test_the_command_exports_and_refuses_in_a_sentence(tmp_path):
