@@ -557,7 +557,7 @@ if __name__ == '__main__':
     cm = evaluate(model, splits['ts'], prepare, autocast, device, rank, world, crop_size)
     if rank == 0:
         result = scores(cm)
-        floor = floors(data, 'ts', label_share, seed)
+        floor = floors(data, 'ts', label_share, seed, bands)
         rows = {**floor, f'{method} + {decoder}': result}
         print(f'\ntest split of {data} (%), best state on val: step {chosen["step"]}; split: {meta["split"]}')
         print_scores(rows)

@@ -1080,15 +1080,18 @@ def spectrum_features(meta, windows, device='cpu'):
 FLOORS = {'pixel': (1,), 'window': (1, 3, 5, 9)}
 
 
-def floors(directory, split='ts', label_share=1.0, seed=0):
+def floors(directory, split='ts', label_share=1.0, seed=0, bands=''):
     """What a network must beat on `split`: majority class, chance, and logistic regression on the pixel's spectrum and on spectra
-    averaged over windows of 1, 3, 5 and 9 px. Fitted on 'tr' (see Tiles for `label_share`), kept in floors.json. -> dict name -> scores()"""
+    averaged over windows of 1, 3, 5 and 9 px. Fitted on 'tr' (see Tiles for `label_share` and `bands`), kept in floors.json.
+    -> dict name -> scores()"""
     path = os.path.join(directory, 'floors.json')
     known = json.load(open(path, encoding='utf-8')) if os.path.exists(path) else {}
     key = split if label_share == 1 else f'{split}, {label_share:g} of the labels, seed {seed}'
+    key += f', bands {bands}' * bool(bands)
     if key in known:
         return known[key]
-    train, test = Tiles(directory, 'tr', label_share=label_share, seed=seed), Tiles(directory, split)
+    train = Tiles(directory, 'tr', label_share=label_share, seed=seed, bands=bands)
+    test = Tiles(directory, split, bands=bands)
     num_classes, result = train.meta['num_classes'], {}
     for name, windows in FLOORS.items():
         features = spectrum_features(train.meta, windows)
@@ -1142,10 +1145,12 @@ def print_table(path):
     for row in rows:  # data/ip_0, data/ip_1 with seeds 0, 1: the same experiment on other splits
         data, encoder = (re.sub(rf'_{row["seed"]}(?=[/\\]|$)', '', row[name]) for name in ('data', 'encoder'))
         settings = tuple((name, encoder if name == 'encoder' else value) for name, value in row.items() if name not in results)
-        groups.setdefault((data, float(row.get('label_share') or 1)), {}).setdefault(settings, []).append(row)
-    for (data, share), methods in sorted(groups.items()):
+        group = data, float(row.get('label_share') or 1), row.get('bands') or ''
+        groups.setdefault(group, {}).setdefault(settings, []).append(row)
+    for (data, share, bands), methods in sorted(groups.items()):
         every = [row for runs in methods.values() for row in runs]
-        print(f'\n{data}, {100 * share:g} % of the labels' + f'\n{"":44s}{"OA":>13s}{"mean acc":>13s}{"mIoU":>13s}{"mIoU all":>13s}{"seeds":>7s}')
+        at = f' at the bands {bands[:40]}' if bands else ''
+        print(f'\n{data}{at}, {100 * share:g} % of the labels' + f'\n{"":44s}{"OA":>13s}{"mean acc":>13s}{"mIoU":>13s}{"mIoU all":>13s}{"seeds":>7s}')
         for settings, runs in sorted(methods.items(), key=lambda item: -np.mean([float(row['miou']) for row in item[1]])):
             alike = [dict(other) for other in methods if dict(other)['method'] == dict(settings)['method'] and dict(other)['decoder'] == dict(settings)['decoder']]
             differ = [f'{name} {value}' for name, value in settings if any(other.get(name) != value for other in alike)]  # what tells rows of one name apart

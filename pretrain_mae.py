@@ -232,8 +232,8 @@ def save_reconstruction(path, model, raw, mean, matrix, meta, img_size, mask_rat
         pred = pred * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
     hidden = mask[..., None].bool()
     back = torch.linalg.pinv(matrix) if matrix.ndim == 2 else 1 / matrix  # out of the standardised space
-    images = {}
-    for title, shown in {'input': patches, f'visible ({1 - mask_ratio:.0%})': patches.masked_fill(hidden, torch.nan),
+    images, first = {}, 'input' if len(matrix) == len(mean) else f'{len(matrix)} components'
+    for title, shown in {first: patches, f'visible ({1 - mask_ratio:.0%})': patches.masked_fill(hidden, torch.nan),
                          'predicted': torch.where(hidden, pred.float(), patches)}.items():
         image = unpatchify(shown, model.encoder.patch_size, h, h)
         image = (back @ image.flatten(2)).reshape(len(x), -1, *x.shape[2:]) if back.ndim == 2 else image * back[:, None, None]
