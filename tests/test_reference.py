@@ -11,8 +11,10 @@ import torch
 
 from conftest import MAE_TINY, ROOT, run
 
-DINO = ['--size=tiny', '--img_size=16', '--local_crops_size=8', '--patch_size=4', '--batch_size=8', '--local_crops_number=2', '--out_dim=64']
-FLAGS = {'pretrain_mae.py': MAE_TINY, 'pretrain_dino.py': DINO, 'pretrain_dino_hsi.py': DINO,
+AT_ONCE = ['--warmup_epochs=0', '--base_lr=1e-2']  # ten steps of a warm-up would hardly move a weight
+DINO = ['--size=tiny', '--img_size=16', '--local_crops_size=8', '--patch_size=4', '--batch_size=8', '--local_crops_number=2', '--out_dim=64',
+        '--freeze_last_layer_epochs=0', '--momentum_teacher=0.9', *AT_ONCE]
+FLAGS = {'pretrain_mae.py': [*MAE_TINY, *AT_ONCE], 'pretrain_dino.py': DINO, 'pretrain_dino_hsi.py': DINO,
          'segment.py': ['--size=tiny', '--img_size=16', '--patch_size=4', '--batch_size=4', '--steps=10', '--decoder=conv', '--window_stride=16'],
          'baseline_deeplab.py': ['--width=16', '--batch_size=4', '--steps=10', '--crop_size=32']}
 PATH = os.path.join(ROOT, 'tests', 'reference_losses.json')
@@ -37,7 +39,7 @@ def test_losses_are_those_of_the_reference(script, demo):
     if reference['torch'] != torch.__version__.split('+')[0]:
         pytest.skip(f'written with torch {reference["torch"]}: another version draws other weights')
     expected = reference[script]
-    tolerance = 0.01 if script == 'baseline_deeplab.py' else 1e-4  # machines differ by rounding, which ten steps amplify, batch norm most
+    tolerance = 0.01 if script == 'baseline_deeplab.py' else 1e-3  # machines differ by rounding, which ten steps amplify, batch norm most
     np.testing.assert_allclose(ten_losses(script, demo), expected, rtol=tolerance)
 
 
