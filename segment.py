@@ -550,14 +550,14 @@ if __name__ == '__main__':
         whiten, encoder_args = vit.config['whiten'], vit.args
         method = {'pretrain_mae.py': 'MAE', 'pretrain_dino.py': 'DINOv2', 'pretrain_dino_hsi.py': 'HSI-DINOv2'}.get(vit.script, vit.script)
         method += ' by wavelength' * by_wavelength
-        if untrained:
-            vit, method = type(vit)(**encoder_args).eval(), f'{method} untrained'
         bands = config['bands'] = encoder_bands(vit, meta, encoder) or bands
         for tiles in splits.values():
             tiles.use_bands(bands)
         if splits['tr'].weights is not None:
             print0(f'{data}: its {len(splits["tr"].weights.T)} bands are resampled to the {len(splits["tr"].weights)} of the encoder')
         meta, config['components'] = splits['tr'].meta, vit.config.get('components')  # for mapping a scene
+        if untrained:
+            vit, method = type(vit)(**encoder_args).eval(), f'{method} untrained'
     else:
         encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'], fixed_positions=True, **SIZES[size])
         vit, method = ViT(**encoder_args), 'random ViT' if freeze else 'ViT from scratch'
