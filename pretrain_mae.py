@@ -351,7 +351,7 @@ if __name__ == '__main__':
     model = MaskedAutoencoder(**encoder_args, decoder_embed_dim=decoder[0], decoder_depth=decoder[1], decoder_num_heads=decoder[2],
                               norm_pix_loss=norm_pix_loss, freeze_encoder=freeze_encoder).to(device)
     if init_from:
-        print0(start_from(init_from, model, meta['wavelengths_nm'], rgb_kernels))
+        print0(start_from(init_from, model, None if pca else meta['wavelengths_nm'], rgb_kernels))
     encoder_args['fixed_positions'] = True  # as MaskedAutoencoder builds its ViT; load_encoder builds it from these
     print0(f'{sum(p.numel() for p in model.parameters()):,} parameters; {len(matrix)} {"components" if pca else "bands"}, {img_size} px crops, '
            f'{(img_size // patch_size) ** 2} patches of {patch_size} px, {mask_ratio:.0%} hidden; {crops} crops an epoch, '
