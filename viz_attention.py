@@ -57,14 +57,15 @@ def override_constants():
 # ---- end of boilerplate: overrides ----
 
 
-def capture(encoder, x, block):
-    """x (1, C, H, W) -> attention of one block (nh, T, T), of its spectral stream (nh, 1 + R + G, 1 + R + G) or None, patch features (h, w, D)"""
+def capture(encoder, x, block, tokens=slice(None)):
+    """x (1, C, H, W) -> attention of one block (nh, T, T), of its spectral stream (nh, 1 + R + G, 1 + R + G) or None, patch features (h, w, D).
+    `tokens`: of the first only these rows, since all of them take gigabytes for a large image."""
     seen = {}
 
     def keep(name):
         def hook(module, args):  # args[0] is what this attention layer sees
             q, k, _ = module.heads(args[0])
-            seen[name] = module.weights(q, k)[0]
+            seen[name] = module.weights(q[:, :, tokens] if name == 'blocks' else q, k)[0]
         return hook
     hooks = [getattr(encoder, name)[block].attn.register_forward_pre_hook(keep(name)) for name in ('blocks', 'spectral_blocks') if hasattr(encoder, name)]
     with torch.no_grad():
@@ -93,10 +94,9 @@ def draw(path, raw, named_encoders, meta, block, heads, query):
         own = to_bands(torch.from_numpy(raw[None].astype(np.float32)), weights, meta['nodata'])  # at the encoder's bands
         mean, matrix = standardization(own_meta, encoder.config['whiten'], encoder.config.get('components'))
         x = standardize(own, mean, matrix, own_meta['nodata'])
-        attention, spectral_attention, features = capture(encoder, x, block)
-        P, prefix, (h, w) = encoder.patch_size, encoder.num_prefix_tokens, features.shape[:2]
-        cls = patch_maps(attention, 0, prefix, h, w)
-        asked = patch_maps(attention, prefix + query[0] // P * w + query[1] // P, prefix, h, w).mean(0)
+        P, prefix, (h, w) = encoder.patch_size, encoder.num_prefix_tokens, (side // encoder.patch_size for side in (H, W))
+        attention, spectral_attention, features = capture(encoder, x, block, [0, prefix + query[0] // P * w + query[1] // P])
+        cls, asked = patch_maps(attention, 0, prefix, h, w), patch_maps(attention, 1, prefix, h, w).mean(0)
         row[0].imshow(false_color(raw, meta), extent=(0, W, H, 0))
         row[0].add_patch(Rectangle((query[1] // P * P, query[0] // P * P), P, P, fill=False, color='red', linewidth=1.5))
         row[0].set_ylabel(f'{name}\n{H} x {W} px', fontsize=8)
@@ -158,6 +158,7 @@ if __name__ == '__main__':
         if len(scene.cube) != meta['num_bands']:
             raise UserError(f'{image}: has {len(scene.cube)} bands, {data} has {meta["num_bands"]}: give an image of the same bands')
         images = {os.path.splitext(os.path.basename(image))[0]: scene.cube[:, :max_side, :max_side]}
+        meta = {**meta, 'nodata': meta['nodata'] if scene.nodata is None else scene.nodata}
     else:
         if not re.fullmatch(r'\d+(,\d+)*', tiles) or max(map(int, tiles.split(','))) >= len(chosen):
             raise UserError(f'--tiles={tiles}: give numbers from 0 to {len(chosen) - 1}, separated by commas')

@@ -45,6 +45,7 @@ def test_the_hook_sees_what_the_block_computes():
             q, k, _ = blocks[1].attn.heads(blocks[1].norm1(stream))
             torch.testing.assert_close(got, blocks[1].attn.weights(q, k)[0])
     assert spectral.shape == (2, 1 + 1 + 3, 1 + 1 + 3)
+    torch.testing.assert_close(viz_attention.capture(encoder, x, 1, [0, 7])[0], attention[:, [0, 7]])  # some rows are those rows
 
 
 def test_maps_at_two_resolutions_agree():
