@@ -257,8 +257,8 @@ class Branch(nn.Module):
     def forward(self, big, masks, rows, small=None):
         """Global crops (2B, C, S, S); for the spatial and the spectral stream mask (2B, N) True = masked, rows (M,) numbers of the masked tokens
         among all 2B * N; local crops (L * B, C, s, s) or None -> for each stream what project() gives: only those tokens go through the head"""
-        local = (None, None) if small is None else self.encoder(small)
-        return [self.project(*stream) for stream in zip(self.encoder(big, *masks), rows, local)]
+        tokens, local_tokens = self.encoder(big, *masks), (None, None) if small is None else self.encoder(small)
+        return [self.project(*stream) for stream in zip(tokens, rows, local_tokens)]
 
 
 class SelfDistillation(nn.Module):
