@@ -183,6 +183,8 @@ def test_crops_smaller_than_the_tile_train_and_the_whole_tile_is_scored(scene_da
         run(script, *flags, f'--data={scene_data}', '--crop_size=8', '--augment=true', '--steps=3', f'--out_dir={tmp_path / script}', f'--results={tmp_path}/r.csv')
         report = json.load(open(tmp_path / script / 'report.json'))
         assert np.sum(report['confusion_matrix']) == np.count_nonzero(Tiles(scene_data, 'ts').labels)
+        run(script, f'--out_dir={tmp_path / script}', f'--predict={make_scene(tmp_path / "s.npz", height=20, width=30)}', f'--out={tmp_path / script}/map.tif')
+        assert read_scene(f'{tmp_path / script}/map.tif').cube.shape == (1, 20, 30) and (tmp_path / script / 'map.png').exists()
 
 
 @pytest.mark.parametrize('script', ['segment.py', pytest.param('baseline_deeplab.py', marks=pytest.mark.slow)])
@@ -304,6 +306,8 @@ def test_a_map_of_an_envi_scene_lies_where_the_scene_lies(info, epsg, tmp_path):
         assert written.crs.to_epsg() == epsg and scene.crs.is_geographic == written.crs.is_geographic
         np.testing.assert_allclose(written.transform, scene.transform, rtol=1e-12)
     tags = lambda *words: [tag[0] for tag in data.envi_geotags([*info[:-1], *words])]
+    keys = data.envi_geotags(info)[2][3]
+    assert (keys[7], keys[12], keys[15]) == ((2, 2048, 4326) if epsg == 4326 else (1, 3072, epsg))  # readers forgive a wrong model
     assert len(tags()) == 3 and tags('rotation=0.0') == tags() and tags('rotation=12.5') == []
     assert [tag[0] for tag in data.envi_geotags(['Arbitrary', *info[1:]])] == [33550, 33922] and data.envi_geotags([]) == ()  # a place, no system
 

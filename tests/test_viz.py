@@ -50,13 +50,12 @@ def test_the_hook_sees_what_the_block_computes():
 
 def test_maps_at_two_resolutions_agree():
     torch.manual_seed(0)
-    encoder = ViT(32, 4, 3, 24, 2, 2).eval()
-    encoder.pos_embed.data *= 0.1
+    encoder = ViT(32, 4, 3, 24, 2, 2, fixed_positions=True).eval()
     encoder.patch_embed.proj.weight.data = encoder.patch_embed.proj.weight.data.mean((2, 3), keepdim=True).expand(-1, -1, 4, 4).clone()
     small = F.interpolate(torch.randn(1, 3, 8, 8), scale_factor=4.0)  # a colour a patch
     large = F.interpolate(small, scale_factor=2.0)  # the same image at twice the size: each patch four times
     maps = [viz_attention.patch_maps(viz_attention.capture(encoder, x, 0)[0], 0, 1, h, h) for x, h in ((small, 8), (large, 16))]
-    torch.testing.assert_close(F.avg_pool2d(maps[1], 2), maps[0], rtol=0.05, atol=0.02)
+    torch.testing.assert_close(F.avg_pool2d(maps[1], 2), maps[0], rtol=0.05, atol=0.03)
 
 
 def test_pictures_of_several_encoders_and_plain_sentences(scene_data, tmp_path):
