@@ -910,17 +910,21 @@ def resizeweights(start, length, source, out, flip, soften):
 
 
 def resized_crop(x, boxes, turns, out, soften=1.0):
-    """x (B, C, H, W), boxes (B, 4), turns (B, 3) of draw_crops -> (B, C, out, out) float32, blurred where `soften` (B,) is above 1.
+    """x (B, C, H, W), boxes (V * B, 4), turns (V * B, 3) of draw_crops, one after the other for V crops of each image -> (V * B, C, out, out) float32,
+    blurred where `soften` (V * B,) is above 1.
 
-    Two matrix products per sample, columns then rows, are exact bilinear resizing; flips ride along for free. The products take x row by row,
-    (B, H, C * W): an x in that order of memory (see standardize_rows) is not copied.
+    Two matrix products, rows then columns, are exact bilinear resizing; flips ride along for free. The first is one product for all crops of an
+    image and takes it row by row, (B, H, C * W): an x in that order of memory (see standardize_rows) is not copied.
     """
     (B, C, H, W), boxes, turns = x.shape, boxes.to(x.device), turns.to(x.device)
-    rows = resizeweights(boxes[:, 0], boxes[:, 2], H, out, turns[:, 0], soften)  # (B, out, H)
-    cols = resizeweights(boxes[:, 1], boxes[:, 3], W, out, turns[:, 1], soften)  # (B, out, W)
-    y = x.float().transpose(1, 2).reshape(B, H * C, W) @ cols.transpose(1, 2)  # (B, H * C, out)
-    y = (rows @ y.reshape(B, H, C * out)).reshape(B, out, C, out)
-    return torch.where(turns[:, 2, None, None, None], y.permute(0, 2, 3, 1), y.transpose(1, 2))
+    rows = resizeweights(boxes[:, 0], boxes[:, 2], H, out, turns[:, 0], soften)  # (V * B, out, H)
+    cols = resizeweights(boxes[:, 1], boxes[:, 3], W, out, turns[:, 1], soften)  # (V * B, out, W)
+    rows, cols = (weights.unflatten(0, (-1, B)).transpose(0, 1).flatten(0, 1) for weights in (rows, cols))  # (B * V, ...): by image
+    y = rows.reshape(B, -1, H) @ x.float().transpose(1, 2).reshape(B, H, C * W)  # (B, V * out, C * W)
+    y = (y.reshape(-1, out * C, W) @ cols.transpose(1, 2)).reshape(B, -1, out, C, out)  # (B, V, out, C, out)
+    crops = y.new_empty(y.shape[1], B, C, out, out)
+    torch.where(turns[:, 2].reshape(-1, B, 1, 1, 1), y.permute(1, 0, 3, 4, 2), y.permute(1, 0, 3, 2, 4), out=crops)
+    return crops.flatten(0, 1)
 
 
 def resized_crop_labels(labels, boxes, turns, out):
@@ -946,16 +950,17 @@ def standardize_rows(x, mean, matrix, nodata=None):
 
 
 def augment_spectra(x, u, field, mean, std, matrix, wavelengths_nm, gain=0.0, offset=0.0, tilt=0.0, noise=0.0, band_dropout=0.0,
-                    jitter=0.0, solarize=0.0):
-    """x (B, C + 1, H, W), crops of standardize_rows -> (B, C, H, W) standardised, each sample seen in another light. Invalid pixels are 0.
+                    jitter=0.0, solarize=0.0, out=None):
+    """x (B, C + 1, H, W), crops of standardize_rows -> (B, C, H, W) standardised, each sample seen in another light. Invalid pixels are 0. Into
+    `out`, if given.
 
     As light and air change the sensor's values: all times up to 1 +- gain (illumination); plus up to +- offset standard deviations in all bands
     (path radiance); plus the mean spectrum times a slope over the wavelengths of up to +- tilt (haze). On standardised values: `noise`, the
     largest standard deviation of white noise; `band_dropout`, the probability that a run of neighbouring bands (up to a third) is 0;
     `jitter` of contrast and brightness and `solarize`, the probability that what is above the mean is mirrored, are the dissertation's,
     for any number of bands.
-    u (B, 12) uniform in 0..1; field (C, F, F) standard normal, F >= H: windows of it are the noise of all samples, so that it need
-    not be drawn for each; mean, std (C,), matrix (C,) or (C, C) of standardization().
+    u (B, 11) uniform in 0..1; field (C, F, S) standard normal, F > H, S >= W: runs of its rows are the noise of all samples, so that it need not be
+    drawn for each; mean, std (C,), matrix (C,) or (C, C) of standardization().
     """
     C, (H, W) = x.shape[1] - 1, x.shape[2:]
     x, valid, signed = x[:, :C], x[:, C:], 2 * u - 1
@@ -963,21 +968,21 @@ def augment_spectra(x, u, field, mean, std, matrix, wavelengths_nm, gain=0.0, of
     slope = 2 * nm / nm.max().clamp(min=1e-6) - 1  # (C,) from -1 to 1
     shift = (gain * signed[:, :1] + tilt * signed[:, 1:2] * slope) * mean + offset * signed[:, 2:3] * std  # (B, C) of the sensor's values
     shift = shift * matrix if matrix.ndim == 1 else shift @ matrix.T
-    y = torch.addcmul(shift[..., None, None], x, 1 + gain * signed[:, :1, None, None])  # standardising is linear: whitened once, not crop by crop
+    y = torch.addcmul(shift[..., None, None], x, 1 + gain * signed[:, :1, None, None], out=out)  # standardising is linear: whitened once, not crop by crop
     if noise:
-        row, col = (u[:, 3:5] * (field.shape[1] - H + 1)).long().unbind(1)
-        windows = field.unfold(1, H, 1).unfold(2, W, 1)[:, row, col].transpose(0, 1)  # (B, C, H, W)
-        y.addcmul_(windows, noise * u[:, 5, None, None, None])
+        rows = (u[:, 3:4] * (field.shape[1] - H + 1)).long() + torch.arange(H, device=x.device)  # (B, H)
+        windows = field[:, :, :W].index_select(1, rows.flatten()).reshape(C, -1, H, W).transpose(0, 1)  # (B, C, H, W)
+        y.addcmul_(windows, noise * u[:, 4, None, None, None])
     if jitter:
         middle = y.mean((1, 2, 3), keepdim=True)
-        y = middle + (y - middle) * (1 + jitter * signed[:, 6])[:, None, None, None] + jitter * signed[:, 7, None, None, None]
+        y.sub_(middle).mul_(1 + jitter * signed[:, 5, None, None, None]).add_(middle + jitter * signed[:, 6, None, None, None])
     if solarize:
-        y = torch.where((u[:, 8] < solarize)[:, None, None, None], -y.abs(), y)
+        y.copy_(torch.where((u[:, 7] < solarize)[:, None, None, None], -y.abs(), y))
     if band_dropout:
-        length = (u[:, 10] * C / 3).ceil()
-        start = (u[:, 11] * (C - length + 1)).floor()
+        length = (u[:, 9] * C / 3).ceil()
+        start = (u[:, 10] * (C - length + 1)).floor()
         band = torch.arange(C, device=x.device)
-        dropped = (band >= start[:, None]) & (band < (start + length)[:, None]) & (u[:, 9] < band_dropout)[:, None]  # (B, C)
+        dropped = (band >= start[:, None]) & (band < (start + length)[:, None]) & (u[:, 8] < band_dropout)[:, None]  # (B, C)
         y.mul_(~dropped[..., None, None])
     return y.mul_(valid)
 

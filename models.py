@@ -562,7 +562,7 @@ def encoder_bands(encoder, meta, path):
 
 
 def dense_features(encoder, x, n=4, window=0, stride=0):
-    """Feature maps of images larger than the encoder was trained on, averaged over overlapping windows.
+    """Feature maps of images larger than the encoder was trained on, blended over overlapping windows: a patch counts less near a window's edge.
 
     x (B, C, H, W) -> (B, n*D, h, w), the last n blocks' maps concatenated. `window` 0 takes the encoder's own img_size, -1 the
     whole image in one pass (positions interpolated); `stride` 0 is half a window, rounded to the patch grid. A quarter costs
@@ -575,7 +575,8 @@ def dense_features(encoder, x, n=4, window=0, stride=0):
     window = window or encoder.img_size
     stride = max(P, min(stride or window // 2, window) // P * P)
 
-    total, count = None, x.new_zeros(H // P, W // P)
+    ramp = torch.sin(torch.pi * (torch.arange(window // P, device=x.device) + 0.5) * P / window).square()  # as data.sliding_window
+    weight, total, count = ramp[:, None] * ramp, None, x.new_zeros(H // P, W // P, dtype=torch.float32)
     for top in cut_positions(max(H, window), window, stride):
         for left in cut_positions(max(W, window), window, stride):
             piece = x[:, :, top:top + window, left:left + window]
@@ -584,8 +585,9 @@ def dense_features(encoder, x, n=4, window=0, stride=0):
                 total = maps.new_zeros(len(x), maps.shape[1], H // P, W // P)
             rows = slice(top // P, top // P + maps.shape[2])
             cols = slice(left // P, left // P + maps.shape[3])
-            total[:, :, rows, cols] += maps
-            count[rows, cols] += 1
+            share = weight[:maps.shape[2], :maps.shape[3]]  # of an image narrower than the window, its upper left part
+            total[:, :, rows, cols] += maps * share
+            count[rows, cols] += share
     return total / count
 
 

@@ -401,7 +401,7 @@ def block_masks(n, h, w, probability, ratio_min, ratio_max, rng):
 def get_batch(train, step, *, rank, world, img_size, patch_size, batch_size, global_scale, local_scale, local_crops_number, turns, blur,
               mask_probability, mask_ratio_min, mask_ratio_max, seed):
     """This rank's share of the global batch of `step` -> raw windows (b, C, S, S), boxes (b, 2 + L, 4), turns (b, 2 + L, 3), blur
-    (b, 2 + L), numbers of augment_spectra (b, 2 + L, 12), masks (b, 2, N).
+    (b, 2 + L), numbers of augment_spectra (b, 2 + L, 11), masks (b, 2, N).
 
     Everything random is drawn for the whole batch from (seed, step), the same on every rank: 1 process and 4 see the same crops,
     and a resumed run needs no generator state.
@@ -414,7 +414,7 @@ def get_batch(train, step, *, rank, world, img_size, patch_size, batch_size, glo
     corners = corners + boxes[:, :2]  # of a window of img_size, in which all crops of a tile lie
     crops = [draw_crops(batch_size, side, side, *scale, generator, turns)[2:] for scale in [global_scale] * 2 + [local_scale] * local_crops_number]
     boxes, turned = (torch.stack(parts, 1) for parts in zip(*crops))
-    u = torch.rand(batch_size, len(crops), 14, generator=generator)
+    u = torch.rand(batch_size, len(crops), 13, generator=generator)
     soften = 1 + u[..., 0] * (u[..., 1] < blur)
     masks = block_masks(2 * batch_size, img_size // patch_size, img_size // patch_size, mask_probability, mask_ratio_min, mask_ratio_max,
                         np.random.default_rng([seed, step, 1])).reshape(batch_size, 2, -1)
@@ -427,15 +427,16 @@ def make_crops(raw, boxes, turned, soften, u, meta, mean, matrix, img_size, loca
     """Raw windows (B, C, S, S) and the draws of get_batch -> global crops (2B, C, img_size, img_size), local crops (L * B, C, s, s)"""
     std, nm = (torch.tensor(v, dtype=torch.float32, device=raw.device) for v in (meta['std'], meta['wavelengths_nm'] or range(meta['num_bands'])))
     u, soften = u.to(raw.device), soften.to(raw.device)
-    (B, V), C = boxes.shape[:2], meta['num_bands']
-    big, small = std.new_empty(2, B, C, img_size, img_size), std.new_empty(V - 2, B, C, local_crops_size, local_crops_size)
-    together = B if raw.is_cuda else 4  # so few tiles, and what becomes of them, stay in a CPU's cache
+    B, V = boxes.shape[:2]
+    big, small = (std.new_empty(views, B, meta['num_bands'], side, side) for views, side in ((2, img_size), (V - 2, local_crops_size)))
+    together = B if raw.is_cuda else 1  # tile by tile what becomes of it stays in a CPU's cache
     for start in range(0, B, together):
         some = slice(start, start + together)
         x = standardize_rows(raw[some], mean, matrix, meta['nodata'])
-        for i, crops in enumerate((*big, *small)):
-            crop = resized_crop(x, boxes[some, i], turned[some, i], crops.shape[-1], soften[some, i])
-            crops[some] = augment_spectra(crop, u[some, i], field, mean, std, matrix, nm, **strengths)
+        for views, crops in ((slice(2), big), (slice(2, V), small)):
+            draws = [part[some, views].transpose(0, 1).flatten(0, 1) for part in (boxes, turned, soften, u)]
+            crop = resized_crop(x, *draws[:2], crops.shape[-1], draws[2])  # (views * together, C + 1, side, side)
+            augment_spectra(crop, draws[3], field, mean, std, matrix, nm, **strengths, out=crops[:, some].view(-1, *crops.shape[2:]))
     return big.flatten(0, 1), small.flatten(0, 1)
 
 
@@ -650,7 +651,7 @@ if __name__ == '__main__':
         temp = warmup_teacher_temp + (teacher_temp - warmup_teacher_temp) * min(1, step / max(1, warmup_temp_steps))
 
         # ---- method: crops
-        field = torch.randn(meta['num_bands'], 2 * img_size, 2 * img_size, generator=torch.Generator().manual_seed(seed * 1_000_003 + step)).to(device)
+        field = torch.randn(meta['num_bands'], 4 * img_size, img_size, generator=torch.Generator().manual_seed(seed * 1_000_003 + step)).to(device)
         pieces, source = [], pick_source(windows_of, step, seed)
         for raw, boxes, turned, soften, u, masks in zip(*(t.chunk(grad_accum) for t in batch)):
             big, small = make_crops(raw.to(device, non_blocking=True), boxes, turned, soften, u, sources[source].meta, *statistics[source], img_size,

@@ -244,6 +244,8 @@ class Segmenter(nn.Module):
 
 def build_segmenter(vit, num_classes, decoder, freeze, window_stride, pixel):
     """Encoder -> Segmenter with a decoder of that name"""
+    if len(vit.blocks) < 4:
+        raise UserError(f'an encoder of {len(vit.blocks)} blocks: decoders read the maps of the last four: give a deeper one')
     heads = {'linear': LinearHead, 'logistic': LinearHead, 'conv': functools.partial(ConvHead, patch_size=vit.patch_size),
              'transformer': functools.partial(TransformerHead, num_heads=vit.blocks[0].attn.num_heads)}  # 12 heads at ViT-B
     head = heads[decoder](4 * vit.embed_dim, num_classes)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import pretrain_dino
 import pretrain_dino_hsi
 from conftest import ROOT, make_scene, run
-from data import Tiles, UserError, augment_spectra, standardize_rows, resized_crop, standardization, standardize
+from data import Tiles, UserError, augment_spectra, draw_crops, resized_crop, standardization, standardize, standardize_rows
 from models import DINOHead, SpatialSpectralViT, ViT
 
 MODULES = [pretrain_dino, pretrain_dino_hsi]
@@ -333,7 +333,7 @@ def test_all_crops_of_a_tile_lie_in_one_window(tmp_path):
     assert raw.shape[-1] == 16 and (soften == 1).all()
     assert len({tuple(window[:, 0, 0].tolist()) for window in raw}) > 4  # and the windows move over the tile
     mean, matrix = standardization(tiles.meta)
-    big, small = pretrain_dino.make_crops(raw, boxes, turned, soften, u, tiles.meta, mean, matrix, 16, 8, torch.zeros(2, 32, 32), {})
+    big, small = pretrain_dino.make_crops(raw, boxes, turned, soften, u, tiles.meta, mean, matrix, 16, 8, torch.zeros(2, 64, 16), {})
     assert big.shape == (16, 2, 16, 16) and small.shape == (24, 2, 8, 8)
     back = lambda x: x / matrix[:, None, None] + mean[:, None, None]
     for i in range(8):
@@ -353,9 +353,9 @@ def augmented(whiten=0, value=0.25, **strengths):
     raw[:, :, 0, 0] = torch.nan
     mean, std = torch.full((5,), 550.0), torch.full((5,), 30.0)
     matrix = torch.diag(1 / std) + 0.01 * torch.randn(5, 5) if whiten else 1 / std
-    u = torch.full((3, 12), value)
+    u = torch.full((3, 11), value)
     x = standardize_rows(raw, mean, matrix)
-    return augment_spectra(x, u, torch.randn(5, 16, 16), mean, std, matrix, torch.linspace(400, 800, 5), **strengths), raw, mean, std, matrix
+    return augment_spectra(x, u, torch.randn(5, 32, 8), mean, std, matrix, torch.linspace(400, 800, 5), **strengths), raw, mean, std, matrix
 
 
 @pytest.mark.parametrize('whiten', [0, 1])
@@ -384,3 +384,14 @@ def test_blur_is_honoured_by_the_resize():
     y = resized_crop(x, boxes, turns, 16, torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(y[0], x[0])
     assert y[1].max() == pytest.approx(0.25) and y[1].sum() == pytest.approx(1, rel=1e-3)
+
+
+def test_crops_of_many_images_at_once_are_those_of_one_by_one():
+    """GPUs take the whole batch at once, CPUs tile by tile."""
+    torch.manual_seed(0)
+    x, generator = torch.randn(3, 5, 16, 16), torch.Generator().manual_seed(0)
+    _, _, boxes, turns = draw_crops(6, 16, 16, 0.3, 1.0, generator)  # 2 crops of each of the 3 images, crop by crop
+    soften = 1 + torch.rand(6)
+    together = resized_crop(x, boxes, turns, 8, soften)
+    for i in range(6):
+        torch.testing.assert_close(together[i], resized_crop(x[i % 3:i % 3 + 1], boxes[i:i + 1], turns[i:i + 1], 8, soften[i:i + 1])[0])
