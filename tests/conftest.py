@@ -86,3 +86,11 @@ def scene_data(tmp_path_factory):
     scene = make_scene(folder / 'scene.npz', height=64, width=96)
     run('data.py', 'tile', f'--root={scene}', f'--out={folder / "tiles"}', '--tile_size=16', '--split_block=8')
     return str(folder / 'tiles')
+
+
+@pytest.fixture(scope='session')
+def demo(tmp_path_factory):
+    """A folder with the demo's tiles in demo/; their floors are computed once."""
+    folder = tmp_path_factory.mktemp('with_demo')
+    assert '24 classes' in run('data.py', 'demo', f'--out={folder / "demo"}').stdout
+    return folder

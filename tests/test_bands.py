@@ -194,14 +194,14 @@ DINO_TINY = ['--size=tiny', '--img_size=16', '--local_crops_size=8', '--patch_si
 JUDGE = ['--decoder=logistic', '--eval_every=0']
 FLAGS = {'pretrain_mae.py': [*MAE_TINY, '--dropout=0', '--eval_every=0'], 'pretrain_dino.py': [*DINO_TINY, '--drop_path_rate=0'],
          'pretrain_dino_hsi.py': [*DINO_TINY, '--drop_path_rate=0']}
-SLOW = [pytest.param('pretrain_dino.py', marks=pytest.mark.slow)]
+SLOW = [pytest.param(script, marks=pytest.mark.slow) for script in ('pretrain_dino.py', 'pretrain_dino_hsi.py')]
 
 
 def losses(out):
     return [entry['loss'] for entry in map(json.loads, open(os.path.join(out, 'log.jsonl'))) if 'loss' in entry]
 
 
-@pytest.mark.parametrize('script', ['pretrain_mae.py', 'pretrain_dino_hsi.py', *SLOW])
+@pytest.mark.parametrize('script', ['pretrain_mae.py', *SLOW])
 def test_two_sensors_in_one_run_resume_exactly_on_one_process_and_two(script, sensors, tmp_path):
     flags = [*FLAGS[script], f'--data={sensors}/a,{sensors}/b', f'--bands={NARROW}', '--whiten=3', '--dtype=float32']
     windows = data.open_sources(f'{sensors}/a,{sensors}/b', NARROW, 16)[1]

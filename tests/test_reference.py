@@ -26,13 +26,6 @@ def ten_losses(script, folder):
     return [entry['loss'] for entry in map(json.loads, open(f'{folder}/{script}/log.jsonl')) if 'loss' in entry]
 
 
-@pytest.fixture(scope='module')
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('reference')
-    run('data.py', 'demo', f'--out={folder / "demo"}')
-    return folder
-
-
 @pytest.mark.parametrize('script', FLAGS)
 def test_losses_are_those_of_the_reference(script, demo):
     reference = json.load(open(PATH))

@@ -44,7 +44,7 @@ def test_every_decoder_and_loss_learns_two_tiles_by_heart(decoder, kind):
     assert scores(confusion_matrix(model(x).argmax(1)[:, centres, centres], y[:, centres, centres], 3))['miou'] > 0.95
 
 
-@pytest.mark.parametrize('stem', ['three', 'seven'])
+@pytest.mark.parametrize('stem', ['three', pytest.param('seven', marks=pytest.mark.slow)])
 def test_the_baseline_learns_two_tiles_by_heart_and_every_weight_takes_part(stem):
     torch.manual_seed(0)
     x, y = two_tiles()

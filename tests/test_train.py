@@ -66,7 +66,7 @@ def slow_unless(fast, *args):
     return pytest.param(*args, marks=[] if args in fast else pytest.mark.slow)
 
 
-@pytest.mark.parametrize('script, processes', [slow_unless([(s, 1) for s in SCRIPTS] + [('segment.py', 2)], script, n)
+@pytest.mark.parametrize('script, processes', [slow_unless([(s, 1) for s in SCRIPTS], script, n)
                                                for script in SCRIPTS for n in (1, 2)])
 def test_12_steps_are_5_and_7_bit_for_bit(script, processes, scene_data, whole, tmp_path):
     reference = whole / script
@@ -80,7 +80,7 @@ def test_12_steps_are_5_and_7_bit_for_bit(script, processes, scene_data, whole, 
     assert losses(reference) == losses(tmp_path / 'parts')
 
 
-@pytest.mark.parametrize('script', [slow_unless([(s,) for s in SCRIPTS if s != 'pretrain_dino.py'], s) for s in SCRIPTS[:4]])  # the baseline's batch norm sees a process's tiles only, on CPU (SyncBatchNorm on CUDA)
+@pytest.mark.parametrize('script', [slow_unless([('pretrain_mae.py',), ('pretrain_dino_hsi.py',)], s) for s in SCRIPTS[:4]])  # the baseline's batch norm sees a process's tiles only, on CPU (SyncBatchNorm on CUDA)
 def test_two_processes_are_one(script, scene_data, tmp_path):
     for n in (1, 2):
         train(script, scene_data, tmp_path / str(n), '--max_steps=3', '--dtype=float32', *ONE_STREAM_OF_NOISE[script], processes=n)
@@ -126,7 +126,7 @@ def altered_copy(script, folder, *changes):
     return folder / script
 
 
-@pytest.mark.parametrize('script, processes', [slow_unless([('pretrain_dino_hsi.py', 1), ('segment.py', 1), ('pretrain_mae.py', 2)], script, n)
+@pytest.mark.parametrize('script, processes', [slow_unless([('pretrain_dino_hsi.py', 1), ('pretrain_mae.py', 2)], script, n)
                                                for script in SCRIPTS for n in (1, 2)])
 def test_sigterm_loses_nothing(script, processes, scene_data, whole, tmp_path):
     # it sleeps in each step, so that the signal comes in mid-run
@@ -516,7 +516,7 @@ def test_students_and_teachers_are_the_same_on_both_processes(script, scene_data
     assert steps == ('0', '1', '2', '3') and students[0] == teachers[0] and len({*students, *teachers}) == 7  # both move, apart from each other
 
 
-@pytest.mark.parametrize('script', PRETRAINERS[1:])
+@pytest.mark.parametrize('script', [slow_unless([('pretrain_dino_hsi.py',)], s) for s in PRETRAINERS[1:]])
 def test_micro_steps_are_the_same_experiment(script, scene_data, tmp_path):
     for n in (1, 2):
         train(script, scene_data, tmp_path / str(n), '--max_steps=2', f'--grad_accum={n}', '--drop_path_rate=0', '--koleo_weight=0', '--dtype=float32')
@@ -539,7 +539,7 @@ def test_every_option_of_dino_runs_and_its_encoder_is_judged(flags, scene_data, 
     assert 'HSI-DINOv2 + linear' in done.stdout
 
 
-@pytest.mark.parametrize('script', PRETRAINERS[1:])
+@pytest.mark.parametrize('script', [slow_unless([('pretrain_dino.py',)], s) for s in PRETRAINERS[1:]])
 def test_a_last_stage_at_higher_resolution_starts_from_the_weights_of_the_first(script, scene_data, tmp_path):
     train(script, scene_data, tmp_path / 'low', '--img_size=8', '--local_crops_size=4', '--max_steps=2')
     flags = [f'--init_from={tmp_path}/low/last.pt', '--base_lr=0', '--min_lr=0', '--momentum_teacher=1', '--max_steps=1']
