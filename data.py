@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from typing import NamedTuple
 
@@ -1484,6 +1485,7 @@ def save_check(path, tiles, counts, sums):
     for i, (split, color) in enumerate(zip(tiles, ('#0072b2', '#e69f00', '#999999'))):
         axis.bar(np.arange(len(names)) + 0.27 * (i - 1), counts[split][1:len(names) + 1], 0.27, label=split, color=color)
     axis.set(yscale='symlog', ylim=(0, None), xticks=range(len(names)))
+    axis.yaxis.set_major_formatter('{x:,.0f}')
     axis.set_ylabel('labelled pixels', fontsize=8)
     axis.set_xticklabels([str(k) if are_numbered(names) else name.replace(' ', '\n') for k, name in enumerate(names, 1)])
     axis.tick_params(labelsize=8)
@@ -1503,7 +1505,7 @@ def save_check(path, tiles, counts, sums):
         color = class_colors(names)[k] / 255
         axis.fill_between(nm[order], (mean - std)[k, order], (mean + std)[k, order], color=color, alpha=0.6, linewidth=0)
         axis.plot(nm[order], mean[k, order], color='black', linewidth=1)
-        axis.set_title(f'{k} {names[k - 1]}'[:27] if k else 'all pixels', fontsize=7)
+        axis.set_title('\n'.join(textwrap.wrap(f'{k} {names[k - 1]}', 26)) if k else 'all pixels', fontsize=7)
         axis.tick_params(labelsize=7)
     bottom.supxlabel('wavelength, nm' if meta['wavelengths_nm'] else 'band', fontsize=8)
     bottom.supylabel('stored value, mean ± std', fontsize=8)

@@ -467,7 +467,7 @@ def save_features(path, encoder, raw, prepare, meta):
 
 def save_curves(path, log, out_dim):
     """Losses, signs of collapse, and the probe over the steps, with the floors and the random encoder (the probe at step 0) as lines."""
-    figure = Figure(figsize=(11, 3.6), layout='constrained')
+    figure = Figure(figsize=(11, 4.2), layout='constrained')
     left, middle, right = figure.subplots(1, 3)
     trained = [e for e in log if 'loss' in e]
     names = [key for key in (trained[0] if trained else {}) if key.startswith(('dino', 'ibot'))]
@@ -475,13 +475,11 @@ def save_curves(path, log, out_dim):
         left.plot([e['step'] for e in trained], [e[name] for e in trained], style, label=name)
     left.axhline(math.log(out_dim), color='gray', linestyle=':', label='ln K: nothing learned')
     left.set(xlabel='step', ylabel='cross-entropy')
-    left.legend(fontsize=8)
     for name, scale, label, style in (('teacher_entropy', math.log(out_dim), 'teacher entropy / ln K', '-'),
                                       ('patch_entropy', math.log(out_dim), 'its entropy for patches / ln K', '--'),
                                       ('feature_std', 1, 'feature std', '-.'), ('prototypes_used', out_dim, 'prototypes used / K', ':')):
         middle.plot([e['step'] for e in trained], [e[name] / scale for e in trained], style, label=label)
     middle.set(xlabel='step', ylabel='signs of collapse', ylim=(0, None))
-    middle.legend(fontsize=8)
     probed = [e for e in log if 'probe_miou' in e]
     if probed:
         right.plot([e['step'] for e in probed], [100 * e['probe_miou'] for e in probed], 'o-', label='frozen teacher')
@@ -489,7 +487,8 @@ def save_curves(path, log, out_dim):
         for (name, value), style in zip(lines.items(), ('-.', ':', '--')):
             right.axhline(100 * value, color='gray', linestyle=style, label=name)
         right.set(xlabel='step', ylabel='linear probe, mIoU in %')
-        right.legend(fontsize=8)
+    for axis in (left, middle, right):
+        axis.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.16), ncols=2)  # below: lines may run anywhere
     save_figure(figure, path)
 
 

@@ -256,7 +256,7 @@ def save_curves(path, log):
     figure = Figure(figsize=(10, 3.6), layout='constrained')
     left, right = figure.subplots(1, 2)
     left.plot([e['step'] for e in log if 'loss' in e], [e['loss'] for e in log if 'loss' in e])
-    left.set(xlabel='step', ylabel='loss (mean squared error)', yscale='log')
+    left.set(xlabel='step', ylabel='loss (mean squared error)', ylim=(0, None))
     probed = [e for e in log if 'probe_miou' in e]
     if probed:
         right.plot([e['step'] for e in probed], [100 * e['probe_miou'] for e in probed], 'o-', label='frozen encoder')

@@ -418,7 +418,7 @@ def save_comparison(out_dir, runs):
         scored = [(e['step'], 100 * e.get('val_miou', e.get('probe_miou', 0))) for e in log if 'val_miou' in e or 'probe_miou' in e]
         if scored:  # a solved decoder has no curve
             axis.plot(*zip(*scored), marker=next(markers), linestyle=next(lines), markersize=5, label=os.path.basename(os.path.normpath(run)))
-    axis.set(xlabel='step', ylabel='mIoU on val, %')
+    axis.set(xlabel='step', ylabel='mIoU on val (of the probe, while pre-training), %')
     if axis.lines:
         axis.legend(fontsize=8)
     save_figure(figure, os.path.join(out_dir, 'comparison_curves.png'))
@@ -449,7 +449,8 @@ def save_comparison(out_dir, runs):
                 pred = model(standardize(tiles.batch([i])[0], mean, matrix, tiles.meta['nodata'])).argmax(1)[0] + 1
             show_classes(axis, pred.numpy(), names)
             present |= set(pred.unique().tolist())
-    titles = [f'{os.path.basename(os.path.normpath(run))}\nmIoU {100 * json.load(open(os.path.join(run, "report.json"), encoding="utf-8"))["scores"]["miou"]:.1f}' for run in judged]
+    wrapped = lambda run: '\n'.join(re.findall('.{1,16}', os.path.basename(os.path.normpath(run))))
+    titles = [f'{wrapped(run)}\nmIoU {100 * json.load(open(os.path.join(run, "report.json"), encoding="utf-8"))["scores"]["miou"]:.1f}' for run in judged]
     for axis, title in zip(axes[0], ['false colour', 'test labels', *titles]):
         axis.set_title(title, fontsize=9)
     for axis in axes.flat:
