@@ -1,5 +1,6 @@
 """The networks: parameter counts, names, shapes and outputs against the public implementations."""
 import json
+import math
 import os
 import zlib
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from models import Attention, MaskedAutoencoder, ViT, patchify, unpatchify
+from models import Attention, MaskedAutoencoder, ViT, dense_features, patchify, unpatchify
 
 REFERENCE = os.path.join(os.path.dirname(__file__), '..', '..', 'shared', 'reference')
 needs_reference = pytest.mark.skipif(not os.path.isdir(REFERENCE), reason='recorded reference outputs are not here')
@@ -102,3 +103,16 @@ def test_unpatchify_undoes_patchify_and_attention_on_a_cpu_is_the_fused_one():
     fused = attention.proj(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 500, 24))
     torch.testing.assert_close(attention(x[:, :500]), fused, atol=1e-5, rtol=1e-4)
     assert attention(x).shape == x.shape
+
+
+def test_windows_are_blended_and_count_less_at_their_edges():
+    class Columns:  # its feature is the column inside the window
+        patch_size, img_size = 1, 4
+
+        def get_intermediate_layers(self, x, n):
+            return [torch.arange(x.shape[-1]).expand(len(x), 1, *x.shape[-2:]).float()]
+
+    maps = dense_features(Columns(), torch.zeros(1, 3, 4, 6), n=1)[0, 0]
+    edge, inner = math.sin(math.pi / 8) ** 2, math.sin(3 * math.pi / 8) ** 2  # of the raised cosine over four columns
+    expected = [0, 1, (2 * inner + 0 * edge) / (inner + edge), (3 * edge + 1 * inner) / (inner + edge), 2, 3]
+    torch.testing.assert_close(maps, torch.tensor(expected).expand(4, 6))
