@@ -960,7 +960,7 @@ def augment_spectra(x, u, field, mean, std, matrix, wavelengths_nm, gain=0.0, of
     largest standard deviation of white noise; `band_dropout`, the probability that a run of neighbouring bands (up to a third) is 0;
     `jitter` of contrast and brightness and `solarize`, the probability that what is above the mean is mirrored, are the dissertation's,
     for any number of bands.
-    u (B, 11) uniform in 0..1; field (C, F, S) standard normal, F > H, S >= W: runs of its rows are the noise of all samples, so that it need not be
+    u (B, 11) uniform in 0..1; field (C, F, S) standard normal, F >= H, S >= W: runs of its rows are the noise of all samples, so that it need not be
     drawn for each; mean, std (C,), matrix (C,) or (C, C) of standardization().
     """
     C, (H, W) = x.shape[1] - 1, x.shape[2:]
@@ -1171,17 +1171,23 @@ def print_table(path):
 
 # ============ whole scenes ============
 
+def blend_weights(side):
+    """(side, side) float32: what the cells of a window count for where windows overlap, a raised cosine in each direction, most in the middle"""
+    ramp = torch.sin(torch.pi * (torch.arange(side, dtype=torch.float64) + 0.5) / side).square()
+    return (ramp[:, None] * ramp).float()
+
+
 def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     """Predictions for an image of any size from overlapping windows, blended smoothly so that no seam shows.
 
     predict(raw (B, C, window, window)) -> probabilities (B, K, window, window); cube (C, H, W), an array or a memory map. Yields
     (first row, (K, rows, W) float32) from top to bottom, rows as soon as no further window touches them: memory holds one row of windows,
-    however large the scene. Weights are a raised cosine in each direction; an image smaller than the window is continued by its border.
+    however large the scene. Windows that overlap have blend_weights(); an image smaller than the window is continued by its border.
     """
     C, H, W = cube.shape
     starts = [cut_positions(max(size, window), window, stride) for size in (H, W)]
-    ramp = np.sin(np.pi * (np.arange(window) + 0.5) / window) ** 2 if stride < window else np.ones(window)
-    weight = (ramp[:, None] * ramp).astype(np.float32) + 1e-6  # (window, window); corners of the scene have one window only
+    weight = blend_weights(window).numpy() if stride < window else np.ones((window, window), np.float32)
+    weight = weight + 1e-6  # corners of the scene have one window only
     total = np.zeros((num_classes, window, max(W, window)), np.float32)
     norm = np.zeros((window, max(W, window)), np.float32)
     for top, below in zip(starts[0], starts[0][1:] + [starts[0][-1] + window]):
@@ -1377,6 +1383,8 @@ def save_map(path, scene, classes, class_names, max_side=600):
 def save_figure(figure, path):
     for text in figure.findobj(lambda artist: hasattr(artist, 'set_parse_math')):
         text.set_parse_math(False)  # the name of a class may hold a $
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() != 'linear'):
+        axis.set_major_formatter('{x:,.10g}')  # matplotlib's own are formulas, now shown as their source
     figure.savefig(path + '.tmp', format='png', dpi=110, bbox_inches='tight')
     os.replace(path + '.tmp', path)
     figure.clear()
@@ -1485,7 +1493,6 @@ def save_check(path, tiles, counts, sums):
     for i, (split, color) in enumerate(zip(tiles, ('#0072b2', '#e69f00', '#999999'))):
         axis.bar(np.arange(len(names)) + 0.27 * (i - 1), counts[split][1:len(names) + 1], 0.27, label=split, color=color)
     axis.set(yscale='symlog', ylim=(0, None), xticks=range(len(names)))
-    axis.yaxis.set_major_formatter('{x:,.0f}')
     axis.set_ylabel('labelled pixels', fontsize=8)
     axis.set_xticklabels([str(k) if are_numbered(names) else name.replace(' ', '\n') for k, name in enumerate(names, 1)])
     axis.tick_params(labelsize=8)

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import UserError, band_matrix, cut_positions, one_line, plain_errors, same_bands
+from data import UserError, band_matrix, blend_weights, cut_positions, one_line, plain_errors, same_bands
 
 SIZES = {  # small and base are ViT-S and ViT-B (Touvron et al. 2021, Dosovitskiy et al. 2021); tiny is for laptops
     'tiny': dict(embed_dim=128, depth=6, num_heads=4),
@@ -575,8 +575,8 @@ def dense_features(encoder, x, n=4, window=0, stride=0):
     window = window or encoder.img_size
     stride = max(P, min(stride or window // 2, window) // P * P)
 
-    ramp = torch.sin(torch.pi * (torch.arange(window // P, device=x.device) + 0.5) * P / window).square()  # as data.sliding_window
-    weight, total, count = ramp[:, None] * ramp, None, x.new_zeros(H // P, W // P, dtype=torch.float32)
+    weight = blend_weights(window // P).to(x.device)
+    total, count = None, x.new_zeros(H // P, W // P, dtype=torch.float32)
     for top in cut_positions(max(H, window), window, stride):
         for left in cut_positions(max(W, window), window, stride):
             piece = x[:, :, top:top + window, left:left + window]

@@ -20,6 +20,8 @@ import pretrain_dino
 from data import draw_crops
 from models import DINOHead, ViT
 
+BFLOAT16 = pretrain_dino.native_bfloat16(torch.device('cpu'))  # emulated it would take minutes a step
+
 
 def seconds(function):
     start = time.perf_counter()
@@ -60,7 +62,7 @@ def flops_of(step):
 
 
 def steps_and_products(batch, rounds=3):
-    dtypes = ('float32', 'bfloat16') if pretrain_dino.native_bfloat16(torch.device('cpu')) else ('float32',)
+    dtypes = ('float32', 'bfloat16') if BFLOAT16 else ('float32',)
     steps = {dtype: make_step(dtype, batch) for dtype in dtypes}
     flops = {dtype: flops_of(step) for dtype, (step, *_) in steps.items()}
     tokens = 2 * batch * 69
@@ -79,7 +81,7 @@ def steps_and_products(batch, rounds=3):
         achieved, peak = flops[dtype] / median[dtype] / 1e9, 2 * tokens * 768 * 3072 / median[dtype + ' product'] / 1e9
         print(f'{dtype}: {median[dtype]:.2f} s a step, {flops[dtype] / 1e12:.2f} TFLOP, {achieved:.0f} GFLOP/s; a product of {tokens} x 768 x 3072: '
               f'{peak:.0f} GFLOP/s; share {achieved / peak:.0%}')
-    if 'bfloat16' in steps:
+    if BFLOAT16:
         print(f'bfloat16 is {median["float32"] / median["bfloat16"]:.2f} times as fast as float32')
     else:
         print('bfloat16: not measured, this CPU only emulates it')
@@ -96,7 +98,7 @@ def passes(model, big, small, rounds=5):
     times = {f: [] for f in (together, one_by_one)}
     for _ in range(rounds):
         for f in times:
-            with torch.autocast('cpu', torch.bfloat16, enabled=pretrain_dino.native_bfloat16(torch.device('cpu'))):
+            with torch.autocast('cpu', torch.bfloat16, enabled=BFLOAT16):
                 times[f].append(seconds(f))
     print(f'student in 2 passes is {statistics.median(times[one_by_one]) / statistics.median(times[together]):.2f} times as fast as in 10')
 
@@ -163,5 +165,5 @@ def augmentation(rounds=5):
 if __name__ == '__main__':
     augmentation()
     steps = steps_and_products(int(sys.argv[1]) if len(sys.argv) > 1 else 8)
-    _, model, crops = list(steps.values())[-1]
+    _, model, crops = steps['bfloat16' if BFLOAT16 else 'float32']
     passes(model, *crops)

@@ -14,6 +14,7 @@ import pytest
 import tifffile
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 import data
 from conftest import MAE_TINY, ROOT, SCENES, make_scene, run
@@ -547,3 +548,14 @@ def test_one_pixel_in_two_tiles_lies_in_one_block(scene_data):
         row, col = np.nonzero(labels)
         places += [((top + r) // side, (left + c) // side) for r, c in zip(row, col)]
     assert len(set(zip(map(tuple, places), blocks.tolist()))) == len(set(map(tuple, places))) == len(blocks.unique())
+
+
+def test_pictures_show_numbers_and_names_never_the_source_of_a_formula(tmp_path, monkeypatch):
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([1, 10], [1, 1000])
+    axes.set(yscale='log', title='price in $ or in $')
+    monkeypatch.setattr(figure, 'clear', lambda: None)
+    data.save_figure(figure, str(tmp_path / 'picture.png'))
+    shown = [text.get_text() for text in axes.get_yticklabels()]
+    assert '1,000' in shown and not any('$' in text for text in shown) and axes.get_title() == 'price in $ or in $'

@@ -395,3 +395,21 @@ def test_crops_of_many_images_at_once_are_those_of_one_by_one():
     together = resized_crop(x, boxes, turns, 8, soften)
     for i in range(6):
         torch.testing.assert_close(together[i], resized_crop(x[i % 3:i % 3 + 1], boxes[i:i + 1], turns[i:i + 1], 8, soften[i:i + 1])[0])
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_crops_made_for_a_gpu_are_those_made_for_a_cpu(module):
+    """A GPU takes the whole batch at once, a CPU tile by tile: crop by crop they must come out in the same order."""
+    class Elsewhere(torch.Tensor):
+        is_cuda = True
+
+    torch.manual_seed(0)
+    raw, generator = torch.rand(3, 5, 16, 16) * 100, torch.Generator().manual_seed(0)
+    crops = [draw_crops(3, 16, 16, 0.3, 1.0, generator)[2:] for _ in range(4)]
+    boxes, turned = (torch.stack(parts, 1) for parts in zip(*crops))
+    meta = {'std': [1.0] * 5, 'wavelengths_nm': None, 'num_bands': 5, 'nodata': None}
+    rest = (boxes, turned, 1 + torch.rand(3, 4), torch.rand(3, 4, 11), meta, torch.full((5,), 50.0), torch.ones(5), 16, 8, torch.randn(5, 64, 16),
+            dict(gain=0.1, offset=0.1, noise=0.5, band_dropout=0.5))
+    for one_by_one, at_once in zip(module.make_crops(raw, *rest), module.make_crops(raw.as_subclass(Elsewhere), *rest)):
+        assert one_by_one.std() > 0.1
+        torch.testing.assert_close(at_once.as_subclass(torch.Tensor), one_by_one)
