@@ -576,17 +576,18 @@ def dense_features(encoder, x, n=4, window=0, stride=0):
     stride = max(P, min(stride or window // 2, window) // P * P)
 
     weight = blend_weights(window // P).to(x.device)
-    total, count = None, x.new_zeros(H // P, W // P, dtype=torch.float32)
+    lefts, total = cut_positions(max(W, window), window, stride), None
+    count = x.new_zeros(H // P, W // P, dtype=torch.float32)
     for top in cut_positions(max(H, window), window, stride):
-        for left in cut_positions(max(W, window), window, stride):
-            piece = x[:, :, top:top + window, left:left + window]
-            maps = torch.cat(encoder.get_intermediate_layers(piece, n), dim=1).float()
-            if total is None:
-                total = maps.new_zeros(len(x), maps.shape[1], H // P, W // P)
-            rows = slice(top // P, top // P + maps.shape[2])
-            cols = slice(left // P, left // P + maps.shape[3])
-            share = weight[:maps.shape[2], :maps.shape[3]]  # of an image narrower than the window, its upper left part
-            total[:, :, rows, cols] += maps * share
+        pieces = torch.cat([x[:, :, top:top + window, left:left + window] for left in lefts])  # a row of windows goes through in one pass
+        maps = torch.cat(encoder.get_intermediate_layers(pieces, n), dim=1).float()
+        if total is None:
+            total = maps.new_zeros(len(x), maps.shape[1], H // P, W // P)
+        for left, part in zip(lefts, maps.split(len(x))):
+            rows = slice(top // P, top // P + part.shape[2])
+            cols = slice(left // P, left // P + part.shape[3])
+            share = weight[:part.shape[2], :part.shape[3]]  # of an image narrower than the window, its upper left part
+            total[:, :, rows, cols] += part * share
             count[rows, cols] += share
     return total / count
 

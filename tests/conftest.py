@@ -1,10 +1,13 @@
 """Shared by the tests: the scripts' folder on the path, small data sets made once, a way to run a script as a user would."""
+import fcntl
 import multiprocessing
 import os
 import runpy
-import subprocess
+import shutil
+import socket
 import sys
 import tempfile
+import time
 
 import numpy as np
 import pytest
@@ -38,10 +41,11 @@ class Finished:
         self.returncode, self.stdout, self.stderr = returncode, stdout, stderr
 
 
-def run_in_child(path, args, cwd, prepare, out_path, err_path):
+def run_in_child(path, args, cwd, environment, prepare, out_path, err_path):
     """In a fresh child of the fork server (torch imported, nothing else done): become `python path args`."""
     for number, name in ((1, out_path), (2, err_path)):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.update(environment)
     sys.stdout, sys.stderr = open(1, 'w', buffering=1, closefd=False), open(2, 'w', buffering=1, closefd=False)
     os.chdir(cwd)
     sys.argv, sys.path[0:0], code = [path, *args], [os.path.dirname(path)], 0
@@ -60,37 +64,67 @@ def run_in_child(path, args, cwd, prepare, out_path, err_path):
 
 
 def run(*args, processes=1, cwd=ROOT, check=True, prepare=None):
-    """Run `python script --flags` (or torchrun) from `cwd` and return what it printed and its exit code.
+    """Run `python script --flags`, or what torchrun starts of it, from `cwd` and return what it printed and its exit code.
 
-    One process comes from a fork server that has imported torch already: 5 seconds less for each of some 70 runs."""
-    args = [os.path.join(ROOT, args[0]), *map(str, args[1:])]
-    if processes == 1:
-        with tempfile.TemporaryDirectory() as folder:
-            paths = [os.path.join(folder, name) for name in ('out', 'err')]
-            child = SERVER.Process(target=run_in_child, args=(args[0], args[1:], str(cwd), prepare, *paths))
-            child.start()
-            child.join(300)
-            done = Finished(child.exitcode, *(open(path).read() if os.path.exists(path) else '' for path in paths))
-    else:
-        launcher = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--standalone']
-        done = subprocess.run(launcher + args, capture_output=True, text=True, cwd=cwd, timeout=300)
+    The processes come from a fork server that has imported torch already: 5 seconds less for each of some 100 runs."""
+    path, args = os.path.join(ROOT, args[0]), list(map(str, args[1:]))
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        outputs = [os.path.join(folder, name) for name in ('out', 'err')]
+        free.bind(('127.0.0.1', 0))
+        ranks, port = [], str(free.getsockname()[1])
+        free.close()
+        for rank in map(str, range(processes)):
+            environment = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port} if processes > 1 else {}
+            ranks.append(SERVER.Process(target=run_in_child, args=(path, args, str(cwd), environment, prepare, *outputs)))
+            ranks[-1].start()
+        deadline = time.time() + 300
+        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks) and time.time() < deadline:
+            time.sleep(0.02)
+        failed = next((rank.exitcode for rank in ranks if rank.exitcode), 0 if not any(rank.is_alive() for rank in ranks) else 'no end after 300 s')
+        for rank in ranks:  # as torchrun does: one has failed, so all end
+            rank.terminate()
+            rank.join()
+        done = Finished(failed, *(open(name).read() if os.path.exists(name) else '' for name in outputs))
     if check and done.returncode:
-        raise AssertionError(f'{args} exited with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}')
+        raise AssertionError(f'{path} {args} exited with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}')
     return done
+
+
+def made_once(tmp_path_factory, name, make):
+    """The folder `name`, filled by make(folder) in the first of pytest's workers that asks; the others wait for it."""
+    root = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        root = root.parent  # that of all workers
+    folder = root / name
+    with open(f'{folder}.lock', 'a+') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        if lock.read() != 'made':
+            shutil.rmtree(folder, ignore_errors=True)
+            os.makedirs(folder)
+            make(folder)
+            lock.write('made')
+    return folder
 
 
 @pytest.fixture(scope='session')
 def scene_data(tmp_path_factory):
     """A tile directory of one small scene: 7 bands, 3 classes, tiles of 16 px."""
-    folder = tmp_path_factory.mktemp('scene')
-    scene = make_scene(folder / 'scene.npz', height=64, width=96)
-    run('data.py', 'tile', f'--root={scene}', f'--out={folder / "tiles"}', '--tile_size=16', '--split_block=8')
-    return str(folder / 'tiles')
+    from data import floors  # not above: the fork server loads this file, and each run loads a data.py of its own
+
+    def make(folder):
+        scene = make_scene(folder / 'scene.npz', height=64, width=96)
+        run('data.py', 'tile', f'--root={scene}', f'--out={folder / "tiles"}', '--tile_size=16', '--split_block=8')
+        floors(str(folder / 'tiles'), 'ts')
+    return str(made_once(tmp_path_factory, 'scene', make) / 'tiles')
 
 
 @pytest.fixture(scope='session')
 def demo(tmp_path_factory):
-    """A folder with the demo's tiles in demo/; their floors are computed once."""
-    folder = tmp_path_factory.mktemp('with_demo')
-    assert '24 classes' in run('data.py', 'demo', f'--out={folder / "demo"}').stdout
-    return folder
+    """A folder with the demo's tiles in demo/ and their floors."""
+    from data import floors
+
+    def make(folder):
+        assert '24 classes' in run('data.py', 'demo', f'--out={folder / "demo"}').stdout
+        floors(str(folder / 'demo'), 'ts')
+    return made_once(tmp_path_factory, 'with_demo', make)

@@ -1,7 +1,5 @@
 """DINOv2 and its spatial-spectral form: parameter counts, losses against float64 formulas, crops, masks, both fusions."""
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -148,8 +146,7 @@ dist.destroy_process_group()
 @each_script
 def test_targets_and_koleo_are_the_same_on_two_processes(script, tmp_path):
     (tmp_path / 'worker.py').write_text(WORKER.format(module=script.__name__))
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', str(tmp_path / 'worker.py'), ROOT,
-                    str(tmp_path / 'out')], check=True, capture_output=True, timeout=120)
+    run(tmp_path / 'worker.py', ROOT, tmp_path / 'out', processes=2)
     parts = [torch.load(tmp_path / f'out{rank}', weights_only=True) for rank in range(2)]
     torch.manual_seed(0)
     logits, features = torch.randn(24, 40) * 3, torch.randn(12, 6)

@@ -16,7 +16,7 @@ import torch
 
 import pretrain_mae
 import segment
-from conftest import MAE_TINY, ROOT, make_scene, run
+from conftest import MAE_TINY, ROOT, made_once, make_scene, run
 from data import UserError, standardize
 from models import MaskedAutoencoder, ViT, LinearHead, dense_features, load_checkpoint, load_encoder
 
@@ -54,11 +54,10 @@ def losses(out):
 
 @pytest.fixture(scope='module')
 def whole(scene_data, tmp_path_factory):
-    """12 steps in one go with one process, for each script."""
-    folder = tmp_path_factory.mktemp('whole')
-    for script in SCRIPTS:
-        train(script, scene_data, folder / script, '--max_steps=12')
-    return folder
+    """whole(script): the directory of a run of 12 steps in one go with one process, made when it is first asked for."""
+    def run_of(script):
+        return made_once(tmp_path_factory, f'whole_{script}', lambda folder: train(script, scene_data, folder / 'run', '--max_steps=12')) / 'run'
+    return run_of
 
 
 def slow_unless(fast, *args):
@@ -69,7 +68,7 @@ def slow_unless(fast, *args):
 @pytest.mark.parametrize('script, processes', [slow_unless([(s, 1) for s in SCRIPTS], script, n)
                                                for script in SCRIPTS for n in (1, 2)])
 def test_12_steps_are_5_and_7_bit_for_bit(script, processes, scene_data, whole, tmp_path):
-    reference = whole / script
+    reference = whole(script)
     if processes == 2:
         reference = tmp_path / 'whole'
         train(script, scene_data, reference, '--max_steps=12', processes=2)
@@ -130,7 +129,7 @@ def altered_copy(script, folder, *changes):
                                                for script in SCRIPTS for n in (1, 2)])
 def test_sigterm_loses_nothing(script, processes, scene_data, whole, tmp_path):
     # it sleeps in each step, so that the signal comes in mid-run
-    slow = altered_copy(script, tmp_path / 'slow', ('        bar.update()', '        bar.update()\n        time.sleep(0.5)'))
+    slow = altered_copy(script, tmp_path / 'slow', ('        bar.update()', '        bar.update()\n        time.sleep(0.3)'))
     launcher = [sys.executable] + (['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone'] if processes == 2 else [])
     process = subprocess.Popen([*launcher, str(slow), *FLAGS[script], f'--data={scene_data}', f'--out_dir={tmp_path / "run"}', '--max_steps=12',
                                 *([f'--results={tmp_path}/r.csv'] if script in JUDGES else [])],
@@ -151,7 +150,7 @@ def test_sigterm_loses_nothing(script, processes, scene_data, whole, tmp_path):
     assert 2 <= step < 12
     train(script, scene_data, tmp_path / 'run', '--max_steps=12', processes=processes)
     if processes == 1:
-        assert equal(weights(whole / script), weights(tmp_path / 'run'))
+        assert equal(weights(whole(script)), weights(tmp_path / 'run'))
 
 
 def limit_file_size(limit):
@@ -160,7 +159,7 @@ def limit_file_size(limit):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(scene_data, whole, tmp_path):
-    shutil.copytree(whole / 'pretrain_mae.py', tmp_path / 'run')
+    shutil.copytree(whole('pretrain_mae.py'), tmp_path / 'run')
     before = weights(tmp_path / 'run')
     limit = os.path.getsize(tmp_path / 'run' / 'last.pt') // 2
     done = train('pretrain_mae.py', scene_data, tmp_path / 'run', '--max_steps=14', check=False,
@@ -189,7 +188,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights(script, 
 
 
 def test_a_directory_with_another_run_is_refused_and_resume_false_starts_beside_it(scene_data, whole, tmp_path):
-    shutil.copytree(whole / 'pretrain_mae.py', tmp_path / 'run')
+    shutil.copytree(whole('pretrain_mae.py'), tmp_path / 'run')
     before = weights(tmp_path / 'run')
     done = train('pretrain_mae.py', scene_data, tmp_path / 'run', '--mask_ratio=0.5', check=False)
     assert done.returncode == 1 and 'mask_ratio (0.75 there, 0.5 now)' in done.stderr and 'Traceback' not in done.stderr
@@ -222,7 +221,7 @@ def test_mistakes_are_told_in_a_sentence(script, flags, code, words, scene_data,
 def test_an_encoder_of_another_band_count_is_refused_where_wavelengths_are_not_known(whole, tmp_path):
     scene = make_scene(tmp_path / 's.npz', bands=5, height=64, width=64, wavelengths_nm=None)
     run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path / "tiles"}', '--tile_size=16', '--split_block=8')
-    done = train('segment.py', tmp_path / 'tiles', tmp_path / 'run', f'--encoder={whole / "pretrain_mae.py" / "last.pt"}', check=False)
+    done = train('segment.py', tmp_path / 'tiles', tmp_path / 'run', f'--encoder={whole("pretrain_mae.py") / "last.pt"}', check=False)
     assert done.returncode == 1 and '7 bands' in done.stderr and 'has 5' in done.stderr and 'Traceback' not in done.stderr
 
 
@@ -232,7 +231,7 @@ def test_foreign_and_damaged_checkpoints_run_no_code(tmp_path, whole):
             return os.mkdir, (str(tmp_path / 'owned'),)
     evil, half = str(tmp_path / 'evil.pt'), str(tmp_path / 'half.pt')
     torch.save({'model': Evil()}, evil)
-    good = open(whole / 'pretrain_mae.py' / 'last.pt', 'rb').read()
+    good = open(whole('pretrain_mae.py') / 'last.pt', 'rb').read()
     open(half, 'wb').write(good[:len(good) // 2])
     pickle.dump({'a': 1}, open(tmp_path / 'plain.pt', 'wb'))
     for path in (evil, half, str(tmp_path / 'plain.pt'), str(tmp_path / 'none.pt')):
@@ -243,7 +242,7 @@ def test_foreign_and_damaged_checkpoints_run_no_code(tmp_path, whole):
 
 
 def test_a_checkpoint_that_holds_something_else_is_told_in_a_sentence(tmp_path, whole):
-    good = load_checkpoint(whole / 'pretrain_mae.py' / 'last.pt')
+    good = load_checkpoint(whole('pretrain_mae.py') / 'last.pt')
     for name, content in (('list', [1, 2]), ('tensor', torch.ones(2)), ('no arguments', {'script': 'pretrain_mae.py', 'model': {}}),
                           ('other arguments', {**good, 'encoder_args': {'no_such': 1}}), ('other weights', {**good, 'model': {'encoder.norm.weight': torch.ones(3)}}),
                           ('wrong shape', {**good, 'encoder_args': {**good['encoder_args'], 'in_chans': 3}}), ('names', {**good, 'model': [1]})):
@@ -255,8 +254,8 @@ def test_a_checkpoint_that_holds_something_else_is_told_in_a_sentence(tmp_path, 
 
 def test_damaged_checkpoints_are_read_or_told_in_a_sentence(tmp_path, whole):
     from fuzz_scenes import damage
-    content, rng, path = open(whole / 'pretrain_mae.py' / 'last.pt', 'rb').read(), np.random.default_rng(0), tmp_path / 'damaged.pt'
-    good, refused = load_encoder(whole / 'pretrain_mae.py' / 'last.pt').state_dict(), 0
+    content, rng, path = open(whole('pretrain_mae.py') / 'last.pt', 'rb').read(), np.random.default_rng(0), tmp_path / 'damaged.pt'
+    good, refused = load_encoder(whole('pretrain_mae.py') / 'last.pt').state_dict(), 0
     for i in range(60):
         path.write_bytes(damage(content, rng))
         try:
@@ -273,7 +272,7 @@ def test_names_inside_files_are_never_paths(tmp_path, whole):
     os.makedirs(home / 'in')
     names = ['../../escaped', str(tmp_path / 'escaped'), 'escaped $\\frac$']
     scene = make_scene(home / 'in' / 'scene.npz', height=64, width=96, class_names=names, **{'../../escaped': np.ones(3), str(tmp_path / 'escaped'): np.ones(3)})
-    checkpoint = load_checkpoint(whole / 'pretrain_mae.py' / 'last.pt')
+    checkpoint = load_checkpoint(whole('pretrain_mae.py') / 'last.pt')
     checkpoint['script'] = 'pretrain_/../../../escaped.py'
     checkpoint['config'] |= {name: str(tmp_path / 'escaped') for name in ('out_dir', 'data', 'results', 'out', 'init_from')}
     torch.save(checkpoint, home / 'in' / 'last.pt')
@@ -293,27 +292,27 @@ def test_a_run_directory_holds_what_a_reader_needs(whole):
     for script, extra in (('pretrain_mae.py', ['reconstruction.png']), ('pretrain_dino.py', ['features.png']), ('pretrain_dino_hsi.py', ['features.png']),
                           ('segment.py', ['best.pt', 'report.json', 'confusion.png', 'examples.png']),
                           ('baseline_deeplab.py', ['best.pt', 'report.json', 'confusion.png', 'examples.png'])):
-        names = os.listdir(whole / script)
+        names = os.listdir(whole(script))
         assert {'last.pt', 'log.jsonl', 'config.json', 'curves.png', script, *extra} <= set(names)
         assert not [name for name in names if name.endswith('.tmp')]
-        assert not [key for key in weights(whole / script) if 'module.' in key or '_orig_mod' in key]
-    report = json.load(open(whole / 'segment.py' / 'report.json'))
+        assert not [key for key in weights(whole(script)) if 'module.' in key or '_orig_mod' in key]
+    report = json.load(open(whole('segment.py') / 'report.json'))
     assert {'majority', 'chance', 'pixel', 'window'} == set(report['floors']) and report['split'] == 'ts'
-    assert len(open(str(whole / 'segment.py') + '.csv').readlines()) == 2
+    assert len(open(f'{whole("segment.py")}.csv').readlines()) == 2
 
 
 def test_a_finished_run_reports_again_but_adds_no_row(scene_data, whole, tmp_path):
-    shutil.copytree(whole, tmp_path / 'whole')
-    before = open(tmp_path / 'whole' / 'segment.py.csv').read()
+    shutil.copytree(whole('segment.py'), tmp_path / 'run')
+    before = open(shutil.copy(f'{whole("segment.py")}.csv', tmp_path / 'run.csv')).read()
     for flags in (['--max_steps=12'], ['--max_steps=12'], ['--max_steps=12', '--seed=1', '--resume=false']):
-        done = train('segment.py', scene_data, tmp_path / 'whole' / 'segment.py', *flags)
+        done = train('segment.py', scene_data, tmp_path / 'run', *flags)
         assert 'test split of' in done.stdout
-    after = open(tmp_path / 'whole' / 'segment.py.csv').read().splitlines()
+    after = open(tmp_path / 'run.csv').read().splitlines()
     assert len(before.splitlines()) == 2 and len(after) == 4  # a header; out_dir is another, so a row; seed 1, so a row
 
 
 def test_untrained_gives_the_same_architecture_with_random_weights(scene_data, whole, tmp_path):
-    encoder = whole / 'pretrain_dino_hsi.py' / 'last.pt'
+    encoder = whole('pretrain_dino_hsi.py') / 'last.pt'
     train('segment.py', scene_data, tmp_path / 'run', f'--encoder={encoder}', '--untrained=true', '--steps=2')
     trained, random = load_encoder(encoder).state_dict(), {k.removeprefix('encoder.'): v for k, v in weights(tmp_path / 'run').items()}
     assert all(random[name].shape == value.shape for name, value in trained.items())
@@ -415,13 +414,13 @@ def test_focal_loss_is_cross_entropy_times_its_factor():
 
 
 def test_a_frozen_encoder_stays_as_it_is(scene_data, whole, tmp_path):
-    encoder = whole / 'pretrain_mae.py' / 'last.pt'
+    encoder = whole('pretrain_mae.py') / 'last.pt'
     for freeze in ('true', 'false'):
         train('segment.py', scene_data, tmp_path / freeze, f'--encoder={encoder}', f'--freeze={freeze}', '--steps=3')
         same = equal({k: v for k, v in weights(tmp_path / freeze).items() if k.startswith('encoder.')},
-                     {k: v for k, v in weights(whole / 'pretrain_mae.py').items() if k.startswith('encoder.')})
+                     {k: v for k, v in weights(whole('pretrain_mae.py')).items() if k.startswith('encoder.')})
         assert same == (freeze == 'true')
-        assert torch.equal(weights(tmp_path / freeze)['encoder.pos_embed'], weights(whole / 'pretrain_mae.py')['encoder.pos_embed'])
+        assert torch.equal(weights(tmp_path / freeze)['encoder.pos_embed'], weights(whole('pretrain_mae.py'))['encoder.pos_embed'])
     shutil.copy(encoder, tmp_path / 'last.pt')
     train('segment.py', scene_data, tmp_path / 'run', f'--encoder={tmp_path}/last.pt', '--steps=3')
     train('pretrain_mae.py', scene_data, tmp_path / 'longer', '--max_steps=3')
@@ -432,7 +431,7 @@ def test_a_frozen_encoder_stays_as_it_is(scene_data, whole, tmp_path):
 
 @pytest.mark.parametrize('script', [slow_unless([('pretrain_dino_hsi.py',)], s) for s in PRETRAINERS[1:]])
 def test_an_encoder_with_parameters_that_features_do_not_use_is_fine_tuned_on_two_processes(script, scene_data, whole, tmp_path):
-    train('segment.py', scene_data, tmp_path / 'run', f'--encoder={whole / script / "last.pt"}', '--freeze=false', '--max_steps=3', processes=2)
+    train('segment.py', scene_data, tmp_path / 'run', f'--encoder={whole(script) / "last.pt"}', '--freeze=false', '--max_steps=3', processes=2)
     assert len(losses(tmp_path / 'run')) == 3
 
 
@@ -443,7 +442,7 @@ def test_a_mistake_leaves_no_run_behind_that_refuses_the_right_command(scene_dat
 
 def test_only_pre_training_checkpoints_are_encoders(scene_data, whole, tmp_path):
     for script in JUDGES:
-        done = train('segment.py', scene_data, tmp_path / 'run', f'--encoder={whole / script / "last.pt"}', check=False)
+        done = train('segment.py', scene_data, tmp_path / 'run', f'--encoder={whole(script) / "last.pt"}', check=False)
         assert done.returncode == 1 and 'pass the last.pt of a pre-training run' in done.stderr and 'Traceback' not in done.stderr
 
 
