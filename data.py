@@ -969,7 +969,7 @@ def augment_spectra(x, u, field, mean, std, matrix, wavelengths_nm, gain=0.0, of
     slope = 2 * nm / nm.max().clamp(min=1e-6) - 1  # (C,) from -1 to 1
     shift = (gain * signed[:, :1] + tilt * signed[:, 1:2] * slope) * mean + offset * signed[:, 2:3] * std  # (B, C) of the sensor's values
     shift = shift * matrix if matrix.ndim == 1 else shift @ matrix.T
-    y = torch.addcmul(shift[..., None, None], x, 1 + gain * signed[:, :1, None, None], out=out)  # standardising is linear: whitened once, not crop by crop
+    y = torch.mul(x, 1 + gain * signed[:, :1, None, None], out=out).add_(shift[..., None, None])  # standardising is linear: whitened once, not crop by crop
     if noise:
         rows = (u[:, 3:4] * (field.shape[1] - H + 1)).long() + torch.arange(H, device=x.device)  # (B, H)
         windows = field[:, :, :W].index_select(1, rows.flatten()).reshape(C, -1, H, W).transpose(0, 1)  # (B, C, H, W)
