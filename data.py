@@ -1309,7 +1309,7 @@ def false_color_bands(wavelengths_nm, num_bands):
 def false_color(x, meta):
     """x (C, H, W) values of a scene -> (H, W, 3) in 0..1, mean ± 2 standard deviations of each band of false_color_bands(); missing = black"""
     bands = false_color_bands(meta['wavelengths_nm'], len(x))
-    x = np.asarray(x[bands], np.float32)
+    x = np.asarray(x)[bands].astype(np.float32)  # torch 2.6 does not index uint16
     mean, std = np.array(meta['mean'])[bands], np.array(meta['std'])[bands]  # one stretch for the data set: pictures compare
     rgb = (np.moveaxis(x, 0, 2) - mean) / (4 * std) + 0.5
     return np.where(valid_pixels(x, meta['nodata'])[..., None], rgb, 0).clip(0, 1)
