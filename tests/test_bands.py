@@ -244,7 +244,7 @@ def test_principal_components_are_the_channels_and_come_back_to_bands(sensors, t
     valid = valid_pixels(raw, meta['nodata'])
     z = standardize(raw, mean, matrix, meta['nodata']).movedim(1, 0)[:, valid]
     np.testing.assert_allclose(torch.cov(z), np.eye(3), atol=0.02)
-    x = raw.movedim(1, 0)[:, valid].float() - mean[:, None]
+    x = raw.float().movedim(1, 0)[:, valid] - mean[:, None]
     lost = (torch.linalg.pinv(matrix) @ z - x).square().sum() / x.square().sum()  # what the picture shows lacks the other components only
     assert float(lost) == pytest.approx(1 - sum(kept['explained_variance']), rel=0.05)
     for name in 'ab':  # b is brought to the bands of a first, then projected on the components of a
