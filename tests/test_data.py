@@ -286,7 +286,7 @@ def whu_layout(root, shape, axes, compression, n=1):
             os.makedirs(os.path.join(root, split, folder), exist_ok=True)
         for i in range(n):
             labels = np.kron(rng.integers(0, 25, (shape[0] // 16, shape[1] // 16)), np.ones((16, 16))).astype(np.uint8)
-            image = (rng.normal(0, 9000, (25, 32))[labels] + rng.normal(0, 2000, (*shape, 32))).clip(-32767, 32767).astype(np.int16)
+            image = (rng.normal(0, 9000, (25, 32))[labels] + 2000 * rng.standard_normal((*shape, 32), np.float32)).clip(-32767, 32767).astype(np.int16)
             if axes == 'CYX':
                 tifffile.imwrite(f'{root}/{split}/image/O1_{i:04d}.tif', np.moveaxis(image, 2, 0), planarconfig='separate',
                                  photometric='minisblack', compression=compression)

@@ -143,7 +143,7 @@ dist.destroy_process_group()
 """
 
 
-@each_script
+@pytest.mark.parametrize('script', [pretrain_dino, pytest.param(pretrain_dino_hsi, marks=pytest.mark.slow)])
 def test_targets_and_koleo_are_the_same_on_two_processes(script, tmp_path):
     (tmp_path / 'worker.py').write_text(WORKER.format(module=script.__name__))
     run(tmp_path / 'worker.py', ROOT, tmp_path / 'out', processes=2)

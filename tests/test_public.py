@@ -289,7 +289,7 @@ def test_dino_starts_student_and_teacher_from_a_public_file(script, kwargs, scen
         assert torch.equal(model[f'{branch}.encoder.pos_embed'][:, 0], state['pos_embed'][:, 0])
 
 
-@pytest.mark.parametrize('kwargs', [TINY_MAE, {**TINY_DINO, 'registers': 4}])
+@pytest.mark.parametrize('kwargs', [pytest.param(TINY_MAE, marks=pytest.mark.slow), {**TINY_DINO, 'registers': 4}])
 def test_a_public_file_is_judged_and_looked_at(kwargs, scene_data, tmp_path):
     synthetic(tmp_path / 'my_vit.pth', **{**kwargs, 'depth': 4})  # segment.py reads four blocks
     public = [f'--data={scene_data}', '--patch_size=4', '--whiten=0']
