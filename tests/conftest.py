@@ -68,23 +68,25 @@ def run(*args, processes=1, cwd=ROOT, check=True, prepare=None):
 
     The processes come from a fork server that has imported torch already: 5 seconds less for each of some 100 runs."""
     path, args = os.path.join(ROOT, args[0]), list(map(str, args[1:]))
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        outputs = [os.path.join(folder, name) for name in ('out', 'err')]
+    with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
-        ranks, port = [], str(free.getsockname()[1])
-        free.close()
+        port = str(free.getsockname()[1])
+    with tempfile.TemporaryDirectory() as folder:
+        outputs, ranks = [os.path.join(folder, name) for name in ('out', 'err')], []
         for rank in map(str, range(processes)):
-            environment = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port} if processes > 1 else {}
-            ranks.append(SERVER.Process(target=run_in_child, args=(path, args, str(cwd), environment, prepare, *outputs)))
+            environment = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+            ranks.append(SERVER.Process(target=run_in_child, args=(path, args, str(cwd), environment if processes > 1 else {}, prepare, *outputs)))
             ranks[-1].start()
-        deadline = time.time() + 300
-        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks) and time.time() < deadline:
+        codes, deadline = [None], time.time() + 300
+        while None in codes and not any(codes) and time.time() < deadline:
             time.sleep(0.02)
-        failed = next((rank.exitcode for rank in ranks if rank.exitcode), 0 if not any(rank.is_alive() for rank in ranks) else 'no end after 300 s')
-        for rank in ranks:  # as torchrun does: one has failed, so all end
+            codes = [rank.exitcode for rank in ranks]
+        for rank in ranks:  # as torchrun does: when one has failed, all end
             rank.terminate()
-            rank.join()
-        done = Finished(failed, *(open(name).read() if os.path.exists(name) else '' for name in outputs))
+            rank.join(30)
+            rank.kill()
+        returncode = next(filter(None, codes), 0 if None not in codes else 'no end after 300 s')
+        done = Finished(returncode, *(open(name).read() if os.path.exists(name) else '' for name in outputs))
     if check and done.returncode:
         raise AssertionError(f'{path} {args} exited with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}')
     return done
