@@ -450,7 +450,8 @@ def save_comparison(out_dir, runs):
                 pred = model(standardize(tiles.batch([i])[0], mean, matrix, tiles.meta['nodata'])).argmax(1)[0] + 1
             show_classes(axis, pred.numpy(), names)
             present |= set(pred.unique().tolist())
-    titles = [f'{textwrap.fill(os.path.basename(os.path.normpath(run)), 18)}\nmIoU {100 * json.load(open(os.path.join(run, "report.json"), encoding="utf-8"))["scores"]["miou"]:.1f}' for run in judged]
+    mious = [json.load(open(os.path.join(run, 'report.json'), encoding='utf-8'))['scores']['miou'] for run in judged]
+    titles = [f'{textwrap.fill(os.path.basename(os.path.normpath(run)), 18)}\nmIoU {100 * miou:.1f}' for run, miou in zip(judged, mious)]
     for axis, title in zip(axes[0], ['false colour', 'test labels', *titles]):
         axis.set_title(title, fontsize=9)
     for axis in axes.flat:
