@@ -62,7 +62,7 @@ whiten = 16  # random or public encoder: as in pretrain_mae.py; 0 is nearest to 
 rgb_kernels = 'wavelength'  # how a public file's 3 kernels reach our bands: wavelength (mixture of the nearest in nm), repeat (their mean) or fresh
 decoder = 'linear'  # linear (batch norm, 1x1 convolution), conv (UNet-like), transformer (Segmenter), or logistic = linear, solved not trained
 freeze = True  # false = fine-tune the encoder as well; with a random encoder: a ViT trained from scratch
-window_stride = 0  # step of the encoder's window over larger tiles, px; 0 = half a window, a quarter is worth 2 to 4 points
+window_stride = 0  # step of the encoder's window over larger tiles, px; 0 = half a window (a quarter takes four times as long and gains nothing)
 pixel = False  # true = the pixel's own input spectrum goes into the classifier beside the features
 # ---- method
 loss = 'ce'  # ce = cross-entropy, focal = focal loss (arXiv 1708.02002) with gamma 2, dice = soft Dice of each image (arXiv 1606.04797, without its squares)
@@ -590,7 +590,7 @@ if __name__ == '__main__':
     feature_bytes = 4 * (len(labelled) + len(splits['val'])) * 4 * vit.embed_dim * (tile_size // vit.patch_size) ** 2
     fits = freeze and not augment and crop_size == tile_size and feature_bytes < cache_gb * 1e9
     frozen = {split: FrozenFeatures(model, splits[split], prepare, autocast) if fits else None for split in ('tr', 'val')}
-    if freeze:
+    if freeze and decoder != 'logistic':  # that one standardises its features itself
         some = labelled[np.linspace(0, len(labelled) - 1, min(len(labelled), 2000)).astype(int)]
         calibrate_norm(model.head.norm, ((frozen['tr'] or FrozenFeatures(model, splits['tr'], prepare, autocast))([i]) for i in some))
 

@@ -254,8 +254,9 @@ def test_a_table_keeps_its_rows_when_a_column_is_new(tmp_path):
 def test_runs_are_drawn_side_by_side(scene_data, tmp_path):
     for n in ('1', '2'):
         run('segment.py', *TINY, f'--data={scene_data}', '--steps=2', f'--seed={n}', f'--out_dir={tmp_path / n}', f'--results={tmp_path}/r.csv')
-    run('segment.py', f'--compare={tmp_path}/1,{tmp_path}/2', f'--out_dir={tmp_path}/both')
+    run('segment.py', f'--compare={tmp_path}/1,{tmp_path}/2', f'--out_dir={tmp_path}/both', pictures=True)
     assert sorted(os.listdir(tmp_path / 'both')) == ['comparison.png', 'comparison_curves.png']
+    assert all((tmp_path / 'both' / name).stat().st_size > 5000 for name in os.listdir(tmp_path / 'both'))
     done = run('segment.py', f'--compare={tmp_path}/1,{tmp_path}/3', f'--out_dir={tmp_path}/both', check=False)
     assert done.returncode == 1 and f'{tmp_path}/3: holds no log.jsonl' in done.stderr and 'Traceback' not in done.stderr
 
@@ -278,7 +279,8 @@ def mapped(scene_data, tmp_path_factory):
 
 
 def test_a_map_lies_where_the_scene_lies(mapped):
-    done = run('segment.py', f'--out_dir={mapped}/run', f'--predict={mapped}/scene.tif', f'--out={mapped}/map.tif', f'--probabilities={mapped}/p.tif')
+    done = run('segment.py', f'--out_dir={mapped}/run', f'--predict={mapped}/scene.tif', f'--out={mapped}/map.tif', f'--probabilities={mapped}/p.tif',
+               pictures=True)
     assert '45 x 61 pixels' in done.stdout and json.load(open(mapped / 'map.json')) == {'1': 'class 1', '2': 'class 2', '3': 'class 3'}
     assert (mapped / 'map.png').stat().st_size > 5000
     again = read_scene(str(mapped / 'map.tif'))

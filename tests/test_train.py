@@ -56,7 +56,7 @@ def losses(out):
 def whole(scene_data, tmp_path_factory):
     """whole(script): the directory of a run of 12 steps in one go with one process, made when it is first asked for."""
     def run_of(script):
-        return made_once(tmp_path_factory, f'whole_{script}', lambda folder: train(script, scene_data, folder / 'run', '--max_steps=12')) / 'run'
+        return made_once(tmp_path_factory, f'whole_{script}', lambda folder: train(script, scene_data, folder / 'run', '--max_steps=12', pictures=True)) / 'run'
     return run_of
 
 
@@ -295,6 +295,7 @@ def test_a_run_directory_holds_what_a_reader_needs(whole):
                           ('baseline_deeplab.py', ['best.pt', 'report.json', 'confusion.png', 'examples.png'])):
         names = os.listdir(whole(script))
         assert {'last.pt', 'log.jsonl', 'config.json', 'curves.png', script, *extra} <= set(names)
+        assert all((whole(script) / name).stat().st_size > 5000 for name in names if name.endswith('.png'))
         assert not [name for name in names if name.endswith('.tmp')]
         assert not [key for key in weights(whole(script)) if 'module.' in key or '_orig_mod' in key]
     report = json.load(open(whole('segment.py') / 'report.json'))

@@ -62,8 +62,9 @@ def test_pictures_of_several_encoders_and_plain_sentences(scene_data, tmp_path):
     run('pretrain_mae.py', *MAE_TINY, '--whiten=3', '--max_steps=1', f'--data={scene_data}', f'--out_dir={tmp_path}/mae')
     run('pretrain_dino_hsi.py', *DINO_TINY, f'--data={scene_data}', f'--out_dir={tmp_path}/hsi')
     both = ['viz_attention.py', f'--encoders={tmp_path}/mae/last.pt,{tmp_path}/hsi/last.pt', f'--data={scene_data}', f'--out_dir={tmp_path}/out']
-    run(*both, '--tiles=0,2', '--query=3,9')
+    run(*both, '--tiles=0,2', '--query=3,9', pictures=True)
     assert sorted(os.listdir(tmp_path / 'out')) == ['attention_tile0.png', 'attention_tile2.png']
+    assert all((tmp_path / 'out' / name).stat().st_size > 5000 for name in os.listdir(tmp_path / 'out'))
     scene = make_scene(tmp_path / 'big.npz', height=45, width=61)
     run(*both, f'--image={scene}', '--block=0')
     assert (tmp_path / 'out' / 'attention_big.png').exists()
