@@ -1,7 +1,7 @@
 """Speed of the main job at ViT-B/8, 65,536 prototypes: python tests/bench_step.py [batch]. Prints ratios measured in this run.
 
-1. pretrain_dino's step in bfloat16 against float32, and each against a matrix product of its type: steps and products take turns, so
-   that a busy machine slows all alike.
+1. pretrain_dino's step in bfloat16 against float32, plain and compiled, and each against a matrix product of its type: a step is divided by
+   the mean of the products just before and after it, so that a busy machine slows both alike.
 2. The student's crops in two passes (one for each size) against one pass a crop.
 3. Augmentation of 32 tiles into 2 + 8 crops, batched, against a loop over samples with torch's own operations.
 """
@@ -29,12 +29,15 @@ def seconds(function):
     return time.perf_counter() - start
 
 
-def make_step(dtype, batch):
-    """One optimizer step as the training loop makes it, on random crops -> function, crops"""
+def make_step(dtype, batch, compiled=False):
+    """One optimizer step as the training loop makes it, on random crops -> function, model, crops"""
     torch.manual_seed(0)
     student = pretrain_dino.Branch(ViT(ffn='swiglu', num_register_tokens=4, init_values=1.0, mask_token=True), DINOHead(768, 65_536))
     model = pretrain_dino.SelfDistillation(student, 65_536).train()
     optimizer = torch.optim.AdamW(pretrain_dino.parameter_groups(model, 0.04), lr=1e-4, fused=True)
+    if compiled:
+        model.compile()
+        model.teacher.compile()
     big, small = torch.randn(2 * batch, 32, 64, 64), torch.randn(8 * batch, 32, 32, 32)
     mask = pretrain_dino.block_masks(2 * batch, 8, 8, 0.5, 0.1, 0.5, np.random.default_rng(0))
     rows = mask.flatten().nonzero()[:, 0]
@@ -61,28 +64,31 @@ def flops_of(step):
     return counter.get_total_flops()
 
 
-def steps_and_products(batch, rounds=3):
-    dtypes = ('float32', 'bfloat16') if BFLOAT16 else ('float32',)
-    steps = {dtype: make_step(dtype, batch) for dtype in dtypes}
-    flops = {dtype: flops_of(step) for dtype, (step, *_) in steps.items()}
+def steps_and_products(batch, rounds=5):
+    kinds = [('float32', False), ('float32', True), *([('bfloat16', False), ('bfloat16', True)] if BFLOAT16 else [])]
+    steps = {kind: make_step(kind[0], batch, kind[1]) for kind in kinds}
+    flops = flops_of(steps['float32', False][0])
+    for step, *_ in steps.values():
+        step()  # compiles
     tokens = 2 * batch * 69
-    shapes = {dtype: (torch.randn(tokens, 768, dtype=getattr(torch, dtype)), torch.randn(768, 3072, dtype=getattr(torch, dtype))) for dtype in steps}
-    times = {name + what: [] for name in dtypes for what in ('', ' product')}
+    product_flops = 2 * tokens * 768 * 3072
+    repeats = max(1, int(2e11 / product_flops))
+    times, shares, rates = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
     for _ in range(rounds):
-        for dtype, (step, *_) in steps.items():
-            times[dtype].append(seconds(step))
-            a, b = shapes[dtype]
-            repeats = max(1, int(5e11 / (2 * tokens * 768 * 3072)))
-            times[dtype + ' product'].append(seconds(lambda: [a @ b for _ in range(repeats)]) / repeats)
-    median = {name: statistics.median(values) for name, values in times.items()}
+        for kind in kinds:
+            a, b = torch.randn(tokens, 768, dtype=getattr(torch, kind[0])), torch.randn(768, 3072, dtype=getattr(torch, kind[0]))
+            before, step_time, after = (seconds(f) for f in (lambda: [a @ b for _ in range(repeats)], steps[kind][0], lambda: [a @ b for _ in range(repeats)]))
+            times[kind].append(step_time)
+            rates[kind].append(2 * repeats * product_flops / (before + after) / 1e9)
+            shares[kind].append(flops / step_time / 1e9 / rates[kind][-1])
     print(f'{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}; ViT-B/8, 65,536 prototypes, batch {batch}, '
-          f'2 x 64 px + 8 x 32 px, medians of {rounds}')
-    for dtype in steps:
-        achieved, peak = flops[dtype] / median[dtype] / 1e9, 2 * tokens * 768 * 3072 / median[dtype + ' product'] / 1e9
-        print(f'{dtype}: {median[dtype]:.2f} s a step, {flops[dtype] / 1e12:.2f} TFLOP, {achieved:.0f} GFLOP/s; a product of {tokens} x 768 x 3072: '
-              f'{peak:.0f} GFLOP/s; share {achieved / peak:.0%}')
+          f'2 x 64 px + 8 x 32 px, {flops / 1e12:.2f} TFLOP a step, medians of {rounds}')
+    median = {kind: statistics.median(times[kind]) for kind in kinds}
+    for kind in kinds:
+        print(f'{kind[0]}{", compiled" * kind[1]}: {median[kind]:.2f} s a step; a product of {tokens} x 768 x 3072: {statistics.median(rates[kind]):.0f} GFLOP/s; '
+              f'share {statistics.median(shares[kind]):.0%} ({", ".join(f"{share:.0%}" for share in shares[kind])})')
     if BFLOAT16:
-        print(f'bfloat16 is {median["float32"] / median["bfloat16"]:.2f} times as fast as float32')
+        print(f'bfloat16 is {median["float32", False] / median["bfloat16", False]:.2f} times as fast as float32')
     else:
         print('bfloat16: not measured, this CPU only emulates it')
     return steps
@@ -165,5 +171,5 @@ def augmentation(rounds=5):
 if __name__ == '__main__':
     augmentation()
     steps = steps_and_products(int(sys.argv[1]) if len(sys.argv) > 1 else 8)
-    _, model, crops = steps['bfloat16' if BFLOAT16 else 'float32']
+    _, model, crops = steps['bfloat16' if BFLOAT16 else 'float32', False]
     passes(model, *crops)
