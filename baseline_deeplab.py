@@ -201,25 +201,34 @@ def native_bfloat16(device):
 
 # Copied from segment.py
 @torch.no_grad()
+def predict_tile(model, images, prepare, autocast, window, K):
+    """One raw tile (1, C, H, W) -> probabilities (1, K, H, W); of a tile larger than `window` by blended windows of that side."""
+    def probabilities(raw):  # (B, C, h, w) -> (B, K, h, w)
+        x = prepare(raw)
+        with autocast():
+            return model(x).float().softmax(1)
+    if window >= images.shape[-1]:
+        return probabilities(images)
+    strips = sliding_window(probabilities, images[0].numpy(), window, window // 2, K)
+    return torch.from_numpy(np.concatenate([strip for _, strip in strips], axis=1))[None]
+
+
+# Copied from segment.py
+@torch.no_grad()
 def evaluate(model, tiles, prepare, autocast, device, rank, world, window, frozen=None):
     """Every tile once, dealt out over the ranks -> (K, K) confusion matrix, summed over the ranks. Counted as it is predicted:
-    a prediction never leaves the side of its label. Tiles larger than `window` are predicted by blended windows of that side."""
+    a prediction never leaves the side of its label. `frozen` holds feature maps where they are known."""
     model.eval()
     K = tiles.meta['num_classes']
     cm = torch.zeros(K, K, dtype=torch.int64, device=device)
 
-    def probabilities(raw, ids=None):  # (B, C, H, W) -> (B, K, H, W)
-        x, maps = prepare(raw), () if ids is None else (frozen(ids),)
-        with autocast():
-            return model(x, *maps).float().softmax(1)
-
     for i in range(rank, len(tiles), world):
         images, labels = tiles.batch([i])
-        if window < images.shape[-1]:
-            strips = sliding_window(probabilities, images[0].numpy(), window, window // 2, K)
-            probs = torch.from_numpy(np.concatenate([strip for _, strip in strips], axis=1))[None].to(device)
+        if frozen:
+            with autocast():
+                probs = model(prepare(images), frozen([i]))
         else:
-            probs = probabilities(images, [i] if frozen else None)
+            probs = predict_tile(model, images, prepare, autocast, window, K).to(device)
         cm += confusion_matrix(probs.argmax(1), label_to_class(labels).to(device), K)
     if world > 1:
         dist.all_reduce(cm)
@@ -273,7 +282,7 @@ def get_batch(train, labelled, step, *, rank, world, batch_size, crop_size, augm
 
 
 # Copied from segment.py
-def save_pictures(out_dir, cm, model, tiles, prepare, meta, log):
+def save_pictures(out_dir, cm, predict_one, tiles, meta, log):
     """confusion.png, examples.png (false colour, labels, prediction of up to four test tiles) and curves.png."""
     names, K = meta['class_names'], meta['num_classes']
     side = min(0.4 * K, 6)
@@ -295,7 +304,7 @@ def save_pictures(out_dir, cm, model, tiles, prepare, meta, log):
     axes, present = figure.subplots(len(most_labels), 3, squeeze=False), set()
     for row, i in zip(axes, most_labels):
         images, labels = tiles.batch([i])
-        pred = model(prepare(images)).argmax(1)[0].cpu().numpy() + 1
+        pred = predict_one(images).argmax(1)[0].cpu().numpy() + 1
         row[0].imshow(false_color(images[0], meta), interpolation='nearest')
         show_classes(row[1], labels[0].numpy(), names)
         show_classes(row[2], pred, names)
@@ -364,6 +373,9 @@ if __name__ == '__main__':
         dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
     if dtype not in ('bfloat16', 'float16', 'float32'):
         raise UserError(f'--dtype={dtype}: choose auto, bfloat16, float16 or float32')
+    if compile.lower() not in ('auto', 'true', 'false'):
+        raise UserError(f'--compile={compile}: choose auto, true or false')
+    compile = compile.lower() == 'true' or (compile == 'auto' and device.type == 'cuda')
     autocast = functools.partial(torch.autocast, device.type, getattr(torch, dtype), enabled=dtype != 'float32')
     torch.manual_seed(seed)  # the same weights on every rank
     print0 = print if rank == 0 else lambda *args, **kwargs: None
@@ -448,7 +460,7 @@ if __name__ == '__main__':
 
     # ---- boilerplate: compile and DDP
     net = model
-    if compile == 'true' or (compile == 'auto' and device.type == 'cuda'):
+    if compile:
         model.compile()  # in place: names in the checkpoint stay plain
     if world > 1:
         net = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
@@ -510,7 +522,7 @@ if __name__ == '__main__':
             if world > 1:
                 dist.all_reduce(total_loss, op=dist.ReduceOp.SUM)
                 total_loss /= world
-            entry = {'step': step, 'loss': float(total_loss), 'lr': optimizer.param_groups[0]['lr'], 'grad_norm': float(norm),
+            entry = {'step': step, 'loss': float(total_loss), 'lr': max(group['lr'] for group in optimizer.param_groups), 'grad_norm': float(norm),
                      **{name: float(value) for name, value in extras.items()}, 'seconds': time.time() - started}
             log.append(entry)
             if rank == 0:
@@ -570,9 +582,8 @@ if __name__ == '__main__':
             'split': 'ts', 'how_split': meta['split'], 'scores': result, 'floors': floor, 'class_names': meta['class_names'],
             'confusion_matrix': cm.tolist(), 'best_step': chosen['step'], 'warning': warning, 'config': config, 'torch': torch.__version__,
             'seconds': time.time() - started})
-        model.eval()
-        with torch.no_grad(), autocast():
-            save_pictures(out_dir, cm, model, splits['ts'], prepare, meta, log)
+        predict_one = functools.partial(predict_tile, model.eval(), prepare=prepare, autocast=autocast, window=crop_size, K=meta['num_classes'])
+        save_pictures(out_dir, cm, predict_one, splits['ts'], meta, log)
         append_row(results, {**columns, 'label_share': label_share, 'seed': seed, 'crop_size': crop_size, 'augment': augment,
                              'class_weights': class_weights, 'lr': lr, 'steps': step, 'best_step': chosen['step'],
                              **{k: round(result[k], 5) for k in ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1')},

@@ -1147,9 +1147,13 @@ def print_table(path):
         raise UserError(f'{path}: there are no results yet: run segment.py or baseline_deeplab.py first')
     rows = list({(row['out_dir'], row['data'], row['seed']): row for row in csv.DictReader(open(path, newline='', encoding='utf-8'))}.values())  # the last of each run
     results = ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1', 'pixel_floor', 'window_floor', 'best_step', 'out_dir', 'seed', 'data', 'label_share')
-    groups = {}
-    for row in rows:  # data/ip_0, data/ip_1 with seeds 0, 1: the same experiment on other splits
-        data, encoder = (re.sub(rf'_{row["seed"]}(?=[/\\]|$)', '', row[name]) for name in ('data', 'encoder'))
+    groups, seeds_of = {}, {}
+    without_seed = lambda row, name: re.sub(rf'_{row["seed"]}(?=[/\\]|$)', '', row[name])
+    for row in rows:
+        seeds_of.setdefault((without_seed(row, 'data'), row['encoder']), set()).add(row['seed'])
+    for row in rows:  # data/ip_0, data/ip_1 with seeds 0, 1: the same experiment on other splits; so are runs/mae_0, runs/mae_1, unless one is judged on all
+        data = without_seed(row, 'data')
+        encoder = without_seed(row, 'encoder') if len(seeds_of[data, row['encoder']]) == 1 else row['encoder']
         settings = tuple((name, encoder if name == 'encoder' else value) for name, value in row.items() if name not in results)
         group = data, float(row.get('label_share') or 1), row.get('bands') or ''
         groups.setdefault(group, {}).setdefault(settings, []).append(row)

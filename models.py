@@ -1,7 +1,7 @@
 """The networks: a Vision Transformer for any number of bands, the masked autoencoder around it, and the decoders.
 
 Shapes in comments: B batch, C bands, H W pixels (rows, columns), P patch side, h w patch grid (h = H / P), N = h * w patches,
-D width, R registers, T = 1 + R + N tokens, nh heads, hd = D / nh, L = number of visible patches, K classes.
+D width, R registers, T = 1 + R + N tokens, nh heads, hd = D / nh, L = number of visible patches, G groups of bands, K classes (DINOHead: prototypes).
 Parameter names and shapes are those of the public MAE and DINOv2 checkpoints, so that weights can travel.
 """
 import argparse

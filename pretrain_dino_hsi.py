@@ -5,11 +5,14 @@ student learns to say what the teacher says of the whole image and of what was m
 `diff pretrain_dino.py pretrain_dino_hsi.py` shows what that takes.
 
     python pretrain_dino_hsi.py --size=tiny                          # demo data, made on first use
-    python pretrain_dino_hsi.py --data=data/whu                      # the dissertation's settings, on one GPU
+    python pretrain_dino_hsi.py --data=data/whu                      # the dissertation's sizes (ViT-B/8, 64 px, batch 64), on one GPU
     torchrun --nproc_per_node=4 pretrain_dino_hsi.py --data=data/whu
 
 Reads a tile directory (python data.py tile). Writes out_dir: last.pt, log.jsonl, curves.png, features.png, config.json and a copy
 of this file. The same command again goes on exactly where the last one stopped. Results and times: README.md.
+
+Shapes in comments: B tiles, L local crops of each, C bands, S and s px the sides of global and local crops, T and t their tokens, N patches
+of a global crop, G groups of neighbouring bands, M masked tokens of the batch, D width, K prototypes.
 """
 import argparse
 import copy
@@ -98,7 +101,7 @@ grad_accum = 1  # micro-steps a batch is split into, when memory is short; KoLeo
 base_lr = 1e-3  # per 1,024 tiles: lr = base_lr * sqrt(batch_size / 1024) (DINOv2: 4e-3). dissertation: 2.5e-5 in all
 min_lr = 1e-6  # where the cosine ends
 weight_decay = 0.04  # at the start; none on biases, norms and tokens
-weight_decay_end = 0.4  # at the end (cosine)
+weight_decay_end = 0.4  # at the end (cosine); --weight_decay=0 stays 0
 beta2 = 0.999  # AdamW's second beta
 clip_grad = 3.0  # largest global gradient norm; 0 = no clipping
 layer_decay = 1.0  # learning rate of a block over that of the block above it; 0.9 in DINOv2, 1 suits short runs
@@ -110,7 +113,7 @@ resume = True  # false = leave an existing out_dir alone and start a new one bes
 max_steps = 0  # stop after this many steps of the schedule; 0 = run to its end
 seed = 0  # of weights, crops, masks and order
 log_every = 20  # steps
-eval_every = 500  # steps between linear probes and pictures; 0 = only at the end
+eval_every = 500  # steps between linear probes and pictures; 0 = only at step 0 and at the end
 probe_tiles = 64  # tiles used by the probe in each split
 save_every = 500  # steps between checkpoints
 keep_every = 0  # keep step_*.pt at multiples of this; 0 = keep last.pt only
@@ -545,6 +548,9 @@ if __name__ == '__main__':
         dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
     if dtype not in ('bfloat16', 'float16', 'float32'):
         raise UserError(f'--dtype={dtype}: choose auto, bfloat16, float16 or float32')
+    if compile.lower() not in ('auto', 'true', 'false'):
+        raise UserError(f'--compile={compile}: choose auto, true or false')
+    compile = compile.lower() == 'true' or (compile == 'auto' and device.type == 'cuda')
     autocast = functools.partial(torch.autocast, device.type, getattr(torch, dtype), enabled=dtype != 'float32')
     torch.manual_seed(seed)  # the same weights on every rank
     print0 = print if rank == 0 else lambda *args, **kwargs: None
@@ -643,12 +649,12 @@ if __name__ == '__main__':
 
     # ---- boilerplate: compile and DDP
     net = model
-    if compile == 'true' or (compile == 'auto' and device.type == 'cuda'):
+    if compile:
         model.compile()  # in place: names in the checkpoint stay plain
     if world > 1:
         net = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
     # ---- end of boilerplate: compile and DDP
-    if compile == 'true' or (compile == 'auto' and device.type == 'cuda'):
+    if compile:
         model.teacher.compile()
 
     # ---- training loop
@@ -745,7 +751,7 @@ if __name__ == '__main__':
             if world > 1:
                 dist.all_reduce(total_loss, op=dist.ReduceOp.SUM)
                 total_loss /= world
-            entry = {'step': step, 'loss': float(total_loss), 'lr': optimizer.param_groups[0]['lr'], 'grad_norm': float(norm),
+            entry = {'step': step, 'loss': float(total_loss), 'lr': max(group['lr'] for group in optimizer.param_groups), 'grad_norm': float(norm),
                      **{name: float(value) for name, value in extras.items()}, 'seconds': time.time() - started}
             log.append(entry)
             if rank == 0:

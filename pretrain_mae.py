@@ -71,7 +71,7 @@ resume = True  # false = leave an existing out_dir alone and start a new one bes
 max_steps = 0  # stop after this many steps of the schedule; 0 = run to its end
 seed = 0  # of weights, crops, masks and order
 log_every = 20  # steps
-eval_every = 500  # steps between linear probes and pictures; 0 = only at the end
+eval_every = 500  # steps between linear probes and pictures; 0 = only at step 0 and at the end
 probe_tiles = 64  # tiles used by the probe in each split
 save_every = 500  # steps between checkpoints
 keep_every = 0  # keep step_*.pt at multiples of this; 0 = keep last.pt only
@@ -290,6 +290,9 @@ if __name__ == '__main__':
         dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
     if dtype not in ('bfloat16', 'float16', 'float32'):
         raise UserError(f'--dtype={dtype}: choose auto, bfloat16, float16 or float32')
+    if compile.lower() not in ('auto', 'true', 'false'):
+        raise UserError(f'--compile={compile}: choose auto, true or false')
+    compile = compile.lower() == 'true' or (compile == 'auto' and device.type == 'cuda')
     autocast = functools.partial(torch.autocast, device.type, getattr(torch, dtype), enabled=dtype != 'float32')
     torch.manual_seed(seed)  # the same weights on every rank
     print0 = print if rank == 0 else lambda *args, **kwargs: None
@@ -388,7 +391,7 @@ if __name__ == '__main__':
 
     # ---- boilerplate: compile and DDP
     net = model
-    if compile == 'true' or (compile == 'auto' and device.type == 'cuda'):
+    if compile:
         model.compile()  # in place: names in the checkpoint stay plain
     if world > 1:
         net = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
@@ -455,7 +458,7 @@ if __name__ == '__main__':
             if world > 1:
                 dist.all_reduce(total_loss, op=dist.ReduceOp.SUM)
                 total_loss /= world
-            entry = {'step': step, 'loss': float(total_loss), 'lr': optimizer.param_groups[0]['lr'], 'grad_norm': float(norm),
+            entry = {'step': step, 'loss': float(total_loss), 'lr': max(group['lr'] for group in optimizer.param_groups), 'grad_norm': float(norm),
                      **{name: float(value) for name, value in extras.items()}, 'seconds': time.time() - started}
             log.append(entry)
             if rank == 0:

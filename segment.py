@@ -4,17 +4,19 @@ The last four blocks' maps of the encoder go through a decoder to one class per 
 scored on the test split, beside the floors it must beat. Without --encoder the encoder is random: the row every table needs.
 Afterwards the same script maps scenes of any size with what it learned, and prints the table of all results.
 
-    python segment.py --encoder=runs/mae/last.pt                       # frozen encoder, linear decoder
-    python segment.py --size=tiny                                       # the same with a random encoder
-    torchrun --nproc_per_node=4 segment.py --data=data/whu --encoder=runs/mae/last.pt --freeze=false
-    python segment.py --out_dir=runs/segment --predict=scene.tif --out=map.tif
+    python segment.py --encoder=runs/demo/last.pt --decoder=logistic --out_dir=runs/demo_logistic      # frozen encoder, linear decoder, solved
+    python segment.py --encoder=runs/demo/last.pt --out_dir=runs/demo_linear                            # the same, trained
+    python segment.py --size=tiny --out_dir=runs/demo_random                                            # a random encoder
+    torchrun --nproc_per_node=4 segment.py --data=data/whu --encoder=runs/whu/last.pt --freeze=false --out_dir=runs/whu_tuned
+    python segment.py --out_dir=runs/demo_logistic --predict=scene.tif --out=map.tif
     python segment.py --table
-    python segment.py --compare=runs/mae_linear,runs/dino_linear --out_dir=runs/compared
+    python segment.py --compare=runs/demo_logistic,runs/demo_linear --out_dir=runs/compared
 
-Reads a tile directory with labels (python data.py tile). Writes out_dir: best.pt, last.pt, report.json, confusion.png,
-examples.png, curves.png, log.jsonl, and appends a row to results.csv.
+Reads a tile directory with labels (python data.py tile). Writes out_dir: best.pt, report.json, confusion.png, examples.png and, of a
+decoder that is trained, last.pt, log.jsonl, curves.png; appends a row to results.csv.
 """
 import argparse
+import contextlib
 import datetime
 import functools
 import itertools
@@ -80,7 +82,7 @@ clip_grad = 0.0  # largest global gradient norm; 0 = no clipping
 out_dir = 'runs/segment'  # one directory a run
 resume = True  # false = leave an existing out_dir alone and start a new one beside it
 max_steps = 0  # stop after this many steps of the schedule; 0 = run to its end
-seed = 0  # of the decoder's (and a random encoder's) weights and of the order of tiles
+seed = 0  # of the decoder's (and a random encoder's) weights, of the order of tiles and of the labels that --label_share keeps
 log_every = 20  # steps
 eval_every = 100  # steps between scores on the validation split
 save_every = 500  # steps between checkpoints
@@ -282,25 +284,33 @@ def calibrate_norm(norm, batches):
 
 
 @torch.no_grad()
+def predict_tile(model, images, prepare, autocast, window, K):
+    """One raw tile (1, C, H, W) -> probabilities (1, K, H, W); of a tile larger than `window` by blended windows of that side."""
+    def probabilities(raw):  # (B, C, h, w) -> (B, K, h, w)
+        x = prepare(raw)
+        with autocast():
+            return model(x).float().softmax(1)
+    if window >= images.shape[-1]:
+        return probabilities(images)
+    strips = sliding_window(probabilities, images[0].numpy(), window, window // 2, K)
+    return torch.from_numpy(np.concatenate([strip for _, strip in strips], axis=1))[None]
+
+
+@torch.no_grad()
 def evaluate(model, tiles, prepare, autocast, device, rank, world, window, frozen=None):
     """Every tile once, dealt out over the ranks -> (K, K) confusion matrix, summed over the ranks. Counted as it is predicted:
-    a prediction never leaves the side of its label. Tiles larger than `window` are predicted by blended windows of that side."""
+    a prediction never leaves the side of its label. `frozen` holds feature maps where they are known."""
     model.eval()
     K = tiles.meta['num_classes']
     cm = torch.zeros(K, K, dtype=torch.int64, device=device)
 
-    def probabilities(raw, ids=None):  # (B, C, H, W) -> (B, K, H, W)
-        x, maps = prepare(raw), () if ids is None else (frozen(ids),)
-        with autocast():
-            return model(x, *maps).float().softmax(1)
-
     for i in range(rank, len(tiles), world):
         images, labels = tiles.batch([i])
-        if window < images.shape[-1]:
-            strips = sliding_window(probabilities, images[0].numpy(), window, window // 2, K)
-            probs = torch.from_numpy(np.concatenate([strip for _, strip in strips], axis=1))[None].to(device)
+        if frozen:
+            with autocast():
+                probs = model(prepare(images), frozen([i]))
         else:
-            probs = probabilities(images, [i] if frozen else None)
+            probs = predict_tile(model, images, prepare, autocast, window, K).to(device)
         cm += confusion_matrix(probs.argmax(1), label_to_class(labels).to(device), K)
     if world > 1:
         dist.all_reduce(cm)
@@ -350,7 +360,7 @@ def get_batch(train, labelled, step, *, rank, world, batch_size, crop_size, augm
     return ids, images, labels, boxes[mine], turned[mine]
 
 
-def save_pictures(out_dir, cm, model, tiles, prepare, meta, log):
+def save_pictures(out_dir, cm, predict_one, tiles, meta, log):
     """confusion.png, examples.png (false colour, labels, prediction of up to four test tiles) and curves.png."""
     names, K = meta['class_names'], meta['num_classes']
     side = min(0.4 * K, 6)
@@ -372,7 +382,7 @@ def save_pictures(out_dir, cm, model, tiles, prepare, meta, log):
     axes, present = figure.subplots(len(most_labels), 3, squeeze=False), set()
     for row, i in zip(axes, most_labels):
         images, labels = tiles.batch([i])
-        pred = model(prepare(images)).argmax(1)[0].cpu().numpy() + 1
+        pred = predict_one(images).argmax(1)[0].cpu().numpy() + 1
         row[0].imshow(false_color(images[0], meta), interpolation='nearest')
         show_classes(row[1], labels[0].numpy(), names)
         show_classes(row[2], pred, names)
@@ -446,8 +456,8 @@ def save_comparison(out_dir, runs):
         for axis, (model, checkpoint) in zip(row[2:], models):
             tiles.use_bands(checkpoint['config'].get('bands', ''))
             mean, matrix = standardization(tiles.meta, checkpoint['whiten'], checkpoint['config'].get('components'))
-            with torch.no_grad():
-                pred = model(standardize(tiles.batch([i])[0], mean, matrix, tiles.meta['nodata'])).argmax(1)[0] + 1
+            prepare = functools.partial(standardize, mean=mean, matrix=matrix, nodata=tiles.meta['nodata'])
+            pred = predict_tile(model, tiles.batch([i])[0], prepare, contextlib.nullcontext, checkpoint['window'], len(names)).argmax(1)[0] + 1
             show_classes(axis, pred.numpy(), names)
             present |= set(pred.unique().tolist())
     mious = [json.load(open(os.path.join(run, 'report.json'), encoding='utf-8'))['scores']['miou'] for run in judged]
@@ -507,6 +517,9 @@ if __name__ == '__main__':
         dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
     if dtype not in ('bfloat16', 'float16', 'float32'):
         raise UserError(f'--dtype={dtype}: choose auto, bfloat16, float16 or float32')
+    if compile.lower() not in ('auto', 'true', 'false'):
+        raise UserError(f'--compile={compile}: choose auto, true or false')
+    compile = compile.lower() == 'true' or (compile == 'auto' and device.type == 'cuda')
     autocast = functools.partial(torch.autocast, device.type, getattr(torch, dtype), enabled=dtype != 'float32')
     torch.manual_seed(seed)  # the same weights on every rank
     print0 = print if rank == 0 else lambda *args, **kwargs: None
@@ -602,7 +615,10 @@ if __name__ == '__main__':
                 maps = model.head.norm(model.features(x).float())
             return maps if not pixel else torch.cat([F.interpolate(maps, size=x.shape[-2:], mode='bilinear'), x], dim=1)
         x, y, _ = labelled_pixels(splits['tr'], inputs, 50_000, device=device)
+        print0(f'solved on {len(y):,} of {sum(meta["class_counts"]["tr"]) * label_share:,.0f} labelled training pixels (the floors: at most 30,000)')
         solved = fit_logistic(x, y, meta['num_classes'])
+        if stop:
+            sys.exit(128 + stop[0])  # nothing to save yet
         for layer, weights in zip((model.head.classifier, model.pixel_head), solved[:-1].T[..., None, None].split(4 * vit.embed_dim, dim=1)):
             layer.weight.data.copy_(weights)
             layer.bias.data.copy_(solved[-1] * (layer is model.head.classifier))
@@ -644,7 +660,7 @@ if __name__ == '__main__':
 
     # ---- boilerplate: compile and DDP
     net = model
-    if compile == 'true' or (compile == 'auto' and device.type == 'cuda'):
+    if compile:
         model.compile()  # in place: names in the checkpoint stay plain
     if world > 1:
         net = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
@@ -708,7 +724,7 @@ if __name__ == '__main__':
             if world > 1:
                 dist.all_reduce(total_loss, op=dist.ReduceOp.SUM)
                 total_loss /= world
-            entry = {'step': step, 'loss': float(total_loss), 'lr': optimizer.param_groups[0]['lr'], 'grad_norm': float(norm),
+            entry = {'step': step, 'loss': float(total_loss), 'lr': max(group['lr'] for group in optimizer.param_groups), 'grad_norm': float(norm),
                      **{name: float(value) for name, value in extras.items()}, 'seconds': time.time() - started}
             log.append(entry)
             if rank == 0:
@@ -768,9 +784,8 @@ if __name__ == '__main__':
             'split': 'ts', 'how_split': meta['split'], 'scores': result, 'floors': floor, 'class_names': meta['class_names'],
             'confusion_matrix': cm.tolist(), 'best_step': chosen['step'], 'warning': warning, 'config': config, 'torch': torch.__version__,
             'seconds': time.time() - started})
-        model.eval()
-        with torch.no_grad(), autocast():
-            save_pictures(out_dir, cm, model, splits['ts'], prepare, meta, log)
+        predict_one = functools.partial(predict_tile, model.eval(), prepare=prepare, autocast=autocast, window=crop_size, K=meta['num_classes'])
+        save_pictures(out_dir, cm, predict_one, splits['ts'], meta, log)
         append_row(results, {**columns, 'label_share': label_share, 'seed': seed, 'crop_size': crop_size, 'augment': augment,
                              'class_weights': class_weights, 'lr': lr, 'steps': step, 'best_step': chosen['step'],
                              **{k: round(result[k], 5) for k in ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1')},

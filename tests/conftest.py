@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCENES = os.path.join(os.path.dirname(ROOT), 'shared', 'scenes')  # real scenes, where they are at hand
+SCENES = os.environ.get('SCENES', os.path.join(os.path.dirname(ROOT), 'shared', 'scenes'))  # real scenes, where they are at hand
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 SERVER = multiprocessing.get_context('forkserver')

@@ -183,6 +183,9 @@ def test_crops_smaller_than_the_tile_train_and_the_whole_tile_is_scored(scene_da
         run(script, *flags, f'--data={scene_data}', '--crop_size=8', '--augment=true', '--steps=3', f'--out_dir={tmp_path / script}', f'--results={tmp_path}/r.csv')
         report = json.load(open(tmp_path / script / 'report.json'))
         assert np.sum(report['confusion_matrix']) == np.count_nonzero(Tiles(scene_data, 'ts').labels)
+        if script == 'segment.py':  # what is drawn is what is scored
+            pred, raw, names = why_it_failed.predictions(str(tmp_path / script))
+            assert confusion_matrix(pred, label_to_class(raw), len(names)).tolist() == report['confusion_matrix']
         run(script, f'--out_dir={tmp_path / script}', f'--predict={make_scene(tmp_path / "s.npz", height=20, width=30)}', f'--out={tmp_path / script}/map.tif')
         assert read_scene(f'{tmp_path / script}/map.tif').cube.shape == (1, 20, 30) and (tmp_path / script / 'map.png').exists()
 
@@ -242,6 +245,10 @@ def test_the_table_averages_seeds_and_nothing_else(tmp_path):
     lines = {line[:44].strip(): line.split()[-1] for line in table if 'MAE' in line}
     assert lines == {'MAE linear steps 10': '2', 'MAE linear steps 99': '1', 'MAE linear': '1'} and sum('scene_' in line for line in table) == 2
     assert any('60.0 ± 14.1' in line for line in table) and any('60.0 ±  0.0' in line for line in table)  # of scene_2018 the last row counts
+    for n in range(3):  # one encoder on three splits
+        append_row(path, {**row, 'seed': n, 'data': f'data/b_{n}', 'out_dir': f'runs/b_{n}'})
+    table = run('segment.py', '--table', f'--results={path}').stdout
+    assert [line.split()[-1] for line in table.split('data/b')[1].split('\n\n')[0].splitlines() if 'MAE' in line] == ['3']
 
 
 def test_a_table_keeps_its_rows_when_a_column_is_new(tmp_path):

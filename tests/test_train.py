@@ -200,7 +200,7 @@ def test_a_directory_with_another_run_is_refused_and_resume_false_starts_beside_
 MISTAKES = [
     (['--no_such_flag=1'], 2, 'unrecognized arguments'), (['--batch_siz=8'], 2, 'unrecognized'), (['--seed=one'], 2, 'invalid int'),
     (['--resume=maybe'], 2, 'invalid'), (['--size=huge'], 1, 'choose one of'), (['--data=nowhere'], 1, 'data.py tile'),
-    (['--batch_size=7', '--grad_accum=2'], 1, 'does not divide'), (['--patch_size=5'], 1, '5'), (['--dtype=int8'], 1, 'choose auto'),
+    (['--batch_size=7', '--grad_accum=2'], 1, 'does not divide'), (['--patch_size=5'], 1, '5'), (['--dtype=int8'], 1, 'choose auto'), (['--compile=yes'], 1, '--compile=yes'),
     (['--whiten=-1'], 1, 'choose 0'),
 ]
 DINO_MISTAKES = [(['--size=huge'], 1, 'choose one of'), (['--patch_size=5'], 1, '--patch_size=5'), (['--local_crops_number=0'], 1, 'at least 1'),

@@ -1,9 +1,11 @@
-"""Why the dissertation measured 1.4 % mIoU for ten networks: python tests/why_it_failed.py runs/demo_linear
+"""Why the dissertation measured 1.4 % mIoU for ten networks: python tests/why_it_failed.py runs/demo_logistic
 
 A trained model's own predictions on its test split, scored rightly, and scored with the two faults read in the dissertation's public
 evaluation code: (A) the loader shuffled the tiles, so that a prediction met the label of another one; (B) training counted classes from
 0, scoring compared them with raw labels, which count from 1 and keep 0 for "unlabelled".
 """
+import contextlib
+import functools
 import os
 import sys
 
@@ -12,7 +14,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import Tiles, UserError, chance_warning, confusion_matrix, label_to_class, plain_errors, print_scores, scores, standardization, standardize
-from segment import trained_segmenter
+from segment import predict_tile, trained_segmenter
 
 
 @torch.no_grad()
@@ -23,8 +25,9 @@ def predictions(run):
     mean, matrix = standardization(tiles.meta, checkpoint['whiten'], checkpoint['config'].get('components'))
     if tiles.labels is None:
         raise UserError(f'{tiles.directory}: its test split has no labels: nothing can be scored')
-    pred = torch.cat([model(standardize(tiles.batch([i])[0], mean, matrix, tiles.meta['nodata'])).argmax(1) for i in range(len(tiles))])
-    return pred, torch.from_numpy(np.array(tiles.labels)), tiles.meta['class_names']
+    names, prepare = tiles.meta['class_names'], functools.partial(standardize, mean=mean, matrix=matrix, nodata=tiles.meta['nodata'])
+    pred = torch.cat([predict_tile(model, tiles.batch([i])[0], prepare, contextlib.nullcontext, checkpoint['window'], len(names)).argmax(1) for i in range(len(tiles))])
+    return pred, torch.from_numpy(np.array(tiles.labels)), names
 
 
 def score(pred, raw, num_classes, shuffled=False, off_by_one=False):
@@ -39,7 +42,7 @@ def score(pred, raw, num_classes, shuffled=False, off_by_one=False):
 if __name__ == '__main__':
     plain_errors()
     if len(sys.argv) != 2:
-        raise UserError('pass the directory of one run of segment.py, as runs/demo_linear')
+        raise UserError('pass the directory of one run of segment.py, as runs/demo_logistic')
     pred, raw, names = predictions(sys.argv[1])
     rows = {'scored rightly': score(pred, raw, len(names)), 'A: tiles shuffled': score(pred, raw, len(names), shuffled=True),
             'B: classes off by one': score(pred, raw, len(names), off_by_one=True),
