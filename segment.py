@@ -615,7 +615,7 @@ if __name__ == '__main__':
                 maps = model.head.norm(model.features(x).float())
             return maps if not pixel else torch.cat([F.interpolate(maps, size=x.shape[-2:], mode='bilinear'), x], dim=1)
         x, y, _ = labelled_pixels(splits['tr'], inputs, 50_000, device=device)
-        print0(f'solved on {len(y):,} of {sum(meta["class_counts"]["tr"]) * label_share:,.0f} labelled training pixels (the floors: at most 30,000)')
+        print0(f'solved on {len(y):,} labelled pixels of the training tiles (drawn when there are more than 50,000; the floors take 30,000)')
         solved = fit_logistic(x, y, meta['num_classes'])
         if stop:
             sys.exit(128 + stop[0])  # nothing to save yet
