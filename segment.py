@@ -308,10 +308,10 @@ def evaluate(model, tiles, prepare, autocast, device, rank, world, window, froze
         images, labels = tiles.batch([i])
         if frozen:
             with autocast():
-                probs = model(prepare(images), frozen([i]))
+                pred = model(prepare(images), frozen([i])).argmax(1)
         else:
-            probs = predict_tile(model, images, prepare, autocast, window, K).to(device)
-        cm += confusion_matrix(probs.argmax(1), label_to_class(labels).to(device), K)
+            pred = predict_tile(model, images, prepare, autocast, window, K).argmax(1).to(device)
+        cm += confusion_matrix(pred, label_to_class(labels).to(device), K)
     if world > 1:
         dist.all_reduce(cm)
     model.train()
