@@ -78,7 +78,7 @@ keep_every = 0  # keep step_*.pt at multiples of this; 0 = keep last.pt only
 # ---- system
 device = 'auto'  # auto = cuda if present, else cpu
 dtype = 'auto'  # of the autocast: bfloat16, float16 or float32; auto = bfloat16 where the hardware multiplies it natively
-compile = 'auto'  # torch.compile: true, false; auto = on CUDA only (on CPU a minute of compiling for some 15 %)
+compile = 'auto'  # torch.compile: true, false; auto = on CUDA only (on CPU a minute of compiling for 10 to 15 %)
 
 
 # ---- boilerplate: overrides (the same lines in every script; tests/test_style.py checks) ----

@@ -98,7 +98,7 @@ overlap = 0.5  # of the windows that are blended, as a share of their side
 # ---- system
 device = 'auto'  # auto = cuda if present, else cpu
 dtype = 'auto'  # of the autocast: bfloat16, float16 or float32; auto = bfloat16 where the hardware multiplies it natively
-compile = 'auto'  # torch.compile: true, false; auto = on CUDA only (on CPU a minute of compiling for some 15 %)
+compile = 'auto'  # torch.compile: true, false; auto = on CUDA only (on CPU a minute of compiling for 10 to 15 %)
 cache_gb = 4.0  # features of a frozen encoder are kept in memory when they fit in this
 
 
