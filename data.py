@@ -1156,8 +1156,9 @@ def print_table(path):
         encoder = without_seed(row, 'encoder') if len(seeds_of[data, row['encoder']]) == 1 else row['encoder']
         settings = tuple((name, encoder if name == 'encoder' else value) for name, value in row.items() if name not in results)
         group = data, float(row.get('label_share') or 1), row.get('bands') or ''
-        groups.setdefault(group, {}).setdefault(settings, []).append(row)
+        groups.setdefault(group, {}).setdefault(settings, {})[row['data'], row['seed']] = row  # the last one, of a run made twice
     for (data, share, bands), methods in sorted(groups.items()):
+        methods = {settings: list(runs.values()) for settings, runs in methods.items()}
         every = [row for runs in methods.values() for row in runs]
         at = f' at the bands {bands[:40]}' if bands else ''
         print(f'\n{data}{at}, {100 * share:g} % of the labels' + f'\n{"":44s}{"OA":>13s}{"mean acc":>13s}{"mIoU":>13s}{"mIoU all":>13s}{"seeds":>7s}')
