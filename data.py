@@ -894,38 +894,47 @@ def draw_crops(n, tile_size, img_size, scale_min, scale_max, generator, turns=Tr
     return corners.long(), side, boxes, (u[:, 4:] < 0.5) & turns
 
 
-def resizeweights(start, length, source, out, flip, soften):
-    """(B,) box starts and lengths -> (B, out, source): row i of a product that crops, resizes and flips one axis.
+def resize_weights(start, length, source, out, flip, soften):
+    """Starts and lengths (...) of boxes -> (..., out, source): row i of a product that crops, resizes and flips one axis.
 
     Triangle filter, widened when shrinking: bilinear interpolation with anti-aliasing, as torch's interpolate(antialias=True).
-    `soften` (B,) or 1 widens it further: a blur that costs nothing.
+    `soften` (...) or 1 widens it further: a blur that costs nothing.
     """
     scale = length / out  # source pixels per output pixel
-    where = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * scale[:, None] - 0.5  # (B, out)
-    where = torch.where(flip[:, None], where.flip(1), where)
+    where = start[..., None] + (torch.arange(out, device=start.device) + 0.5) * scale[..., None] - 0.5  # (..., out)
+    where = torch.where(flip[..., None], where.flip(-1), where)
     pixel = torch.arange(source, device=start.device)
-    weights = (1 - (pixel - where[..., None]).abs() / (soften * scale.clamp(min=1))[:, None, None]).clamp(min=0)  # (B, out, source)
-    inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
-    weights = weights * inside[:, None]
+    weights = (1 - (pixel - where[..., None]).abs() / (soften * scale.clamp(min=1))[..., None, None]).clamp(min=0)  # (..., out, source)
+    inside = (pixel >= start[..., None]) & (pixel < (start + length)[..., None])
+    weights = weights * inside[..., None, :]
     return weights / weights.sum(-1, keepdim=True)
 
 
-def resized_crop(x, boxes, turns, out, soften=1.0):
-    """x (B, C, H, W), boxes (V * B, 4), turns (V * B, 3) of draw_crops, one after the other for V crops of each image -> (V * B, C, out, out) float32,
-    blurred where `soften` (V * B,) is above 1.
+def crop_weights(boxes, turns, H, W, out, soften=1.0):
+    """boxes (B, V, 4) and turns (B, V, 3) of draw_crops, V crops of each image of H x W px -> rows (B, V, out, H), cols (B, V, out, W) for crop_by"""
+    return (resize_weights(boxes[..., 0], boxes[..., 2], H, out, turns[..., 0], soften),
+            resize_weights(boxes[..., 1], boxes[..., 3], W, out, turns[..., 1], soften))
+
+
+def crop_by(x, rows, cols, transposed):
+    """x (B, C, H, W), crop_weights(), transposed (B, V) bool -> (V * B, C, out, out) float32, the V crops of each image one after the other.
 
     Two matrix products, rows then columns, are exact bilinear resizing; flips ride along for free. The first is one product for all crops of an
     image and takes it row by row, (B, H, C * W): an x in that order of memory (see standardize_rows) is not copied.
     """
-    (B, C, H, W), boxes, turns = x.shape, boxes.to(x.device), turns.to(x.device)
-    rows = resizeweights(boxes[:, 0], boxes[:, 2], H, out, turns[:, 0], soften)  # (V * B, out, H)
-    cols = resizeweights(boxes[:, 1], boxes[:, 3], W, out, turns[:, 1], soften)  # (V * B, out, W)
-    rows, cols = (weights.unflatten(0, (-1, B)).transpose(0, 1).flatten(0, 1) for weights in (rows, cols))  # (B * V, ...): by image
-    y = rows.reshape(B, -1, H) @ x.float().transpose(1, 2).reshape(B, H, C * W)  # (B, V * out, C * W)
-    y = (y.reshape(-1, out * C, W) @ cols.transpose(1, 2)).reshape(B, -1, out, C, out)  # (B, V, out, C, out)
-    crops = y.new_empty(y.shape[1], B, C, out, out)
-    torch.where(turns[:, 2].reshape(-1, B, 1, 1, 1), y.permute(1, 0, 3, 4, 2), y.permute(1, 0, 3, 2, 4), out=crops)
+    (B, C, H, W), (V, out) = x.shape, rows.shape[1:3]
+    y = rows.flatten(1, 2) @ x.float().transpose(1, 2).reshape(B, H, C * W)  # (B, V * out, C * W)
+    y = (y.reshape(-1, out * C, W) @ cols.flatten(0, 1).transpose(1, 2)).reshape(B, V, out, C, out)
+    crops = y.new_empty(V, B, C, out, out)
+    torch.where(transposed.T[..., None, None, None], y.permute(1, 0, 3, 4, 2), y.permute(1, 0, 3, 2, 4), out=crops)
     return crops.flatten(0, 1)
+
+
+def resized_crop(x, boxes, turns, out, soften=1.0):
+    """x (B, C, H, W), a box (B, 4) and turns (B, 3) of draw_crops for each -> (B, C, out, out) float32, blurred where `soften` (B,) is above 1"""
+    boxes, turns = boxes.to(x.device)[:, None], turns.to(x.device)[:, None]
+    soften = soften[:, None] if torch.is_tensor(soften) else soften
+    return crop_by(x, *crop_weights(boxes, turns, *x.shape[2:], out, soften), turns[..., 2])
 
 
 def resized_crop_labels(labels, boxes, turns, out):

@@ -38,8 +38,8 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (FLOORS, UserError, Tiles, augment_spectra, demo_if_missing, draw_crops, epoch_ids, false_color, labelled_pixels, open_sources,
-                  pick_source, plain_errors, principal_colors, resized_crop, ridge_probe, save_figure, spectrum_features, standardization, standardize,
+from data import (FLOORS, UserError, Tiles, augment_spectra, crop_by, crop_weights, demo_if_missing, draw_crops, epoch_ids, false_color,
+                  labelled_pixels, open_sources, pick_source, plain_errors, principal_colors, ridge_probe, save_figure, spectrum_features, standardization, standardize,
                   standardize_rows, write_json)
 from models import SIZES, DINOHead, SpatialSpectralViT, dense_features, load_checkpoint, public_shape, start_from
 
@@ -458,17 +458,19 @@ def get_batch(train, step, *, rank, world, img_size, patch_size, batch_size, glo
 def make_crops(raw, boxes, turned, soften, u, meta, mean, matrix, img_size, local_crops_size, field, strengths):
     """Raw windows (B, C, S, S) and the draws of get_batch -> global crops (2B, C, img_size, img_size), local crops (L * B, C, s, s)"""
     std, nm = (torch.tensor(v, dtype=torch.float32, device=raw.device) for v in (meta['std'], meta['wavelengths_nm'] or range(meta['num_bands'])))
-    u, soften = u.to(raw.device), soften.to(raw.device)
+    boxes, turned, u, soften = (part.to(raw.device) for part in (boxes, turned, u, soften))
     B, V = boxes.shape[:2]
     big, small = (std.new_empty(views, B, meta['num_bands'], side, side) for views, side in ((2, img_size), (V - 2, local_crops_size)))
+    weights = [(views, crops, *crop_weights(boxes[:, views], turned[:, views], *raw.shape[2:], crops.shape[-1], soften[:, views]))
+               for views, crops in ((slice(2), big), (slice(2, V), small))]
     together = B if raw.is_cuda else 1  # tile by tile what becomes of it stays in a CPU's cache
     for start in range(0, B, together):
         some = slice(start, start + together)
         x = standardize_rows(raw[some], mean, matrix, meta['nodata'])
-        for views, crops in ((slice(2), big), (slice(2, V), small)):
-            draws = [part[some, views].transpose(0, 1).flatten(0, 1) for part in (boxes, turned, soften, u)]
-            crop = resized_crop(x, *draws[:2], crops.shape[-1], draws[2])  # (views * together, C + 1, side, side)
-            augment_spectra(crop, draws[3], field, mean, std, matrix, nm, **strengths, out=crops[:, some].view(-1, *crops.shape[2:]))
+        for views, crops, rows, cols in weights:
+            crop = crop_by(x, rows[some], cols[some], turned[some, views, 2])  # (views * together, C + 1, side, side)
+            draws = u[some, views].transpose(0, 1).flatten(0, 1)
+            augment_spectra(crop, draws, field, mean, std, matrix, nm, **strengths, out=crops[:, some].view(-1, *crops.shape[2:]))
     return big.flatten(0, 1), small.flatten(0, 1)
 
 

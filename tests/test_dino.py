@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import pretrain_dino
 import pretrain_dino_hsi
 from conftest import ROOT, make_scene, run
-from data import Tiles, UserError, augment_spectra, draw_crops, resized_crop, standardization, standardize, standardize_rows
+from data import Tiles, UserError, augment_spectra, crop_by, crop_weights, draw_crops, resized_crop, standardization, standardize, standardize_rows
 from models import DINOHead, SpatialSpectralViT, ViT
 
 MODULES = [pretrain_dino, pretrain_dino_hsi]
@@ -389,7 +389,8 @@ def test_crops_of_many_images_at_once_are_those_of_one_by_one():
     x, generator = torch.randn(3, 5, 16, 16), torch.Generator().manual_seed(0)
     _, _, boxes, turns = draw_crops(6, 16, 16, 0.3, 1.0, generator)  # 2 crops of each of the 3 images, crop by crop
     soften = 1 + torch.rand(6)
-    together = resized_crop(x, boxes, turns, 8, soften)
+    by_image = [part.unflatten(0, (-1, 3)).transpose(0, 1) for part in (boxes, turns, soften)]
+    together = crop_by(x, *crop_weights(*by_image[:2], *x.shape[2:], 8, by_image[2]), by_image[1][..., 2])
     for i in range(6):
         torch.testing.assert_close(together[i], resized_crop(x[i % 3:i % 3 + 1], boxes[i:i + 1], turns[i:i + 1], 8, soften[i:i + 1])[0])
 
