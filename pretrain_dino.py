@@ -432,13 +432,13 @@ def make_crops(raw, boxes, turned, soften, u, meta, mean, matrix, img_size, loca
     boxes, turned, u, soften = (part.to(raw.device) for part in (boxes, turned, u, soften))
     B, V = boxes.shape[:2]
     big, small = (std.new_empty(views, B, meta['num_bands'], side, side) for views, side in ((2, img_size), (V - 2, local_crops_size)))
-    weights = [(views, crops, *crop_weights(boxes[:, views], turned[:, views], *raw.shape[2:], crops.shape[-1], soften[:, views]))
+    by_size = [(views, crops, *crop_weights(boxes[:, views], turned[:, views], *raw.shape[2:], crops.shape[-1], soften[:, views]))
                for views, crops in ((slice(2), big), (slice(2, V), small))]
     together = B if raw.is_cuda else 1  # tile by tile what becomes of it stays in a CPU's cache
     for start in range(0, B, together):
         some = slice(start, start + together)
         x = standardize_rows(raw[some], mean, matrix, meta['nodata'])
-        for views, crops, rows, cols in weights:
+        for views, crops, rows, cols in by_size:
             crop = crop_by(x, rows[some], cols[some], turned[some, views, 2])  # (views * together, C + 1, side, side)
             draws = u[some, views].transpose(0, 1).flatten(0, 1)
             augment_spectra(crop, draws, field, mean, std, matrix, nm, **strengths, out=crops[:, some].view(-1, *crops.shape[2:]))
@@ -521,7 +521,7 @@ if __name__ == '__main__':
         raise UserError(f'--dtype={dtype}: choose auto, bfloat16, float16 or float32')
     if compile.lower() not in ('auto', 'true', 'false'):
         raise UserError(f'--compile={compile}: choose auto, true or false')
-    compile = compile.lower() == 'true' or (compile == 'auto' and device.type == 'cuda')
+    compile = {'auto': device.type == 'cuda', 'true': True, 'false': False}[compile.lower()]
     autocast = functools.partial(torch.autocast, device.type, getattr(torch, dtype), enabled=dtype != 'float32')
     torch.manual_seed(seed)  # the same weights on every rank
     print0 = print if rank == 0 else lambda *args, **kwargs: None

@@ -292,7 +292,7 @@ if __name__ == '__main__':
         raise UserError(f'--dtype={dtype}: choose auto, bfloat16, float16 or float32')
     if compile.lower() not in ('auto', 'true', 'false'):
         raise UserError(f'--compile={compile}: choose auto, true or false')
-    compile = compile.lower() == 'true' or (compile == 'auto' and device.type == 'cuda')
+    compile = {'auto': device.type == 'cuda', 'true': True, 'false': False}[compile.lower()]
     autocast = functools.partial(torch.autocast, device.type, getattr(torch, dtype), enabled=dtype != 'float32')
     torch.manual_seed(seed)  # the same weights on every rank
     print0 = print if rank == 0 else lambda *args, **kwargs: None

@@ -415,6 +415,13 @@ def trained_segmenter(path):
     return model.eval(), checkpoint
 
 
+def saved_classifier(model, checkpoint, meta):
+    """trained_segmenter() on the data of `meta` -> a function: one raw tile (1, C, S, S) -> classes (1, S, S), predicted as they are scored, in float32"""
+    mean, matrix = standardization(meta, checkpoint['whiten'], checkpoint['config'].get('components'))
+    prepare = functools.partial(standardize, mean=mean, matrix=matrix, nodata=meta['nodata'])
+    return lambda raw: predict_tile(model, raw, prepare, contextlib.nullcontext, checkpoint['window'], meta['num_classes']).argmax(1)
+
+
 def save_comparison(out_dir, runs):
     """comparison.png: false colour, labels and each run's prediction of up to three test tiles (runs of this script on one data set);
     comparison_curves.png: the score on val over the steps, for runs of every script (the linear probe's for pre-training)."""
@@ -455,9 +462,7 @@ def save_comparison(out_dir, runs):
         present |= set(labels.unique().tolist())
         for axis, (model, checkpoint) in zip(row[2:], models):
             tiles.use_bands(checkpoint['config'].get('bands', ''))
-            mean, matrix = standardization(tiles.meta, checkpoint['whiten'], checkpoint['config'].get('components'))
-            prepare = functools.partial(standardize, mean=mean, matrix=matrix, nodata=tiles.meta['nodata'])
-            pred = predict_tile(model, tiles.batch([i])[0], prepare, contextlib.nullcontext, checkpoint['window'], len(names)).argmax(1)[0] + 1
+            pred = saved_classifier(model, checkpoint, tiles.meta)(tiles.batch([i])[0])[0] + 1
             show_classes(axis, pred.numpy(), names)
             present |= set(pred.unique().tolist())
     mious = [json.load(open(os.path.join(run, 'report.json'), encoding='utf-8'))['scores']['miou'] for run in judged]
@@ -519,7 +524,7 @@ if __name__ == '__main__':
         raise UserError(f'--dtype={dtype}: choose auto, bfloat16, float16 or float32')
     if compile.lower() not in ('auto', 'true', 'false'):
         raise UserError(f'--compile={compile}: choose auto, true or false')
-    compile = compile.lower() == 'true' or (compile == 'auto' and device.type == 'cuda')
+    compile = {'auto': device.type == 'cuda', 'true': True, 'false': False}[compile.lower()]
     autocast = functools.partial(torch.autocast, device.type, getattr(torch, dtype), enabled=dtype != 'float32')
     torch.manual_seed(seed)  # the same weights on every rank
     print0 = print if rank == 0 else lambda *args, **kwargs: None
@@ -618,7 +623,8 @@ if __name__ == '__main__':
         print0(f'solved on {len(y):,} labelled pixels of the training tiles (drawn when there are more than 50,000; the floors take 30,000)')
         solved = fit_logistic(x, y, meta['num_classes'])
         if stop:
-            sys.exit(128 + stop[0])  # nothing to save yet
+            print0(f'interrupted by signal {stop[0]}: nothing was saved, the same command starts again')
+            sys.exit(128 + stop[0])
         for layer, weights in zip((model.head.classifier, model.pixel_head), solved[:-1].T[..., None, None].split(4 * vit.embed_dim, dim=1)):
             layer.weight.data.copy_(weights)
             layer.bias.data.copy_(solved[-1] * (layer is model.head.classifier))

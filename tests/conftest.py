@@ -42,8 +42,8 @@ class Finished:
         self.returncode, self.stdout, self.stderr = returncode, stdout, stderr
 
 
-def run_in_child(path, args, cwd, environment, prepare, pictures, out_path, err_path):
-    """In a fresh child of the fork server (torch imported, nothing else done): become `python path args`."""
+def run_in_child(path, args, out_path, err_path, cwd=ROOT, environment={}, prepare=None, pictures=False):
+    """In a fresh child of the fork server (torch imported, nothing else done): become `python path args`. For the rest see run()."""
     for number, name in ((1, out_path), (2, err_path)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(environment)
@@ -79,7 +79,8 @@ def run(*args, processes=1, cwd=ROOT, check=True, prepare=None, pictures=False):
         outputs, ranks = [os.path.join(folder, name) for name in ('out', 'err')], []
         for rank in map(str, range(processes)):
             environment = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
-            ranks.append(SERVER.Process(target=run_in_child, args=(path, args, str(cwd), environment if processes > 1 else {}, prepare, pictures, *outputs)))
+            ranks.append(SERVER.Process(target=run_in_child, args=(path, args, *outputs), kwargs=dict(
+                cwd=str(cwd), environment=environment if processes > 1 else {}, prepare=prepare, pictures=pictures)))
             ranks[-1].start()
         codes, deadline = [None], time.time() + 300
         while None in codes and not any(codes) and time.time() < deadline:

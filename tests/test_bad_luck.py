@@ -81,8 +81,8 @@ def test_a_run_that_is_killed_again_and_again_ends_like_a_quiet_one(script, scen
         kind = luck.choice(['SIGKILL', 'SIGKILL', 'SIGTERM', 'disk'])
         prepare = functools.partial(small_disk, some_limit(out, luck)) if kind == 'disk' else None
         start = load_checkpoint(f'{out}/last.pt')['step'] if os.path.exists(f'{out}/last.pt') else 0
-        child = SERVER.Process(target=run_in_child, args=(os.path.join(ROOT, script), command(script, scene_data, out, steps), ROOT, {}, prepare, True,
-                                                          str(tmp_path / 'stdout'), str(tmp_path / 'stderr')))
+        child = SERVER.Process(target=run_in_child, args=(os.path.join(ROOT, script), command(script, scene_data, out, steps), str(tmp_path / 'stdout'), str(tmp_path / 'stderr')),
+                               kwargs=dict(prepare=prepare, pictures=True))
         child.start()
         if kind == 'disk':
             child.join(300)

@@ -4,8 +4,6 @@ A trained model's own predictions on its test split, scored rightly, and scored 
 evaluation code: (A) the loader shuffled the tiles, so that a prediction met the label of another one; (B) training counted classes from
 0, scoring compared them with raw labels, which count from 1 and keep 0 for "unlabelled".
 """
-import contextlib
-import functools
 import os
 import sys
 
@@ -13,21 +11,19 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data import Tiles, UserError, chance_warning, confusion_matrix, label_to_class, plain_errors, print_scores, scores, standardization, standardize
-from segment import predict_tile, trained_segmenter
+from data import Tiles, UserError, chance_warning, confusion_matrix, label_to_class, plain_errors, print_scores, scores
+from segment import saved_classifier, trained_segmenter
 
 
-@torch.no_grad()
 def predictions(run):
     """run directory -> predicted classes (N, S, S) and raw labels (N, S, S) of its test split, class names"""
     model, checkpoint = trained_segmenter(os.path.join(run, 'best.pt'))
     tiles = Tiles(checkpoint['config']['data'], 'ts', bands=checkpoint['config'].get('bands', ''))
-    mean, matrix = standardization(tiles.meta, checkpoint['whiten'], checkpoint['config'].get('components'))
     if tiles.labels is None:
         raise UserError(f'{tiles.directory}: its test split has no labels: nothing can be scored')
-    names, prepare = tiles.meta['class_names'], functools.partial(standardize, mean=mean, matrix=matrix, nodata=tiles.meta['nodata'])
-    pred = torch.cat([predict_tile(model, tiles.batch([i])[0], prepare, contextlib.nullcontext, checkpoint['window'], len(names)).argmax(1) for i in range(len(tiles))])
-    return pred, torch.from_numpy(np.array(tiles.labels)), names
+    classify = saved_classifier(model, checkpoint, tiles.meta)
+    pred = torch.cat([classify(tiles.batch([i])[0]) for i in range(len(tiles))])
+    return pred, torch.from_numpy(np.array(tiles.labels)), tiles.meta['class_names']
 
 
 def score(pred, raw, num_classes, shuffled=False, off_by_one=False):
