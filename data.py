@@ -917,7 +917,7 @@ def crop_weights(boxes, turns, H, W, out, soften=1.0):
 
 
 def crop_by(x, rows, cols, transposed):
-    """x (B, C, H, W), crop_weights(), transposed (B, V) bool -> (V * B, C, out, out) float32, the V crops of each image one after the other.
+    """x (B, C, H, W), crop_weights(), transposed (B, V) bool -> (V * B, C, out, out) float32, the first crop of every image, then the second.
 
     Two matrix products, rows then columns, are exact bilinear resizing; flips ride along for free. The first is one product for all crops of an
     image and takes it row by row, (B, H, C * W): an x in that order of memory (see standardize_rows) is not copied.
