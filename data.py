@@ -1545,8 +1545,9 @@ def smooth_noise(rng, size, scale):
 def demo_scene(rng, size, classes):
     """One synthetic scene -> image (size, size, 32) int16 z-scores x 10,000 as in WHU-OHS, labels (size, size) uint8.
 
-    Classes come in families of nearly the same mean spectrum and differ in texture (how two materials alternate, how coarsely and
-    in which direction), so that context tells more than a pixel does.
+    Classes come in families of nearly the same mean spectrum, each class in three varieties (crops, roofs) that differ from other classes' by
+    traces: smooth spectra of a hundredth of the reflectance, which vary from pixel to pixel by more than that. So one pixel tells little, its
+    surroundings tell more, and no plane separates a class. Eigenvalues and neighbours' correlation of the components are like `indian_pines`'.
     """
     nm = np.array(OHS_NM, float)
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
@@ -1556,21 +1557,28 @@ def demo_scene(rng, size, classes):
     built = 0.2 + 0.05 * np.sin(nm / 120)
     absorption = 1 - 0.25 * np.exp(-((nm - 760) / 8) ** 2) - 0.3 * np.exp(-((nm - 935) / 18) ** 2)  # oxygen, water vapour
     families = [(vegetation, soil), (vegetation, built), (soil, built), (water, vegetation), (water, soil), (built, water)]
-    labels = np.stack([smooth_noise(rng, size, 26) + bias for bias in classes]).argmax(0)  # long-tailed by the biases
+    labels = np.stack([smooth_noise(rng, size, 34) + bias for bias in classes]).argmax(0)  # long-tailed by the biases
+    variety = np.stack([smooth_noise(rng, size, 26) for _ in range(3)]).argmax(0)
+    order = np.arange(1, 15)
+    waves = np.cos(np.pi * order[:, None] * (nm - 466) / 474) / order[:, None] ** 0.7  # 14 smooth spectra span the traces
+    signatures = np.random.default_rng(0).normal(size=(3, len(classes), 14))  # the same in all scenes
+    within_fields = np.stack([smooth_noise(rng, size, scale) for scale in rng.permutation(np.geomspace(1.5, 12, 14))], -1)
+    traces = 0.007 * signatures[variety, labels] + 0.003 * within_fields + 0.015 * rng.normal(size=(size, size, 14))
+    spectra = traces @ waves
     rows, cols = np.mgrid[:size, :size]
-    spectra = np.zeros((size, size, 32))
+    mixture = 0.1 * smooth_noise(rng, size, 5)
     for k in range(len(classes)):
         first, second = families[k % 6]
         period, angle = (3.2, 4.5, 7, 11)[k // 6], (0, 0.8, 1.6, 2.4)[(k // 6 + k) % 4]
         phase = 2 * np.pi * (rows * np.sin(angle) + cols * np.cos(angle)) / period
         texture = np.sin(phase + smooth_noise(rng, size, 30)) if k % 2 else smooth_noise(rng, size, period)
-        share = (0.38 + 0.08 * (k // 6) + 0.22 * texture).clip(0, 1)[..., None]
+        share = (0.38 + 0.08 * (k // 6) + 0.03 * texture + mixture).clip(0, 1)[..., None]
         here = labels == k
-        spectra[here] = (share * first + (1 - share) * second)[here]
+        spectra[here] += (share * first + (1 - share) * second)[here]
     blurred = sum(np.roll(spectra, shift, (0, 1)) for shift in ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))) / 5  # mixed edges
     light = 1 + 0.1 * smooth_noise(rng, size, 45)[..., None] + 0.05 * rng.normal()
     tilt = 1 + 0.04 * smooth_noise(rng, size, 60)[..., None] * (nm - 700) / 240  # haze: not the same at all wavelengths
-    image = (0.5 * spectra + 0.5 * blurred) * absorption * light * tilt + 0.006 * rng.normal(size=spectra.shape)
+    image = (0.5 * spectra + 0.5 * blurred) * absorption * light * tilt + 0.002 * rng.normal(size=spectra.shape)
     image = (image - image.mean((0, 1))) / image.std((0, 1))
     image = (image * 10_000).clip(-32_767, 32_767).astype(np.int16)
     labels = (labels + 1).astype(np.uint8)
