@@ -180,7 +180,7 @@ def test_memory_is_that_of_a_row_of_windows():
 
 def test_crops_smaller_than_the_tile_train_and_the_whole_tile_is_scored(scene_data, tmp_path):
     for script, flags in (('segment.py', [*TINY, '--freeze=false', '--img_size=8']), ('baseline_deeplab.py', ['--width=8', '--batch_size=4'])):
-        run(script, *flags, f'--data={scene_data}', '--crop_size=8', '--augment=true', '--steps=3', f'--out_dir={tmp_path / script}', f'--results={tmp_path}/r.csv')
+        run(script, *flags, f'--data={scene_data}', '--crop_size=8', '--augment=true', '--steps=3', '--dtype=float32', f'--out_dir={tmp_path / script}', f'--results={tmp_path}/r.csv')
         report = json.load(open(tmp_path / script / 'report.json'))
         assert np.sum(report['confusion_matrix']) == np.count_nonzero(Tiles(scene_data, 'ts').labels)
         if script == 'segment.py':  # what is drawn is what is scored
