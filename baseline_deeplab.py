@@ -1,594 +1,415 @@
-"""The CNN to compare with: DeepLabV3+ (Chen et al. 2018, arXiv 1802.02611) on ResNetV1c-50, trained from scratch on the labels.
+"""The CNN to compare with: DeepLabV3+ (arXiv 1802.02611) on ResNetV1c-50, trained from scratch.
 
-No pre-training on unlabelled tiles: what a label budget buys without it. The same tiles, augmentation, schedule, losses, scores and report as
-segment.py (the blocks and functions marked so are the same text), another network.
+It sees no unlabelled tile: its scores are what a budget of labels buys without pre-training. Tiles,
+losses, scores and report are those of segment.py, the network is another.
 
-    python baseline_deeplab.py                                          # demo data, made on first use
-    python baseline_deeplab.py --data=data/whu512 --batch_size=8         # the dissertation's, tiles of 512 px, on one GPU
-    torchrun --nproc_per_node=4 baseline_deeplab.py --data=data/whu
-    python baseline_deeplab.py --out_dir=runs/deeplab --predict=scene.tif --out=map.tif
+    python baseline_deeplab.py                                 # demo data, minutes on a CPU
+    python baseline_deeplab.py --size=base --data=data/mine    # the dissertation's, on one GPU
+    torchrun --nproc_per_node=4 baseline_deeplab.py --size=base --data=data/mine
 
-Reads a tile directory with labels (python data.py tile). Writes out_dir: best.pt, last.pt, report.json, confusion.png,
-examples.png, curves.png, log.jsonl, and appends a row to results.csv.
+Writes out_dir: best.pt (the best state on the validation split), last.pt, log.jsonl, curves.png,
+and of the best state report.json, confusion.png and examples.png. The same command again goes on
+where the last one stopped.
+
+Where to start: the training loop at the end, and models.DeepLabV3Plus for the network. Blocks
+headed `shell` are the same text in other scripts: skip them at first.
+
+Shapes: B crops, C bands, K classes.
 """
 import argparse
 import datetime
-import functools
-import itertools
 import json
-import math
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (IGNORE_INDEX, UserError, Tiles, append_row, chance_warning, class_legend, confusion_matrix, demo_if_missing, draw_crops,
-                  epoch_ids, false_color, floors, label_to_class, map_scene, plain_errors, print_scores, resized_crop,
-                  resized_crop_labels, save_figure, scores, show_classes, sliding_window, standardization, standardize, write_json)
-from models import DeepLabV3Plus, load_checkpoint
+from data import (UserError, Tiles, demo_if_missing, draw_crops, epoch_ids, evaluate, floors,
+                  kept_meta, label_to_class, plain_errors, predict_tile, report, resized_crop,
+                  resized_crop_labels, save_confusion, save_examples, save_figure, scores,
+                  standardization, standardize)
+from models import (DeepLabV3Plus, load_checkpoint, loss_count, native_bfloat16, parameter_groups,
+                    resume_from, save_checkpoint, segmentation_loss, start_from)
 
 # ---- data
 data = 'data/demo'  # tile directory with labels; the demo is made on first use
-bands = ''  # wavelengths the run works at: nm (485:70,560 = the first 70 nm wide), ohs or landsat (six bands); '' = the data's own
-label_share = 1.0  # share of the labelled pixels of tr and val that are used, drawn at random: 0.1, 0.01 ask how many labels it takes
-crop_size = 0  # side of the training crops, px; 0 = whole tiles. Larger tiles are then scored by windows of this side, blended
-augment = True  # random flips, turns and resized crops
-whiten = 16  # as in pretrain_mae.py: ZCA of this many components; 0 = each band to mean 0, std 1 (dissertation)
+label_share = 1.0  # share of the labelled pixels of tr and val that is used, drawn at random
+crop_size = 32  # side of the training crops, px; 0: whole tiles
+augment = True  # random flips, quarter turns and resized crops
+whiten = 16  # ZCA of this many leading components; 0: each band to mean 0 and std 1
 # ---- model
-output_stride = 8  # pixels between two features of the last stage: 16 suits 512 px (dissertation), 8 small tiles
-stem = 'three'  # three = three 3x3 convolutions (ResNetV1c), seven = one 7x7 (torchvision's ResNet)
-width = 64  # channels of the first stage: 64 = ResNet-50
-imagenet = ''  # a torchvision resnet50 file whose weights to start from, '' = from scratch (dissertation)
-auxiliary_weight = 0.4  # of the loss of the FCN head on stage 3
-# ---- method
-loss = 'ce'  # ce = cross-entropy, focal = focal loss (arXiv 1708.02002) with gamma 2, dice = soft Dice of each image (arXiv 1606.04797, without its squares)
-class_weights = 'none'  # none, or inverse / sqrt = classes weighted by 1 / (square root of) their number of training pixels (not for dice)
+size = 'tiny'  # tiny | base: the network, and what goes with it (PRESETS)
+width = 16  # channels of the first stage; 64 in ResNet-50
+output_stride = 8  # px between two features of the last stage; 16 suits tiles of 512 px
+stem = 'three'  # three | seven: three 3x3 convolutions (ResNetV1c), or one 7x7 (torchvision's)
+init_from = ''  # last.pt of a run, or of tools/convert_weights.py (resnet50.pth; stem seven)
+auxiliary_weight = 0.4  # of the loss of a second head, on stage 3
+# ---- loss
+criterion = 'ce'  # ce | focal | dice: cross-entropy, focal loss with gamma 2, soft Dice
+class_weights = 'none'  # none | sqrt | inverse: of 1 / (a class's training pixels); not for dice
 # ---- optimizer
-steps = 1000  # optimizer steps
-batch_size = 16  # tiles per optimizer step over all processes. dissertation: 8 of 512 px
-grad_accum = 1  # micro-steps a batch is split into, when memory is short; batch norm then sees micro-batches
-lr = 1e-3  # AdamW's. dissertation: 1e-4
-power = 0.9  # of the poly schedule: lr * (1 - step / steps) ** power
-weight_decay = 0.05  # none on biases and norms
-clip_grad = 5.0  # largest global gradient norm; 0 = no clipping
+steps = 800  # length of the run
+batch_size = 16  # crops per step, over all processes
+lr = 1e-3  # of AdamW; 1e-4 in the dissertation
+power = 0.9  # of the schedule: lr * (1 - step / steps) ** power
+weight_decay = 0.05  # on matrices only
+clip_grad = 5.0  # longest gradient
 # ---- run
 out_dir = 'runs/deeplab'  # one directory a run
-resume = True  # false = leave an existing out_dir alone and start a new one beside it
-max_steps = 0  # stop after this many steps of the schedule; 0 = run to its end
-seed = 0  # of the weights and of the order of tiles
+max_steps = 0  # stop here, to go on later; 0: at the end
+seed = 0  # of random weights, order of the tiles, and the labels that label_share keeps
 log_every = 20  # steps
 eval_every = 100  # steps between scores on the validation split
-save_every = 500  # steps between checkpoints
-keep_every = 0  # keep step_*.pt at multiples of this; 0 = keep last.pt and best.pt only
-results = 'results.csv'  # a row is appended here
-# ---- map: with --predict nothing is trained; the run in out_dir maps a scene
-predict = ''  # a scene file of any size
-out = 'map.tif'  # GeoTIFF to write: class numbers, with the scene's georeference, colours and nodata 0; names beside it in .json
-probabilities = ''  # GeoTIFF for the classes' probabilities (uint8, 255 = certain) as well; '' = none
-overlap = 0.5  # of the windows that are blended, as a share of their side
-# ---- system
-device = 'auto'  # auto = cuda if present, else cpu
-dtype = 'auto'  # of the autocast: bfloat16, float16 or float32; auto = bfloat16 where the hardware multiplies it natively
-compile = 'auto'  # torch.compile: true, false; auto = on CUDA only (on CPU a minute of compiling for 10 to 15 %)
+save_every = 100  # steps between checkpoints
+dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 where hardware has it
+compile = True  # torch.compile, on a GPU
+wandb_log = False  # send the log to wandb.ai as well
+
+PRESETS = {
+    'tiny': {},  # the values above
+    'base': dict(width=64, output_stride=16, crop_size=0, batch_size=8, steps=40_000),
+}
 
 
-# ---- boilerplate: overrides (the same lines in every script; tests/test_style.py checks) ----
-def override_constants():
-    """Set this file's constants from `--name=value`; the comment behind a constant is its --help text."""
-    def boolean(text):
+# ============ shell: flags and signals ============
+
+MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
+              'wandb_log')
+
+
+def read_flags():
+    """--name=value replaces a constant above; the comment behind it is the help text."""
+    def truth(text):
         return bool(('false', 'true').index(text.lower()))
-    parser = argparse.ArgumentParser(description=__doc__, usage='%(prog)s [--name=value ...]', allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, comment in re.findall(r'^(\w+) = .*?  # (.*)$', open(__file__, encoding='utf-8').read(), re.M):
+    with open(__file__, encoding='utf-8') as file:
+        constants = re.findall(r'^(\w+) = .*?  # (.*)$', file.read(), re.M)
+    for name, comment in constants:
         value = globals()[name]
-        kind = dict(type=boolean, nargs='?', const=True) if isinstance(value, bool) else dict(type=type(value))
-        parser.add_argument(f'--{name}', default=value, metavar=repr(value), help=comment.replace('%', '%%'), **kind)
+        words = comment.split(':')[0].split(' | ')
+        kind = dict(type=type(value), choices=words if len(words) > 1 else None)
+        if isinstance(value, bool):
+            kind = dict(type=truth, nargs='?', const=True)
+        parser.add_argument(f'--{name}', default=value, metavar=repr(value),
+                            help=comment.replace('%', '%%'), **kind)
+    size = parser.parse_known_args()[0].size
+    parser.set_defaults(**PRESETS[size])  # what is on the command line wins over the preset
     config = vars(parser.parse_args())
     globals().update(config)
     return config
-# ---- end of boilerplate: overrides ----
 
 
-# ---- boilerplate: helpers (the same lines in every training script) ----
-FREE_TO_CHANGE = ('out_dir', 'resume', 'max_steps', 'log_every', 'eval_every', 'save_every', 'keep_every', 'device', 'compile',
-                  'results', 'cache_gb')
+stop_signal = 0
 
 
-def open_run(out_dir, config, resume):
-    """Make the run directory, or check that the one there has the same constants -> its path (another one if not `resume`)."""
-    if not resume:
-        names = (f'{out_dir}-{n}' if n > 1 else out_dir for n in itertools.count(1))
-        out_dir = next(name for name in names if not os.path.exists(name))
-    path = os.path.join(out_dir, 'config.json')
-    if os.path.exists(path) and any(os.path.exists(os.path.join(out_dir, name)) for name in ('last.pt', 'best.pt')):
-        old = json.load(open(path, encoding='utf-8'))['config']
-        changed = [f'{k} ({old.get(k)} there, {v} now)' for k, v in config.items() if old.get(k) != v and k not in FREE_TO_CHANGE]
-        if changed:
-            raise UserError(f'{out_dir}: holds a run with other constants: {", ".join(changed)}: pass another --out_dir, or '
-                            '--resume=false to start a new run beside it')
-    os.makedirs(out_dir, exist_ok=True)
-    for name in os.listdir(out_dir):
-        if re.fullmatch(r'\w+\.(pt|json|png|py)\.tmp', name):
-            os.remove(os.path.join(out_dir, name))  # of a save that was cut off
-    try:
-        git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
-    except OSError:
-        git = ''  # not installed
-    write_json(path, {'config': config, 'torch': torch.__version__, 'git': git, 'command': sys.argv})
-    script = os.path.join(out_dir, os.path.basename(__file__))
-    shutil.copy(__file__, script + '.tmp')
-    os.replace(script + '.tmp', script)
-    return out_dir
+def note_signal(number, frame):
+    """SIGTERM or Ctrl-C: the loop saves and leaves; a second one ends the program at once."""
+    global stop_signal
+    stop_signal = number
+    signal.signal(number, signal.SIG_DFL)
 
 
-def save_checkpoint(path, content):
-    """Atomic: a kill or a full disk leaves the old file as it was."""
-    try:
-        with open(path + '.tmp', 'wb') as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + '.tmp', path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f'{path}: could not be written ({" ".join(str(error).split())[:120]}): make room and run the same command '
-                        'again; the checkpoint before is as it was') from None
+# ============ method ============
+
+def learning_rate(step):
+    """From its peak down to 0, nearly on a straight line (the `poly` schedule)"""
+    return lr * (1 - step / steps) ** power
 
 
-def read_log(path, before_step):
-    """Lines of log.jsonl up to `before_step`; what a killed run logged after its last checkpoint is dropped."""
-    if not os.path.exists(path):
-        return []
-    lines = []
-    for line in open(path, encoding='utf-8'):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break  # half a line at the end
-    return [entry for entry in lines if entry['step'] <= before_step]
+# ============ shell: batches with labels ============
+
+class Batch(NamedTuple):
+    """One rank's share of a step's batch"""
+    ids: np.ndarray  # (B,) numbers of the tiles
+    raw: torch.Tensor  # (B, C, side, side) windows as stored
+    labels: torch.Tensor  # (B, side, side) as stored: 0 is unlabelled
+    boxes: torch.Tensor  # (B, 4) the crop in each: top, left, height, width
+    flips: torch.Tensor  # (B, 3) flip rows, flip columns, transpose
 
 
-def append_line(path, entry):
-    with open(path, 'a', encoding='utf-8') as file:
-        file.write(json.dumps(entry) + '\n')
+def get_batch(tiles, labelled, step, rank=0, world=1):
+    """Which of the `labelled` tiles are seen at `step`, and which crops of them -> Batch.
 
-
-def cosine(step, total, warmup, peak, end):
-    """Linear warm-up from 0 to `peak` over `warmup` steps, then half a cosine down to `end` at `total`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def parameter_groups(model, weight_decay, layer_decay=1.0, patch_embed_lr=1.0):
-    """Weight decay on matrices only: not on biases, norms, tokens and positions. A group's learning rate is to be multiplied by its
-    `lr_scale`: layer_decay ** (blocks above it), times `patch_embed_lr` for the patch embedding (Clark et al. 2020; DINOv2)."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    depth = 1 + max((int(number) for name, _ in named for number in re.findall(r'encoder\.blocks\.(\d+)\.', name)), default=-1)
-    groups = {}
-    for name, p in named:
-        block = re.search(r'encoder\..*(?:blocks|fuse\.\w+)\.(\d+)\.', name)
-        first = re.search(r'encoder\.\w*(embed|token)', name)  # patch embedding, tokens and positions come before block 0
-        scale = layer_decay ** (depth - int(block[1]) if block else depth + 1 if first else 0)
-        scale *= patch_embed_lr if 'patch_embed' in name or 'spectral_embed' in name else 1
-        decay = 0.0 if p.ndim == 1 or name.endswith(('_token', '_tokens', 'pos_embed')) else weight_decay
-        last_layer = 'last_layer' in name  # DINO holds it still for its first epoch
-        group = groups.setdefault((decay, scale, last_layer), {'params': [], 'weight_decay': decay, 'lr_scale': scale, 'last_layer': last_layer})
-        group['params'].append(p)
-    return list(groups.values())
-
-
-def native_bfloat16(device):
-    """Does the hardware multiply bfloat16 itself? A CPU that must emulate it is up to 80 times slower than in float32."""
-    if device.type == 'cuda':
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(getattr(torch.cpu, name, bool)() for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
-# ---- end of boilerplate: helpers ----
-
-
-# ============ method: network, loss ============
-
-# Copied from segment.py
-@torch.no_grad()
-def predict_tile(model, images, prepare, autocast, window, K):
-    """One raw tile (1, C, H, W) -> probabilities (1, K, H, W); of a tile larger than `window` by blended windows of that side."""
-    def probabilities(raw):  # (B, C, h, w) -> (B, K, h, w)
-        x = prepare(raw)
-        with autocast():
-            return model(x).float().softmax(1)
-    if window >= images.shape[-1]:
-        return probabilities(images)
-    strips = sliding_window(probabilities, images[0].numpy(), window, window // 2, K)
-    return torch.from_numpy(np.concatenate([strip for _, strip in strips], axis=1))[None]
-
-
-# Copied from segment.py
-@torch.no_grad()
-def evaluate(model, tiles, prepare, autocast, device, rank, world, window, frozen=None):
-    """Every tile once, dealt out over the ranks -> (K, K) confusion matrix, summed over the ranks. Counted as it is predicted:
-    a prediction never leaves the side of its label. `frozen` holds feature maps where they are known."""
-    model.eval()
-    K = tiles.meta['num_classes']
-    cm = torch.zeros(K, K, dtype=torch.int64, device=device)
-
-    for i in range(rank, len(tiles), world):
-        images, labels = tiles.batch([i])
-        if frozen:
-            with autocast():
-                pred = model(prepare(images), frozen([i])).argmax(1)
-        else:
-            pred = predict_tile(model, images, prepare, autocast, window, K).argmax(1).to(device)
-        cm += confusion_matrix(pred, label_to_class(labels).to(device), K)
-    if world > 1:
-        dist.all_reduce(cm)
-    model.train()
-    return cm.cpu()
-
-
-# Copied from segment.py
-def segmentation_loss(logits, target, weight, kind):
-    """logits (B, K, H, W), target (B, H, W) classes or 255 = ignored, weight (K,) -> sum of the losses of pixels ('dice': of images).
-
-    A sum, not a mean: with sparse labels a mean of means is far from the mean (the caller divides by loss_count() over all ranks).
-    ce: -log p, with p the probability of the right class; focal: -(1 - p)^2 log p.
-    dice: 1 - mean over the image's classes of 2 sum(p t) / (sum(p) + sum(t)), sums over its known pixels, t = 1 at the class's.
+    Drawn for the whole batch from (seed, step): the same on one process and on four, and in a run
+    that was resumed.
     """
-    log_p = F.log_softmax(logits.float(), dim=1)
-    known = target != IGNORE_INDEX
-    safe = target.where(known, 0)
-    if kind == 'dice':
-        p = log_p.exp() * known[:, None]
-        t = F.one_hot(safe, logits.shape[1]).movedim(-1, 1) * known[:, None]
-        both, size = (p * t).sum((2, 3)), t.sum((2, 3))  # (B, K)
-        dice = 2 * both / (p.sum((2, 3)) + size).clamp(min=1e-6)
-        present = size > 0
-        loss = 1 - (dice * present).sum(1) / present.sum(1).clamp(min=1)
-        return loss[present.any(1)].sum()
-    pixel_loss = F.nll_loss(log_p, target, weight, ignore_index=IGNORE_INDEX, reduction='none')
-    if kind == 'focal':
-        pixel_loss = pixel_loss * (1 - log_p.gather(1, safe[:, None])[:, 0].exp()).square()
-    return pixel_loss[known].sum()
-
-
-# Copied from segment.py
-def loss_count(target, weight, kind):
-    """What segmentation_loss is to be divided by: the weights of the known pixels, or for dice the number of images that have some"""
-    known = target != IGNORE_INDEX
-    return known.flatten(1).any(1).sum().float() if kind == 'dice' else weight[target[known]].sum()
-
-
-# Copied from segment.py
-def get_batch(train, labelled, step, *, rank, world, batch_size, crop_size, augment, seed):
-    """This rank's share of the global batch of `step` -> tile numbers, images, labels, boxes, turns (see pretrain_mae.get_batch)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    corners, side, boxes, turned = draw_crops(batch_size, train.meta['tile_size'], crop_size, 0.4 if augment else 1.0, 1.0, generator, augment)
-    if not augment:
-        corners, side = corners + boxes[:, :2], crop_size  # just the box
-    mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-    ids = torch.from_numpy(labelled[epoch_ids(len(labelled), batch_size, step, seed)[mine]])
-    images, labels = train.batch(ids, corners[mine], side)
-    return ids, images, labels, boxes[mine], turned[mine]
+    ids = labelled[epoch_ids(len(labelled), batch_size, step, seed)]
+    scale_min = 0.4 if augment else 1.0
+    corners, side, boxes, flips = draw_crops(batch_size, tiles.meta['tile_size'], crop_size,
+                                             scale_min, 1.0, generator, augment)
+    if not augment:  # the crop alone is read
+        corners, side = corners + boxes[:, :2], crop_size
+    here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+    raw, labels = tiles.batch(ids[here], corners[here], side, reuse=True)
+    return Batch(ids[here], raw, labels, boxes[here], flips[here])
 
 
-# Copied from segment.py
-def save_pictures(out_dir, cm, predict_one, tiles, meta, log):
-    """confusion.png, examples.png (false colour, labels, prediction of up to four test tiles) and curves.png."""
-    names, K = meta['class_names'], meta['num_classes']
-    side = min(0.4 * K, 6)
-    figure = Figure(figsize=(3 + side, 2.5 + side), layout='constrained')
-    axis = figure.subplots()
-    share = cm.double() / cm.sum(1, keepdim=True).clamp(min=1)
-    axis.imshow(share, cmap='Blues', vmin=0, vmax=1)
-    for i in range(K):
-        for j in range(K):
-            if share[i, j] >= 0.005:
-                axis.text(j, i, f'{100 * share[i, j]:.0f}', ha='center', va='center', fontsize=8 if K <= 16 else 6, color='white' if share[i, j] > 0.6 else 'black')
-    axis.set(xticks=range(K), yticks=range(K), xlabel='predicted', ylabel='true', title='test pixels of a class, %')
-    axis.set_xticklabels(names, rotation=60, ha='right', fontsize=8)
-    axis.set_yticklabels([f'{name} ({int(n)})' for name, n in zip(names, cm.sum(1))], fontsize=8)
-    save_figure(figure, os.path.join(out_dir, 'confusion.png'))
-
-    most_labels = np.argsort([-np.count_nonzero(tiles.labels[i]) for i in range(min(len(tiles), 500))], kind='stable')[:4]
-    figure = Figure(figsize=(7.5, 2.4 * len(most_labels) + 0.8), layout='constrained')
-    axes, present = figure.subplots(len(most_labels), 3, squeeze=False), set()
-    for row, i in zip(axes, most_labels):
-        images, labels = tiles.batch([i])
-        pred = predict_one(images).argmax(1)[0].cpu().numpy() + 1
-        row[0].imshow(false_color(images[0], meta), interpolation='nearest')
-        show_classes(row[1], labels[0].numpy(), names)
-        show_classes(row[2], pred, names)
-        row[0].set_ylabel(f'tile {i}, {pred.shape[0]} px')
-        present |= {*labels.unique().tolist(), *pred.flat}
-    for axis, title in zip(axes[0], ('false colour', 'test labels', 'prediction')):
-        axis.set_title(title)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    class_legend(figure, names, present)
-    save_figure(figure, os.path.join(out_dir, 'examples.png'))
-
-    if log:  # a solved decoder has no curves
-        figure = Figure(figsize=(9, 3.2), layout='constrained')
-        for axis, key, scale, label in zip(figure.subplots(1, 2), ('loss', 'val_miou'), (1, 100), ('training loss', 'mIoU on val, %')):
-            axis.plot([e['step'] for e in log if key in e], [scale * e[key] for e in log if key in e], 'o-' if key == 'val_miou' else '-')
-            axis.set(xlabel='step', ylabel=label)
-        save_figure(figure, os.path.join(out_dir, 'curves.png'))
+def save_curves(path, log):
+    """Training loss, and mIoU on the validation split, over the steps"""
+    figure = Figure(figsize=(9, 3.2), layout='constrained')
+    for axis, key in zip(figure.subplots(1, 2), ('loss', 'val_miou')):
+        entries = [entry for entry in log if key in entry]
+        axis.plot([entry['step'] for entry in entries], [entry[key] for entry in entries])
+        axis.set(xlabel='step', ylabel=key)
+    save_figure(figure, path)
 
 
-def trained_network(path):
-    """best.pt of a run -> the network in eval mode, the checkpoint"""
-    checkpoint = load_checkpoint(path)
-    if checkpoint.get('script') != 'baseline_deeplab.py':
-        raise UserError(f'{path}: holds no network of this script: pass --out_dir=, the directory of a run of baseline_deeplab.py')
-    model = DeepLabV3Plus(**checkpoint['encoder_args'])
-    model.load_state_dict(checkpoint['model'], strict=True)
-    return model.eval(), checkpoint
-
+# ============ the run ============
 
 if __name__ == '__main__':
     plain_errors()
-    config = override_constants()
-    if predict:
-        model, checkpoint = trained_network(os.path.join(out_dir, 'best.pt'))
+    config = read_flags()
 
-        # ---- boilerplate: map a scene (the same lines in segment.py and baseline_deeplab.py)
-        device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device)
-        model.to(device)
-        mean, matrix = (t.to(device) for t in standardization(checkpoint['meta'], checkpoint['whiten'], checkpoint['config'].get('components')))
-        autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype in ('auto', 'bfloat16') and native_bfloat16(device))
-
-        @torch.no_grad()
-        def classify(raw):
-            with autocast():
-                return model(standardize(raw.to(device), mean, matrix)).float().softmax(1)
-        map_scene(classify, predict, checkpoint['meta'], checkpoint['window'], overlap, out, probabilities)
-        sys.exit()
-        # ---- end of boilerplate: map a scene
-
-    # ---- boilerplate: distributed setup
-    world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
-    device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device)
-    if device.type == 'cuda':
-        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', device.index or 0)))
+    # ---- shell: processes and device (torchrun sets the variables; without it there is one)
+    rank = int(os.environ.get('RANK', 0))
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    main_process = rank == 0
+    if not main_process:
+        sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # one process speaks
+    on_gpu = torch.cuda.is_available()
+    device = torch.device('cpu')
+    if on_gpu:
+        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True
-        torch.set_float32_matmul_precision('high')  # TF32 for what stays in float32
-    if world > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=6))  # rank 0 alone makes pictures and floors
-    if min(batch_size, grad_accum, log_every, save_every) < 1:
-        raise UserError('--batch_size, --grad_accum, --log_every and --save_every start at 1')
-    if batch_size % (world * grad_accum):
-        raise UserError(f'--batch_size={batch_size} does not divide over {world} processes x --grad_accum={grad_accum}: change one')
+        torch.set_float32_matmul_precision('high')  # TF32 where something stays in float32
+    if world > 1:  # with patience: rank 0 alone computes floors and draws pictures
+        patience = datetime.timedelta(hours=6)
+        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=patience)
+    if batch_size < 1 or batch_size % world:
+        raise UserError(f'--batch_size={batch_size} does not divide over {world} process(es)')
+    if min(steps, log_every, eval_every, save_every) < 1 or min(seed, max_steps) < 0:
+        raise UserError('--steps, --log_every, --eval_every and --save_every start at 1, '
+                        '--seed and --max_steps at 0')
     if dtype == 'auto':
         dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
-    if dtype not in ('bfloat16', 'float16', 'float32'):
-        raise UserError(f'--dtype={dtype}: choose auto, bfloat16, float16 or float32')
-    if compile.lower() not in ('auto', 'true', 'false'):
-        raise UserError(f'--compile={compile}: choose auto, true or false')
-    compile = {'auto': device.type == 'cuda', 'true': True, 'false': False}[compile.lower()]
-    autocast = functools.partial(torch.autocast, device.type, getattr(torch, dtype), enabled=dtype != 'float32')
-    torch.manual_seed(seed)  # the same weights on every rank
-    print0 = print if rank == 0 else lambda *args, **kwargs: None
-    if rank == 0:
-        out_dir = open_run(out_dir, config, resume)
-    if world > 1:
-        paths = [out_dir]
-        dist.broadcast_object_list(paths)
-        out_dir = paths[0]
-    stop = []
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))  # a note: the loop saves and leaves
-    # ---- end of boilerplate: distributed setup
-
-    # ---- boilerplate: segmentation data (the same lines in segment.py and baseline_deeplab.py)
-    if rank == 0:
+        signal.signal(number, note_signal)
+    torch.manual_seed(seed)  # the same weights on every rank
+    if main_process:
+        os.makedirs(out_dir, exist_ok=True)
         demo_if_missing(data)
     if world > 1:
         dist.barrier()
-    if not 0 < label_share <= 1:
-        raise UserError(f'--label_share={label_share}: a share of the labelled pixels lies between 0 and 1')
-    few = dict(label_share=label_share, seed=seed)
-    splits = {split: Tiles(data, split, device.type == 'cuda', bands=bands, **(few if split != 'ts' else {})) for split in ('tr', 'val', 'ts')}
-    meta = splits['tr'].meta
-    if splits['tr'].labels is None:
-        raise UserError(f'{data}: has no labels, and a segmentation needs them: tile scenes that have some')
-    labelled = np.array([i for i in range(len(splits['tr'])) if splits['tr'].labels[i].any()])
-    if not len(labelled):
-        raise UserError(f'{data}: no pixel of its training tiles has a label: tile scenes that have some')
+
+    # ---- shell: tiles with labels
+    if not 0 < label_share <= 1 or crop_size < 0:
+        raise UserError(f'--label_share={label_share} lies between 0 and 1, '
+                        f'--crop_size={crop_size} starts at 0')
+    train = Tiles(data, 'tr', on_gpu, label_share, seed)
+    val = Tiles(data, 'val', False, label_share, seed)
+    test = Tiles(data, 'ts')
+    if train.labels is None or not train.labels.any():
+        raise UserError(f'{data}: its training tiles have no labels, and a segmentation needs '
+                        'them: tile scenes that have some')
+    labelled = np.flatnonzero(train.labels.any(axis=(1, 2)))  # the tiles that have some
+    meta = train.meta
     tile_size = meta['tile_size']
     crop_size = min(crop_size or tile_size, tile_size)
-    # ---- end of boilerplate: segmentation data
 
-    # ---- model
-    for name, value, known in (('loss', loss, ('ce', 'focal', 'dice')), ('class_weights', class_weights, ('none', 'inverse', 'sqrt'))):
-        if value not in known:
-            raise UserError(f'--{name}={value}: choose one of {", ".join(known)}')
-    encoder_args = dict(in_chans=meta['num_bands'], num_classes=meta['num_classes'], output_stride=output_stride, stem=stem, width=width)
+    # ---- model and optimizer
+    encoder_args = dict(in_chans=meta['num_bands'], num_classes=meta['num_classes'],
+                        output_stride=output_stride, stem=stem, width=width)
+    name = 'DeepLabV3+'
     model = DeepLabV3Plus(**encoder_args)
-    if imagenet:
-        print0(model.load_imagenet(imagenet))
-    if world > 1 and device.type == 'cuda':
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # it has no CPU form: there each process norms its own tiles
-    model = model.to(device).train()
-    method, decoder, freeze = 'ResNet-50', 'DeepLabV3+', False
+    if init_from:
+        print(start_from(init_from, model))
+    if world > 1 and on_gpu:
+        # it has no CPU form: there the norms see the crops of their own process only
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(device).train()
+    torch.backends.cudnn.deterministic = True
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), fused=True)
+
+    # ---- shell: scores
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
-    prepare = lambda images: standardize(images.to(device), mean, matrix, meta['nodata'])
-    print0(f'{method}, {sum(p.numel() for p in model.parameters()):,} parameters, {imagenet or "from scratch"}; {len(labelled)} labelled training tiles of '
-           f'{tile_size} px, crops of {crop_size} px; {device}, {dtype}, {world} process(es); {out_dir}')
+    best_path = os.path.join(out_dir, 'best.pt')
+    resume_from(best_path, config, MAY_CHANGE)  # refuses the directory of another run
+    facts = {'config': config, 'encoder_args': encoder_args, 'whiten': whiten, 'window': crop_size,
+             'meta': kept_meta(meta), 'script': os.path.basename(__file__)}
 
-    # ---- boilerplate: segmentation setup (the same lines in segment.py and baseline_deeplab.py)
-    counts = torch.tensor(meta['class_counts']['tr'], dtype=torch.float32, device=device).clamp(min=1)
-    weight = {'none': torch.ones_like(counts), 'inverse': 1 / counts, 'sqrt': 1 / counts.sqrt()}[class_weights]
+    def prepare(raw):
+        """Raw values, any type -> whitened or standardised (B, C, H, W) float32"""
+        return standardize(raw.to(device, non_blocking=True), mean, matrix, meta['nodata'])
+
+    def probabilities(raw):
+        """Raw (B, C, h, w) -> (B, K, h, w)"""
+        with autocast:
+            return model(prepare(raw)).float().softmax(1)
+
+    def predict(raw):
+        """A raw tile (1, C, S, S) -> classes (1, S, S)"""
+        return predict_tile(probabilities, raw, crop_size, meta['num_classes']).argmax(1)
+
+    def validate():
+        """Score the network as it is on the validation split; the best so far goes to best.pt"""
+        model.eval()
+        result = scores(evaluate(predict, val, rank, world, device))
+        model.train()
+        best = max((entry['val_miou'] for entry in log if 'val_miou' in entry), default=-1.0)
+        miou = result['miou']
+        record({'step': step, 'val_miou': miou, 'val_oa': result['oa']})
+        bar.write(f'step {step}: mIoU on val {100 * miou:.1f} %')
+        if main_process:
+            save_curves(os.path.join(out_dir, 'curves.png'), log)
+            if miou > best or not os.path.exists(best_path):
+                state = {'model': model.state_dict(), 'step': step, 'val_miou': miou}
+                save_checkpoint(best_path, {**state, **facts})
+
+    def judge_and_leave(about, rows):
+        """Score the network as it is on the test split, and end. `about` goes into report.json,
+        `rows` (name -> scores()) into the printed table."""
+        model.eval()
+        cm = evaluate(predict, test, rank, world, device)
+        if main_process:
+            floor = floors(data, 'ts', label_share, seed)
+            about = {'name': name, 'config': config, 'floors': floor, **about}
+            report(out_dir, name, cm, {**floor, **rows}, meta, about)
+            save_confusion(os.path.join(out_dir, 'confusion.png'), cm, meta['class_names'])
+            save_examples(os.path.join(out_dir, 'examples.png'), predict, test)
+            print('to map a scene:\n'
+                  f'python tools/map_scene.py --run={out_dir} --scene=scene.tif --out=map.tif')
+        if world > 1:
+            dist.barrier()  # rank 0 may still be at its last pictures: leave together
+            dist.destroy_process_group()
+        sys.exit()
+
+    # ---- shell: weights of the classes in the loss
+    exponent = {'none': 0.0, 'sqrt': 0.5, 'inverse': 1.0}[class_weights]
+    pixels = torch.tensor(meta['class_counts']['tr'], dtype=torch.float32, device=device)
+    weight = pixels.clamp(min=1) ** -exponent
     weight = weight / weight.mean()
-    total_steps = steps
-    last_step = min(max_steps or total_steps, total_steps)
-    kept_meta = {key: meta[key] for key in ('num_bands', 'num_classes', 'class_names', 'wavelengths_nm', 'nodata', 'mean', 'std', 'covariance',
-                                            'tile_size', 'dtype')}
-    about = {'config': config, 'encoder_args': encoder_args, 'whiten': whiten, 'window': crop_size, 'meta': kept_meta,
-             'script': os.path.basename(__file__)}  # what mapping a scene needs beside the weights
-    # ---- end of boilerplate: segmentation setup
 
-    # ---- optimizer
-    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
-
-    # ---- boilerplate: resume
-    step, last_path = 0, os.path.join(out_dir, 'last.pt')
-    if os.path.exists(last_path):
-        checkpoint = load_checkpoint(last_path)
-        model.load_state_dict(checkpoint['model'], strict=True)
+    # ---- shell: resume
+    step, log = 0, []
+    last_path = os.path.join(out_dir, 'last.pt')
+    checkpoint = resume_from(last_path, config, MAY_CHANGE)
+    if checkpoint:
+        model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
         scaler.load_state_dict(checkpoint['scaler'])
-        step = checkpoint['step']
-        print0(f'{last_path}: going on at step {step} of {total_steps}')
-    log_path, first_step, started = os.path.join(out_dir, 'log.jsonl'), step, time.time()
-    log = read_log(log_path, step)
-    if rank == 0:
-        with open(log_path, 'w', encoding='utf-8') as file:
-            file.writelines(json.dumps(entry) + '\n' for entry in log)
-    # ---- end of boilerplate: resume
+        step, log = checkpoint['step'], checkpoint['log']
+    last_step = min(max_steps or steps, steps)
+    if main_process:
+        log_file = open(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8', buffering=1)
+        log_file.writelines(json.dumps(entry) + '\n' for entry in log)
+        if wandb_log:
+            import wandb  # pip install wandb
+            wandb.init(project='hyperspectral', name=out_dir, config=config)
 
-    # ---- boilerplate: compile and DDP
+    def record(entry):
+        """Into the log: log.jsonl now, last.pt with the next checkpoint"""
+        log.append(entry)
+        if main_process:
+            log_file.write(json.dumps(entry) + '\n')
+            if wandb_log:
+                wandb.log(entry, step=entry['step'])
+
+    # ---- what this run is
+    epochs = steps * batch_size / len(labelled)
+    print(f'{name}, {sum(p.numel() for p in model.parameters()):,} parameters; '
+          f'{len(labelled)} labelled training tiles, crops of {crop_size} px; '
+          f'steps {step} to {last_step} of {steps} ({epochs:.1f} epochs); '
+          f'{device}, {dtype}, {world} process(es); {out_dir}')
+
+    # ---- shell: compile and DDP
     net = model
-    if compile:
+    if compile and on_gpu:
         model.compile()  # in place: names in the checkpoint stay plain
     if world > 1:
-        net = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
-    # ---- end of boilerplate: compile and DDP
+        net = DistributedDataParallel(model)
 
     # ---- training loop
-    draw = functools.partial(get_batch, splits['tr'], labelled, rank=rank, world=world, batch_size=batch_size, crop_size=crop_size,
-                             augment=augment, seed=seed)
-    batch = draw(step)
-    best = max((e['val_miou'] for e in log if 'val_miou' in e), default=-1.0)
-    best_path = os.path.join(out_dir, 'best.pt')
-    bar = tqdm(total=last_step, initial=step, disable=rank > 0, unit='step', dynamic_ncols=True)
-    while step < last_step:
-        # ---- boilerplate: seed this step
-        torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # dropout differs between ranks, never between resumed runs
-        # ---- end of boilerplate: seed this step
+    batch = get_batch(train, labelled, step, rank, world)
+    bar = tqdm(total=last_step, initial=step, disable=not main_process)
+    started = time.time()
+    while True:
+        if step % eval_every == 0 or step == last_step:
+            validate()
+        if step == last_step:
+            break
+        torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # of dropout
         for group in optimizer.param_groups:
-            group['lr'] = lr * (1 - step / total_steps) ** power * group['lr_scale']
+            group['lr'] = learning_rate(step)
 
-        # ---- method: forward, loss, backward
-        ids, images, labels, boxes, turned = batch
-        target = label_to_class(labels.to(device, non_blocking=True))
+        # one step: logits of each pixel, from the last stage and (auxiliary) from stage 3
+        x = prepare(batch.raw)
+        target = label_to_class(batch.labels.to(device, non_blocking=True))
         if augment:
-            target = resized_crop_labels(target, boxes, turned, crop_size)
-        count = loss_count(target, weight, loss)
+            x = resized_crop(x, batch.boxes, batch.flips, crop_size)
+            target = resized_crop_labels(target, batch.boxes, batch.flips, crop_size)
+        with autocast:
+            logits, auxiliary = net(x)
+        # the mean over all known pixels of the batch, whatever their number on each rank
+        count = loss_count(target, weight, criterion)
         if world > 1:
             dist.all_reduce(count)
         count = count.clamp(min=1e-12) / world  # DDP takes the mean of the ranks' gradients
-        total_loss, extras = torch.zeros((), device=device), {}
-        for start in range(0, len(ids), len(ids) // grad_accum):
-            micro = slice(start, start + len(ids) // grad_accum)
-            x = prepare(images[micro])
-            if augment:
-                x = resized_crop(x, boxes[micro], turned[micro], crop_size)
-            with autocast():
-                logits, auxiliary = net(x)
-            loss_sum = (segmentation_loss(logits, target[micro], weight, loss)
-                        + auxiliary_weight * segmentation_loss(auxiliary, target[micro], weight, loss))
-            scaler.scale(loss_sum / count).backward()
-            total_loss += loss_sum.detach() / count
-        batch = draw(step + 1)  # while a GPU is still at work
-
-        # ---- boilerplate: clip and finite check
+        main_loss = segmentation_loss(logits, target, weight, criterion)
+        auxiliary_loss = segmentation_loss(auxiliary, target, weight, criterion)
+        loss = (main_loss + auxiliary_weight * auxiliary_loss) / count
+        scaler.scale(loss).backward()
+        batch = get_batch(train, labelled, step + 1, rank, world)  # while the GPU is at work
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)  # the same on all ranks after all-reduce
-        if not torch.isfinite(norm) and dtype != 'float16':  # the scaler of float16 skips such steps and lowers its scale
-            raise UserError(f'step {step}: the gradient is not finite (loss {float(total_loss):.4g}): the weights were left as they '
-                            f'were and {last_path} is of an earlier step. Look for NaN or huge values in the data (python data.py '
-                            f'check --data={data}), or lower the learning rate')
-        # ---- end of boilerplate: clip and finite check
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+
+        # ---- shell: update the weights, unless the gradient is not finite
+        if not torch.isfinite(norm):
+            # float16's scaler skips such a step and halves its scale: in order, for a while
+            if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
+                raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g}).'
+                                f' The weights were left as they were, and {last_path} is of an '
+                                'earlier step. Look for huge values in the data (python '
+                                f'tools/check_data.py --data={data}), or lower the learning rate')
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+
+        # ---- log
         step += 1
         bar.update()
-
-        # ---- boilerplate: log
         if step % log_every == 0 or step == last_step:
+            mean_loss = loss.detach() / world
             if world > 1:
-                dist.all_reduce(total_loss, op=dist.ReduceOp.SUM)
-                total_loss /= world
-            entry = {'step': step, 'loss': float(total_loss), 'lr': max(group['lr'] for group in optimizer.param_groups), 'grad_norm': float(norm),
-                     **{name: float(value) for name, value in extras.items()}, 'seconds': time.time() - started}
-            log.append(entry)
-            if rank == 0:
-                append_line(log_path, entry)
-            bar.set_postfix(loss=f'{entry["loss"]:.4f}', tiles_per_s=round(batch_size * (step - first_step) / entry['seconds']))
-        # ---- end of boilerplate: log
+                dist.all_reduce(mean_loss)
+            record({'step': step, 'loss': mean_loss.item(), 'lr': learning_rate(step - 1),
+                    'grad_norm': norm.item(), 'seconds': time.time() - started})
+            bar.set_postfix(loss=f'{mean_loss.item():.4f}')
 
-        # ---- evaluate on val, keep the best
-        if (eval_every and step % eval_every == 0) or step == last_step:
-            val = scores(evaluate(model, splits['val'], prepare, autocast, device, rank, world, crop_size))
-            log.append({'step': step, 'val_miou': val['miou'], 'val_oa': val['oa']})
-            if rank == 0:
-                append_line(log_path, log[-1])
-                if val['miou'] > best:
-                    save_checkpoint(best_path, {'model': model.state_dict(), 'step': step, 'val_miou': val['miou'], **about})
-            best = max(best, val['miou'])
-
-        # ---- boilerplate: checkpoint, stop
-        flag = torch.tensor(stop[0] if stop else 0, device=device)
+        # ---- shell: save, and leave if told to (when one rank was told, all leave together)
+        told = torch.tensor(stop_signal, device=device)
         if world > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)  # one rank was told: all leave together
-        if rank == 0 and (flag or step == last_step or step % save_every == 0):
-            content = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'step': step,
-                       'config': config, 'encoder_args': encoder_args, 'script': os.path.basename(__file__)}
-            save_checkpoint(last_path, content)
-            if keep_every and step % keep_every == 0:
-                save_checkpoint(os.path.join(out_dir, f'step_{step}.pt'), content)
-        if flag:
-            print0(f'\ninterrupted by signal {int(flag)}: saved step {step} of {total_steps} in {last_path}; the same command goes on there')
-            sys.exit(128 + int(flag))
-        # ---- end of boilerplate: checkpoint, stop
+            dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        if main_process and (told or step == last_step or step % save_every == 0):
+            save_checkpoint(last_path, {
+                'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
+                'scaler': scaler.state_dict(), 'step': step, 'log': log, 'config': config,
+                'encoder_args': encoder_args, 'meta': kept_meta(meta),
+                'script': os.path.basename(__file__)})
+        if told:
+            bar.write(f'interrupted by signal {int(told)}: saved step {step} of {steps} in '
+                      f'{last_path}; the same command goes on there')
+            sys.exit(128 + int(told))
 
-    columns = {'data': data, 'bands': bands, 'method': method + (' (ImageNet)' if imagenet else ''), 'decoder': decoder, 'freeze': freeze, 'encoder': imagenet or stem,
-               'whiten': whiten, 'pixel': False, 'loss': loss}
-
-    # ---- boilerplate: score the best state on the test split (the same lines in segment.py and baseline_deeplab.py)
+    # ---- shell: the best state, on the test split
     bar.close()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)  # what was trained is saved: from here on a signal ends the script at once
+        signal.signal(number, signal.SIG_DFL)  # all is saved: from here on a signal ends at once
     if world > 1:
-        dist.barrier()
-    chosen = load_checkpoint(best_path)
-    model.load_state_dict(chosen['model'], strict=True)
-    cm = evaluate(model, splits['ts'], prepare, autocast, device, rank, world, crop_size)
-    if rank == 0:
-        result = scores(cm)
-        floor = floors(data, 'ts', label_share, seed, bands)
-        rows = {**floor, f'{method} + {decoder}': result}
-        print(f'\ntest split of {data} (%), best state on val: step {chosen["step"]}; split: {meta["split"]}')
-        print_scores(rows)
-        for name, iou, n in zip(meta['class_names'], result['iou'], cm.sum(1).tolist()):
-            print(f'  IoU {"absent" if iou is None else f"{100 * iou:6.1f}"}  {name} ({n} px)')
-        warning = chance_warning(result)
-        if warning:
-            print(warning)
-        write_json(os.path.join(out_dir, 'report.json'), {
-            'split': 'ts', 'how_split': meta['split'], 'scores': result, 'floors': floor, 'class_names': meta['class_names'],
-            'confusion_matrix': cm.tolist(), 'best_step': chosen['step'], 'warning': warning, 'config': config, 'torch': torch.__version__,
-            'seconds': time.time() - started})
-        predict_one = functools.partial(predict_tile, model.eval(), prepare=prepare, autocast=autocast, window=crop_size, K=meta['num_classes'])
-        save_pictures(out_dir, cm, predict_one, splits['ts'], meta, log)
-        append_row(results, {**columns, 'label_share': label_share, 'seed': seed, 'crop_size': crop_size, 'augment': augment,
-                             'class_weights': class_weights, 'lr': lr, 'steps': step, 'best_step': chosen['step'],
-                             **{k: round(result[k], 5) for k in ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1')},
-                             'pixel_floor': round(rows['pixel']['miou'], 5), 'window_floor': round(rows['window']['miou'], 5), 'out_dir': out_dir})
-    if world > 1:
-        dist.barrier()  # rank 0 may still be at its last pictures: leave together
-        dist.destroy_process_group()
-    # ---- end of boilerplate: score the best state on the test split
+        dist.barrier()  # rank 0 has written best.pt
+    best = load_checkpoint(best_path)
+    model.load_state_dict(best['model'])
+    print(f'the best state on val is that of step {best["step"]}')
+    judge_and_leave({'best_step': best['step']}, {})

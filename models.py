@@ -1,11 +1,17 @@
-"""The networks: a Vision Transformer for any number of bands, the masked autoencoder around it, and the decoders.
+"""The networks, and what all scripts do with them: decoders, parameter groups, save, load, resume.
 
-Shapes in comments: B batch, C bands, H W pixels (rows, columns), P patch side, h w patch grid (h = H / P), N = h * w patches,
-D width, R registers, T = 1 + R + N tokens, nh heads, hd = D / nh, L = number of visible patches, G groups of bands, K classes (DINOHead: prototypes).
-Parameter names and shapes are those of the public MAE and DINOv2 checkpoints, so that weights can travel.
+A Vision Transformer (ViT) cuts an image into square patches, makes a token (a vector) of each, and
+lets the tokens look at each other in a stack of blocks. From top to bottom: these blocks, the ViT
+for any number of bands, its spatial-spectral variant, the masked autoencoder, features and
+decoders, the CNN to compare with, checkpoints.
+
+Shapes in comments: B batch, C bands, H W pixels (rows, columns), P side of a patch, h w grid of
+patches (h = H / P), N = h * w patches, D width, R registers, T = 1 + R + N tokens, nh heads,
+hd = D / nh, L visible patches, G groups of bands, K classes (in DINOHead: prototypes).
+Parameters have the names and shapes of the public MAE and DINOv2 checkpoints, so that weights can
+travel (tools/convert_weights.py).
 """
-import argparse
-import copy
+import inspect
 import math
 import os
 import re
@@ -16,23 +22,25 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import UserError, band_matrix, blend_weights, cut_positions, one_line, plain_errors, same_bands
+from data import (IGNORE_INDEX, UserError, blend_weights, cut_positions, one_line,
+                  standardization, standardize)
 
-SIZES = {  # small and base are ViT-S and ViT-B (Touvron et al. 2021, Dosovitskiy et al. 2021); tiny is for laptops
+SIZES = {  # tiny is for laptops; small and base are ViT-S and ViT-B (arXiv 2012.12877, 2010.11929)
     'tiny': dict(embed_dim=128, depth=6, num_heads=4),
     'small': dict(embed_dim=384, depth=12, num_heads=6),
     'base': dict(embed_dim=768, depth=12, num_heads=12),
 }
 
 
-# ============ parts ============
+# ============ building blocks ============
 
 def patchify(x, patch_size):
-    """x (B, C, H, W) -> patches (B, N, P*P*C), row by row; inside a patch the band index runs fastest (as MAE's targets)."""
+    """x (B, C, H, W) -> patches (B, N, P*P*C), row by row; in a patch the band runs fastest."""
     B, C, H, W = x.shape
     P = patch_size
     if H % P or W % P:
-        raise UserError(f'an image of {H} x {W} pixels cannot be cut into patches of {P}: pass sides that are multiples of {P}')
+        raise UserError(f'an image of {H} x {W} pixels cannot be cut into patches of {P}: pass '
+                        f'sides that are multiples of {P}')
     x = x.reshape(B, C, H // P, P, W // P, P)  # (B, C, h, P, w, P)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // P) * (W // P), P * P * C)
 
@@ -45,29 +53,35 @@ def unpatchify(patches, patch_size, h, w):
 
 
 def sincos_encoding(values, dim):
-    """values (G,), e.g. wavelengths in units of 10 nm -> (1, G, dim): sine and cosine at geometric frequencies (Vaswani et al. 2017)"""
+    """values (G,), e.g. wavelengths in units of 10 nm -> (1, G, dim): their sines and cosines at
+    geometric frequencies (Vaswani et al. 2017)."""
     omega = 1 / 10000 ** (torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
     angle = torch.as_tensor(values, dtype=torch.float64)[:, None] * omega
     return torch.cat([angle.sin(), angle.cos()], dim=1)[None].float()
 
 
 def sincos_positions(dim, h, w):
-    """Fixed 2-d sine-cosine table (1, h*w, dim): half the channels code the column, half the row (MAE)."""
+    """MAE's fixed table of positions (1, h*w, dim): half the channels code the column, half the
+    row."""
     if dim % 4:
         raise UserError(f'sine-cosine positions need a width that is a multiple of 4, not {dim}')
     rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing='ij')
-    return torch.cat([sincos_encoding(cols.flatten(), dim // 2), sincos_encoding(rows.flatten(), dim // 2)], dim=2)  # (1, h*w, dim)
+    of_cols = sincos_encoding(cols.flatten(), dim // 2)
+    of_rows = sincos_encoding(rows.flatten(), dim // 2)
+    return torch.cat([of_cols, of_rows], dim=2)
 
 
 def interpolate_positions(table, h, w):
-    """Position table of a square grid (1, N, D) -> of an h x w grid (1, h*w, D), bicubic"""
+    """Positions of a square grid (1, N, D) -> of an h x w grid (1, h*w, D), bicubic."""
     side = math.isqrt(table.shape[1])
+    if (h, w) == (side, side):
+        return table
     table = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
     return F.interpolate(table.float(), size=(h, w), mode='bicubic').flatten(2).transpose(1, 2)
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of each patch to a token. The weight is stored as the public checkpoints' strided convolution."""
+    """Linear map of each patch to a token; its weight is stored as a strided convolution's."""
 
     def __init__(self, patch_size, in_chans, embed_dim):
         super().__init__()
@@ -96,10 +110,14 @@ class Attention(nn.Module):
 
     def heads(self, x):
         """x (B, T, D) -> queries, keys, values (B, nh, T, hd)"""
-        return self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        B, T, _ = x.shape
+        return self.qkv(x).reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
 
     def weights(self, q, k):
-        """q, k (B, nh, T, hd) -> softmax(q k' / sqrt(hd)) (B, nh, T, T): row i says how much token i takes from each token"""
+        """q, k (B, nh, T, hd) -> softmax(q k' / sqrt(hd)) (B, nh, T, T).
+
+        Row i says how much token i takes from each token.
+        """
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
 
     def forward(self, x):
@@ -108,7 +126,8 @@ class Attention(nn.Module):
         q, k, v = self.heads(x)
         if x.is_cuda or T > 512:
             x = F.scaled_dot_product_attention(q, k, v)  # weights(q, k) @ v, fused
-        else:  # the same spelled out: on CPUs, for short sequences, forward and backward are 2 to 8 times as fast, most so in bfloat16
+        else:
+            # the same spelled out: on CPUs, for short sequences, 2 to 8 times as fast
             x = self.weights(q, k).to(v.dtype) @ v
         x = x.transpose(1, 2).reshape(B, T, D)
         return self.drop(self.proj(x))
@@ -126,7 +145,8 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated MLP (Shazeer 2020, arXiv 2002.05202) at the same cost: hidden = 2/3 of the MLP's, rounded up to a multiple of 8."""
+    """Gated MLP (Shazeer 2020, arXiv 2002.05202) of the same cost: its hidden width is 2/3 of the
+    MLP's, rounded up to a multiple of 8."""
 
     def __init__(self, dim, hidden, dropout=0.0):
         super().__init__()
@@ -141,7 +161,7 @@ class SwiGLU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned gain per channel on each residual branch (Touvron et al. 2021, arXiv 2103.17239)."""
+    """A learned gain per channel on each residual branch (CaiT, arXiv 2103.17239)."""
 
     def __init__(self, dim, init_values):
         super().__init__()
@@ -152,9 +172,10 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. Drop path runs each branch on the kept samples only, as DINOv2 does: less work, same mean."""
+    """Pre-norm transformer block: attention and MLP, each added to what came in."""
 
-    def __init__(self, dim, num_heads, mlp_ratio=4.0, ffn='mlp', init_values=0.0, drop_path=0.0, dropout=0.0):
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, ffn='mlp', init_values=0.0, drop_path=0.0,
+                 dropout=0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, dropout)
@@ -173,22 +194,29 @@ class Block(nn.Module):
     def forward(self, x):
         """x (B, T, D) -> (B, T, D)"""
         if self.training and self.drop_path:
-            x = add_to_kept_samples(x, self.attention_branch, self.drop_path)
-            return add_to_kept_samples(x, self.mlp_branch, self.drop_path)
+            x = drop_path(x, self.attention_branch, self.drop_path)
+            return drop_path(x, self.mlp_branch, self.drop_path)
         x = x + self.attention_branch(x)
         return x + self.mlp_branch(x)
 
 
-def add_to_kept_samples(x, branch, drop_rate):
-    """Stochastic depth (Huang et al. 2016): a random share of the batch skips the branch, the rest is scaled up to keep the mean."""
+def drop_path(x, branch, rate):
+    """x + branch(x) with stochastic depth (Huang et al. 2016): a random share `rate` of the samples
+    skips the branch, and for the others it is scaled up to keep the mean. x (B, T, D)."""
     B = len(x)
-    kept = max(1, round(B * (1 - drop_rate)))
+    kept = round(B * (1 - rate))
+    if kept in (0, B):
+        # a batch too small to be divided so: each sample skips by chance
+        keep = torch.rand(B, 1, 1, device=x.device) >= rate
+        return x + branch(x).masked_fill(~keep, 0) / (1 - rate)
+    # the branch runs on the kept samples only, as in DINOv2: less work
     ids = torch.randperm(B, device=x.device)[:kept]
-    return x.index_add(0, ids, branch(x.index_select(0, ids)).to(x.dtype), alpha=B / kept)
+    change = branch(x.index_select(0, ids))
+    return x.index_add(0, ids, change.to(x.dtype), alpha=B / kept)
 
 
 def init_linear(module):
-    """Xavier for every linear layer, zero biases (MAE). LayerNorm starts at 1 and 0 by itself."""
+    """Xavier for every linear layer, zero biases (MAE). A LayerNorm starts at 1 and 0 by itself."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -198,238 +226,267 @@ def init_linear(module):
 # ============ Vision Transformer ============
 
 class ViT(nn.Module):
-    """Vision Transformer (arXiv 2010.11929) with DINOv2's options: registers (2309.16588), SwiGLU, LayerScale, drop path.
+    """Vision Transformer (arXiv 2010.11929) with the options of DINOv2: registers (2309.16588),
+    SwiGLU, LayerScale, drop path.
 
-    Takes any height and width that are multiples of `patch_size` (the position table is interpolated) and any number of bands.
-    `fixed_positions` gives MAE's sine-cosine table instead of a learned one; `mask_token` is for iBOT's masked patches.
-    Token order: [cls, registers, patches].
+    It takes any height and width that are multiples of `patch_size` (positions are interpolated)
+    and any number of bands. `fixed_positions` gives MAE's sine-cosine table instead of a learned
+    one; `mask_token` is for iBOT's masked patches. Order of tokens: [cls, registers, patches].
     """
 
-    def __init__(self, img_size: int = 64, patch_size: int = 8, in_chans: int = 32, embed_dim: int = 768, depth: int = 12,
-                 num_heads: int = 12, mlp_ratio: float = 4.0, ffn: str = 'mlp', num_register_tokens: int = 0,
+    def __init__(self, img_size: int = 64, patch_size: int = 8, in_chans: int = 32,
+                 embed_dim: int = 768, depth: int = 12, num_heads: int = 12,
+                 mlp_ratio: float = 4.0, ffn: str = 'mlp', num_register_tokens: int = 0,
                  init_values: float = 0.0, drop_path_rate: float = 0.0, dropout: float = 0.0,
                  fixed_positions: bool = False, mask_token: bool = False):
         super().__init__()
         if img_size % patch_size:
-            raise UserError(f'img_size {img_size} is not a multiple of patch_size {patch_size}: change one of the two')
-        self.img_size, self.patch_size, self.in_chans, self.embed_dim = img_size, patch_size, in_chans, embed_dim
+            raise UserError(f'img_size {img_size} is not a multiple of patch_size {patch_size}: '
+                            'change one of the two')
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.embed_dim = embed_dim
         self.num_prefix_tokens = 1 + num_register_tokens
+        self.block_args = dict(dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, ffn=ffn,
+                               init_values=init_values, drop_path=drop_path_rate, dropout=dropout)
         grid = img_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid * grid, embed_dim), requires_grad=not fixed_positions)
-        self.register_tokens = nn.Parameter(torch.empty(1, num_register_tokens, embed_dim)) if num_register_tokens else None
-        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim)) if mask_token else None
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, ffn, init_values, drop_path_rate, dropout)
-                                    for _ in range(depth))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid * grid, embed_dim),
+                                      requires_grad=not fixed_positions)
+        self.register_tokens = self.mask_token = None
+        if num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.empty(1, num_register_tokens, embed_dim))
+        if mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        self.blocks = nn.ModuleList(Block(**self.block_args) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
         self.apply(init_linear)
-        for token in (self.cls_token, self.register_tokens):
-            if token is not None:
-                nn.init.normal_(token, std=0.02)
+        nn.init.normal_(self.cls_token, std=0.02)
+        if num_register_tokens:
+            nn.init.normal_(self.register_tokens, std=0.02)
         if fixed_positions:
             nn.init.zeros_(self.pos_embed)
             self.pos_embed.data[:, 1:] = sincos_positions(embed_dim, grid, grid)
         else:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def positions(self, h, w):
-        """Position table for an h x w grid of patches, (1, N, D): the learned one, or interpolated (bicubic) from it."""
-        table = self.pos_embed[:, 1:]
-        side = math.isqrt(table.shape[1])
-        if (h, w) == (side, side):
-            return table
-        return interpolate_positions(table, h, w)
-
     def add_prefix(self, cls, tokens):
         """cls (1, 1, D), tokens (B, N, D) -> [cls, registers, tokens] (B, T, D)"""
         prefix = [cls] if self.register_tokens is None else [cls, self.register_tokens]
-        return torch.cat([token.expand(len(tokens), -1, -1) for token in prefix] + [tokens], dim=1)
+        prefix = [token.expand(len(tokens), -1, -1) for token in prefix]
+        return torch.cat([*prefix, tokens], dim=1)
 
     def embed(self, x, mask=None):
-        """x (B, C, H, W), mask (B, N) True = replaced by the mask token -> tokens (B, T, D) before the first block"""
+        """x (B, C, H, W), mask (B, N) True = hidden -> tokens (B, T, D) before the first block."""
         B, C, H, W = x.shape
         if C != self.in_chans:
             raise UserError(f'the image has {C} bands, the encoder was built for {self.in_chans}')
         tokens = self.patch_embed(patchify(x, self.patch_size))  # (B, N, D)
         if mask is not None:
             tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
-        tokens = tokens + self.positions(H // self.patch_size, W // self.patch_size)
+        h, w = H // self.patch_size, W // self.patch_size
+        tokens = tokens + interpolate_positions(self.pos_embed[:, 1:], h, w)
         return self.add_prefix(self.cls_token + self.pos_embed[:, :1], tokens)  # (B, T, D)
 
     def forward(self, x, mask=None):
-        """x (B, C, H, W) standardised, mask (B, N) bool or None -> normalised tokens (B, 1 + R + N, D)"""
+        """x (B, C, H, W) standardised, mask (B, N) or None -> normalised tokens (B, T, D)"""
         x = self.embed(x, mask)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
+    def to_map(self, tokens, h):
+        """tokens (B, T, D) after a block -> the patches', normalised, as a map (B, D, h, w)"""
+        patches = self.norm(tokens)[:, self.num_prefix_tokens:]  # (B, N, D)
+        return patches.transpose(1, 2).unflatten(2, (h, -1))
+
     def get_intermediate_layers(self, x, n=4):
-        """x (B, C, H, W) -> the last n blocks' normalised patch tokens as n maps (B, D, h, w), earliest first"""
-        B, _, H, W = x.shape
+        """x (B, C, H, W) -> the maps of the last n blocks, each (B, D, h, w), earliest first."""
+        h = x.shape[2] // self.patch_size
         x = self.embed(x)
         maps = []
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i >= len(self.blocks) - n:
-                patches = self.norm(x)[:, self.num_prefix_tokens:]  # (B, N, D)
-                maps.append(patches.transpose(1, 2).reshape(B, -1, H // self.patch_size, W // self.patch_size))
+                maps.append(self.to_map(x, h))
         return maps
 
 
 # ============ spatial-spectral Vision Transformer ============
 
 class SpatialSpectralViT(ViT):
-    """A ViT with a second stream whose tokens are groups of neighbouring bands; the streams are fused after each block.
+    """A ViT with a second stream, whose tokens are groups of neighbouring bands.
 
-    The spatial stream is the ViT above, its parameters keep their names. Fusion concatenates the two streams and adds a 1x1
-    convolution of that to each (the dissertation's Fig. 3.5 and 3.6, after Chen et al. 2023). Two designs:
+    The first stream is the ViT above, with its names of parameters. After each block both streams
+    are concatenated and a linear map of that, a 1x1 convolution, is added to each (the
+    dissertation's Fig. 3.5 and 3.6, after Chen et al. 2023). There are two designs:
 
-    `fusion='token'`, the dissertation's: a spectral token is the flattened pixel plane of its bands, and the 1x1 convolution takes
-    the tokens of both streams as its channels. So sizes are fixed: crops of img_size, and of half that side (a second set of weights).
-    `fusion='channel'`, ours: a spectral token is its bands pooled to a small grid, with one projection for all groups, and the
-    convolution mixes channels: each token with the mean token of the other stream. Any image size.
+    `fusion='token'`, the dissertation's: a spectral token is the flattened pixel plane of its
+    bands, and the convolution mixes tokens. So sizes are fixed: crops of img_size, and of half
+    that side, with weights of their own.
+    `fusion='channel'`, ours: a spectral token is its bands pooled to a small grid, and the
+    convolution mixes channels: those of each token with the mean token of the other stream.
+    Any size of image.
 
-    `wavelengths_nm` (C,) places the spectral tokens by a sine-cosine code of their mean wavelength; without them by band number.
-    Spectral tokens are [spectral cls, registers (the same parameters as the spatial ones), G groups].
+    `wavelengths_nm` (C,) places the spectral tokens by a sine-cosine code of their mean wavelength;
+    without them they are placed by the number of the band. Order of spectral tokens: [spectral
+    cls, registers (the same parameters as the spatial ones), groups].
     """
 
-    def __init__(self, *args, spectral_patch_size: int = 2, fusion: str = 'channel', wavelengths_nm: list = None,
-                 wavelength_encoding: bool = True, spectral_grid: int = 4, mlp_ratio: float = 4.0, ffn: str = 'mlp',
-                 init_values: float = 0.0, drop_path_rate: float = 0.0, dropout: float = 0.0, **kwargs):
-        super().__init__(*args, mlp_ratio=mlp_ratio, ffn=ffn, init_values=init_values, drop_path_rate=drop_path_rate, dropout=dropout, **kwargs)
+    def __init__(self, *args, spectral_patch_size: int = 2, fusion: str = 'channel',
+                 wavelengths_nm: list = None, wavelength_encoding: bool = True,
+                 spectral_grid: int = 4, **kwargs):
+        super().__init__(*args, **kwargs)
         if fusion not in ('token', 'channel'):
             raise UserError(f'fusion {fusion}: choose token or channel')
-        D, depth, num_heads = self.embed_dim, len(self.blocks), self.blocks[0].attn.num_heads
-        self.fusion, self.spectral_patch_size, self.spectral_grid = fusion, spectral_patch_size, spectral_grid
-        self.wavelength_encoding = wavelength_encoding
-        self.place_bands(wavelengths_nm)
-        groups = self.num_groups
+        D, depth = self.embed_dim, len(self.blocks)
+        self.fusion = fusion
+        self.spectral_patch_size = spectral_patch_size
+        self.spectral_grid = spectral_grid
+        self.wavelengths_nm = wavelengths_nm
+        self.num_groups = math.ceil(self.in_chans / spectral_patch_size)
+        code = self.encode_wavelengths() if wavelength_encoding else torch.zeros(1, 1, D)
+        self.register_buffer('wavelength_code', code, persistent=False)  # (1, G, D)
+
         self.spectral_cls_token = nn.Parameter(torch.empty(1, 1, D))
-        self.spectral_mask_token = nn.Parameter(torch.zeros(1, D)) if self.mask_token is not None else None
-        self.spectral_blocks = nn.ModuleList(Block(D, num_heads, mlp_ratio, ffn, init_values, drop_path_rate, dropout) for _ in range(depth))
+        self.spectral_mask_token = None
+        if self.mask_token is not None:
+            self.spectral_mask_token = nn.Parameter(torch.zeros(1, D))
+        self.spectral_blocks = nn.ModuleList(Block(**self.block_args) for _ in range(depth))
         self.spectral_norm = nn.LayerNorm(D, eps=1e-6)
+        self.spectral_pos_embed = None
         if fusion == 'token':
-            sizes = {'': self.img_size, '_local': self.img_size // 2}
-            self.spectral_pos_embed = nn.Parameter(torch.empty(1, 1 + groups, D))
-            nn.init.trunc_normal_(self.spectral_pos_embed, std=0.02)
             self.fuse = nn.ModuleDict()
-            for name, side in sizes.items():
-                setattr(self, f'spectral_embed{name}', nn.Conv1d(side * side, D, spectral_patch_size, stride=spectral_patch_size))
-                spatial, spectral = self.num_prefix_tokens + (side // self.patch_size) ** 2, self.num_prefix_tokens + groups
-                self.fuse['spatial' + name] = nn.ModuleList(nn.Conv1d(spatial + spectral, spatial, 1) for _ in range(depth))
-                self.fuse['spectral' + name] = nn.ModuleList(nn.Conv1d(spatial + spectral, spectral, 1) for _ in range(depth))
+            self.spectral_pos_embed = nn.Parameter(torch.empty(1, 1 + self.num_groups, D))
+            nn.init.trunc_normal_(self.spectral_pos_embed, std=0.02)
+            self.spectral_embed = self.add_token_fusion('', self.img_size)
+            self.spectral_embed_local = self.add_token_fusion('_local', self.img_size // 2)
         else:
-            self.spectral_pos_embed = None
             self.spectral_embed = nn.Linear(spectral_patch_size * spectral_grid ** 2, D)
-            self.fuse = nn.ModuleDict({name: nn.ModuleList(nn.Linear(2 * D, D) for _ in range(depth)) for name in ('spatial', 'spectral')})
+            self.fuse = nn.ModuleDict({
+                stream: nn.ModuleList(nn.Linear(2 * D, D) for _ in range(depth))
+                for stream in ('spatial', 'spectral')})
 
-        for module in (self.spectral_blocks, self.spectral_embed):
-            module.apply(init_linear)
-        for parameter in self.fuse.parameters():
-            nn.init.zeros_(parameter)  # the streams start apart and learn what to take from each other
-        # Fusion is slowed down: AdamW moves a weight by lr whatever its gradient, and what is added to all tokens alike soon drowns what
-        # tells them apart (the probe fell by 4 points without).
-        self.fuse_scale = 0.1
+        self.spectral_blocks.apply(init_linear)
+        self.spectral_embed.apply(init_linear)
         nn.init.normal_(self.spectral_cls_token, std=0.02)
+        # the streams start apart and learn what to take from each other
+        for parameter in self.fuse.parameters():
+            nn.init.zeros_(parameter)
+        # Fusion is slowed down. AdamW moves a weight by lr whatever its gradient, and what is added
+        # to all tokens alike soon drowns what tells them apart: the probe fell by 4 points without.
+        self.fuse_scale = 0.1
 
-    def place_bands(self, wavelengths_nm):
-        """Sort in_chans bands into groups: their number G and the code of each one's mean wavelength (1, G, D)"""
-        C, D, size = self.in_chans, self.embed_dim, self.spectral_patch_size
-        groups = -(-C // size)  # the last band is repeated where the last group is not full
-        nm = torch.arange(C) if wavelengths_nm is None else torch.tensor(wavelengths_nm, dtype=torch.float64) / 10
-        nm = torch.cat([nm, nm[-1:].expand(groups * size - C)]).double().reshape(groups, -1).mean(1)
-        code = sincos_encoding(nm, D) if self.wavelength_encoding else torch.zeros(1, groups, D)
-        self.register_buffer('wavelength_code', code, persistent=False)
-        self.wavelengths_nm, self.num_groups = wavelengths_nm, groups
+    def encode_wavelengths(self):
+        """(1, G, D): the code of the mean wavelength of each group, or of its mean band number"""
+        positions = torch.arange(self.in_chans, dtype=torch.float64)
+        if self.wavelengths_nm is not None:
+            positions = torch.tensor(self.wavelengths_nm, dtype=torch.float64) / 10
+        positions = self.fill_last_group(positions[None])
+        means = positions.reshape(self.num_groups, -1).mean(1)
+        return sincos_encoding(means, self.embed_dim)
 
-    def at_wavelengths(self, wavelengths_nm):
-        """A copy that takes bands at `wavelengths_nm` (C',) instead of its own, standardised as ever; images are not resampled.
+    def fill_last_group(self, x):
+        """x (B, C, ...) -> (B, G * bands of a group, ...): the last band is repeated to fill up."""
+        missing = self.num_groups * self.spectral_patch_size - self.in_chans
+        return torch.cat([x] + [x[:, -1:]] * missing, dim=1) if missing else x
 
-        Channel fusion only. The spectral stream groups the new bands and codes their wavelengths; finer bands are more groups.
-        A patch kernel is a function of wavelength: with R (C, C') that brings the new bands to the old ones (data.band_matrix, a
-        response as wide as the old bands' steps), w' = w R answers to a spectrum as w does to the resampled one.
-        """
-        if self.fusion != 'channel' or not self.wavelengths_nm:
-            raise UserError('other bands by their wavelengths: only for channel fusion, pre-trained on bands of known wavelengths')
-        new, own = copy.deepcopy(self), np.asarray(self.wavelengths_nm, float)
-        widths, order = np.full(len(own), 15.0), np.argsort(own)
-        if len(own) > 1:
-            widths[order] = np.gradient(own[order]).clip(min=1)
-        matrix = torch.from_numpy(band_matrix(wavelengths_nm, own, widths)).to(self.patch_embed.proj.weight)  # (C, C')
-        weight = torch.einsum('dcpq,ck->dkpq', self.patch_embed.proj.weight.detach(), matrix)
-        new.patch_embed.proj.weight = nn.Parameter(weight)
-        new.in_chans = new.patch_embed.proj.in_channels = len(wavelengths_nm)
-        new.place_bands(list(wavelengths_nm))
-        new.wavelength_code = new.wavelength_code.to(self.wavelength_code)
-        if hasattr(self, 'args'):  # of load_encoder
-            new.args = {**self.args, 'in_chans': new.in_chans, 'wavelengths_nm': new.wavelengths_nm}
-            new.config = {**self.config, 'wavelengths_nm': new.wavelengths_nm, 'bands': ''}
-        return new
+    def add_token_fusion(self, name, side):
+        """Make the weights of token fusion for crops of `side` px -> the embedding for them."""
+        size = self.spectral_patch_size
+        embed = nn.Conv1d(side * side, self.embed_dim, size, stride=size)
+        spatial = self.num_prefix_tokens + (side // self.patch_size) ** 2
+        spectral = self.num_prefix_tokens + self.num_groups
+        for stream, tokens in (('spatial', spatial), ('spectral', spectral)):
+            self.fuse[stream + name] = nn.ModuleList(
+                nn.Conv1d(spatial + spectral, tokens, 1) for _ in self.blocks)
+        return embed
+
+    def is_local(self, x):
+        """Is x (B, C, H, W) a crop of half the side? Token fusion has weights of its own for it."""
+        H, W = x.shape[2:]
+        if H != W or H not in (self.img_size, self.img_size // 2):
+            raise UserError(f'an image of {H} x {W} pixels: token fusion works at {self.img_size} '
+                            f'and {self.img_size // 2} px only, where its weights were made: '
+                            'choose --fusion=channel')
+        return H != self.img_size
 
     def embed_spectra(self, x, mask=None):
-        """x (B, C, H, W), mask (B, G) True = replaced -> spectral tokens (B, 1 + R + G, D) before the first block"""
-        B, C, H, W = x.shape
-        missing = self.num_groups * self.spectral_patch_size - C
-        if missing:
-            x = torch.cat([x, x[:, -1:].expand(-1, missing, -1, -1)], dim=1)
+        """x (B, C, H, W), mask (B, G) True = hidden -> spectral tokens (B, 1 + R + G, D) before the
+        first block."""
         if self.fusion == 'token':
-            if H != W or H not in (self.img_size, self.img_size // 2):
-                raise UserError(f'an image of {H} x {W} pixels: token fusion works at {self.img_size} and {self.img_size // 2} px only, '
-                                'where its weights were made: choose --fusion=channel')
-            embed = self.spectral_embed if H == self.img_size else self.spectral_embed_local
-            tokens = embed(x.flatten(2).transpose(1, 2)).transpose(1, 2)  # (B, G, D)
+            embed = self.spectral_embed_local if self.is_local(x) else self.spectral_embed
+            planes = self.fill_last_group(x).flatten(2)  # (B, C, H*W)
+            tokens = embed(planes.transpose(1, 2)).transpose(1, 2)
         else:
-            x = F.adaptive_avg_pool2d(x, self.spectral_grid)  # (B, C, 4, 4)
-            tokens = self.spectral_embed(x.reshape(B, self.num_groups, -1))  # (B, G, D)
-        if mask is not None:
-            tokens = torch.where(mask[..., None], self.spectral_mask_token.to(tokens.dtype), tokens)
-        tokens, cls = tokens + self.wavelength_code, self.spectral_cls_token
+            pooled = F.adaptive_avg_pool2d(self.fill_last_group(x), self.spectral_grid)
+            tokens = self.spectral_embed(pooled.reshape(len(x), self.num_groups, -1))
+        if mask is not None:  # tokens (B, G, D)
+            hidden = self.spectral_mask_token.to(tokens.dtype)
+            tokens = torch.where(mask[..., None], hidden, tokens)
+        tokens = tokens + self.wavelength_code
+        cls = self.spectral_cls_token
         if self.spectral_pos_embed is not None:
-            tokens, cls = tokens + self.spectral_pos_embed[:, 1:], cls + self.spectral_pos_embed[:, :1]
+            tokens = tokens + self.spectral_pos_embed[:, 1:]
+            cls = cls + self.spectral_pos_embed[:, :1]
         return self.add_prefix(cls, tokens)
 
     def run_blocks(self, x, mask=None, spectral_mask=None):
-        """Yields the two streams after each block and its fusion: spatial (B, T, D), spectral (B, 1 + R + G, D)"""
-        local = '_local' if self.fusion == 'token' and x.shape[-1] != self.img_size else ''
-        spatial, spectral = self.embed(x, mask), self.embed_spectra(x, spectral_mask)
-        for i, (block, spectral_block) in enumerate(zip(self.blocks, self.spectral_blocks)):
-            spatial, spectral = block(spatial), spectral_block(spectral)
+        """Yields both streams after each block and its fusion: (B, T, D), (B, 1 + R + G, D)."""
+        spatial = self.embed(x, mask)
+        spectral = self.embed_spectra(x, spectral_mask)
+        local = '_local' if self.fusion == 'token' and self.is_local(x) else ''
+        fuse_spatial = self.fuse['spatial' + local]
+        fuse_spectral = self.fuse['spectral' + local]
+        for i in range(len(self.blocks)):
+            spatial = self.blocks[i](spatial)
+            spectral = self.spectral_blocks[i](spectral)
             if self.fusion == 'token':
-                for_spatial = for_spectral = torch.cat([spatial, spectral], dim=1)  # (B, T + 1 + R + G, D)
-            else:  # each token with the other stream's mean: (B, T, 2D) and (B, 1 + R + G, 2D)
-                spatial_mean, spectral_mean = spatial.mean(1, keepdim=True), spectral.mean(1, keepdim=True)  # (B, 1, D)
-                for_spatial = torch.cat([spatial, spectral_mean.expand_as(spatial)], dim=2)
-                for_spectral = torch.cat([spectral, spatial_mean.expand_as(spectral)], dim=2)
-            spatial = spatial + self.fuse_scale * self.fuse['spatial' + local][i](for_spatial)
-            spectral = spectral + self.fuse_scale * self.fuse['spectral' + local][i](for_spectral)
+                for_spatial = for_spectral = torch.cat([spatial, spectral], dim=1)
+            else:  # twice as wide: beside each token the mean token of the other stream
+                for_spatial = beside(spatial, spectral.mean(1, keepdim=True))
+                for_spectral = beside(spectral, spatial.mean(1, keepdim=True))
+            spatial = spatial + self.fuse_scale * fuse_spatial[i](for_spatial)
+            spectral = spectral + self.fuse_scale * fuse_spectral[i](for_spectral)
             yield spatial, spectral
 
     def forward(self, x, mask=None, spectral_mask=None):
-        """x (B, C, H, W) standardised, masks (B, N) and (B, G) bool or None -> normalised tokens (B, 1 + R + N, D), (B, 1 + R + G, D)"""
+        """x (B, C, H, W) standardised, masks (B, N) and (B, G) or None -> normalised tokens of the
+        two streams, (B, T, D) and (B, 1 + R + G, D)."""
         for spatial, spectral in self.run_blocks(x, mask, spectral_mask):
             pass
         return self.norm(spatial), self.spectral_norm(spectral)
 
     def get_intermediate_layers(self, x, n=4):
-        """x (B, C, H, W) -> the spatial stream's last n maps (B, D, h, w). What the spectral stream found has reached them by fusion."""
-        B, _, H, W = x.shape
-        outputs = [self.norm(spatial)[:, self.num_prefix_tokens:] for spatial, _ in list(self.run_blocks(x))[-n:]]
-        return [tokens.transpose(1, 2).reshape(B, -1, H // self.patch_size, W // self.patch_size) for tokens in outputs]
+        """x (B, C, H, W) -> the spatial stream's last n maps (B, D, h, w); what the spectral stream
+        found has reached them by fusion."""
+        h = x.shape[2] // self.patch_size
+        streams = list(self.run_blocks(x))
+        return [self.to_map(spatial, h) for spatial, _ in streams[-n:]]
+
+
+def beside(tokens, mean):
+    """tokens (B, T, D), mean (B, 1, D) -> (B, T, 2D)"""
+    return torch.cat([tokens, mean.expand_as(tokens)], dim=2)
 
 
 # ============ projection head of DINO and iBOT ============
 
 class DINOHead(nn.Module):
-    """Three linear layers, L2 normalisation, and the cosine to K learned prototypes (Caron et al. 2021, arXiv 2104.14294, appendix C).
+    """Three linear layers, then the cosine to K learned prototypes (DINO, arXiv 2104.14294).
 
-    `last_layer.weight_g`, the prototypes' lengths, stays at 1 as in DINOv2 (`norm_last_layer` in DINO): lengths make training unstable.
+    `last_layer.weight_g`, the lengths of the prototypes, stays at 1 as in DINOv2
+    (`norm_last_layer` in DINO): lengths that learn make training unstable.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048, bottleneck_dim: int = 256):
+    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048,
+                 bottleneck_dim: int = 256):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(),
+                                 nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
                                  nn.Linear(hidden_dim, bottleneck_dim))
         self.last_layer = nn.Module()
         self.last_layer.weight_v = nn.Parameter(torch.empty(out_dim, bottleneck_dim))
@@ -443,38 +500,45 @@ class DINOHead(nn.Module):
         """x (..., D) -> logits (..., K): cosines in -1..1, before any temperature"""
         x = F.normalize(self.mlp(x).float(), dim=-1)  # (..., bottleneck)
         v, g = self.last_layer.weight_v, self.last_layer.weight_g
-        return F.linear(x, v * (g / v.norm(dim=-1, keepdim=True).clamp(min=1e-12)))  # one product over the (K, bottleneck) matrix, not three
+        prototypes = v * (g / v.norm(dim=-1, keepdim=True).clamp(min=1e-12))  # (K, bottleneck)
+        return F.linear(x, prototypes)
 
 
 # ============ masked autoencoder ============
 
 class MaskedAutoencoder(nn.Module):
-    """Masked autoencoder (He et al. 2021, arXiv 2111.06377): the encoder sees the visible patches only, a small decoder
-    predicts the pixels of the others. After training `.encoder` is an ordinary ViT that never hears of masks."""
+    """Masked autoencoder (He et al. 2021, arXiv 2111.06377): the encoder sees the visible patches
+    only, a small decoder predicts the pixels of the others.
 
-    def __init__(self, img_size: int = 64, patch_size: int = 8, in_chans: int = 32, embed_dim: int = 768, depth: int = 12,
-                 num_heads: int = 12, mlp_ratio: float = 4.0, decoder_embed_dim: int = 512, decoder_depth: int = 8,
-                 decoder_num_heads: int = 16, norm_pix_loss: bool = False, dropout: float = 0.0, freeze_encoder: bool = False):
+    `.encoder` is an ordinary ViT that never hears of masks. With `freeze_encoder` only the decoder
+    learns.
+    """
+
+    def __init__(self, img_size: int = 64, patch_size: int = 8, in_chans: int = 32,
+                 embed_dim: int = 768, depth: int = 12, num_heads: int = 12,
+                 mlp_ratio: float = 4.0, decoder_embed_dim: int = 512, decoder_depth: int = 8,
+                 decoder_num_heads: int = 16, norm_pix_loss: bool = False, dropout: float = 0.0,
+                 freeze_encoder: bool = False):
         super().__init__()
-        # ---- encoder
-        self.encoder = ViT(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, dropout=dropout,
-                           fixed_positions=True)
-        # ---- decoder
+        self.norm_pix_loss = norm_pix_loss
+        self.freeze_encoder = freeze_encoder
+        self.encoder = ViT(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio,
+                           dropout=dropout, fixed_positions=True)
         grid = img_size // patch_size
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, decoder_embed_dim), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, dropout=dropout)
-                                            for _ in range(decoder_depth))
+        table = torch.zeros(1, 1 + grid * grid, decoder_embed_dim)
+        table[:, 1:] = sincos_positions(decoder_embed_dim, grid, grid)
+        self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, dropout=dropout)
+            for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size ** 2 * in_chans)
-        self.norm_pix_loss = norm_pix_loss
 
         nn.init.normal_(self.mask_token, std=0.02)
-        self.decoder_pos_embed.data[:, 1:] = sincos_positions(decoder_embed_dim, grid, grid)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(init_linear)
-        self.freeze_encoder = freeze_encoder
         if freeze_encoder:
             self.encoder.requires_grad_(False)
         self.train()
@@ -485,17 +549,21 @@ class MaskedAutoencoder(nn.Module):
             self.encoder.eval()  # no dropout
         return self
 
-    def random_masking(self, noise, mask_ratio):
-        """noise (B, N): the patches with the smallest values stay -> ids_keep (B, L), ids_restore (B, N), mask (B, N), 1 = removed"""
-        B, N = noise.shape
+    def random_masking(self, mask_noise, mask_ratio):
+        """mask_noise (B, N): the patches with the smallest values stay visible.
+
+        -> ids_keep (B, L), ids_restore (B, N), mask (B, N) with 1 = hidden
+        """
+        N = mask_noise.shape[1]
         keep = max(1, round(N * (1 - mask_ratio)))  # round, not int: int(100 * (1 - 0.9)) is 9
-        ids_shuffle = noise.argsort(dim=1)
+        ids_shuffle = mask_noise.argsort(dim=1)
         ids_restore = ids_shuffle.argsort(dim=1)
         mask = (ids_restore >= keep).float()
         return ids_shuffle[:, :keep], ids_restore, mask
 
     def forward_encoder(self, patches, ids_keep):
-        """patches (B, N, P*P*C), ids_keep (B, L) -> latent (B, 1 + L, D). Only visible patches are embedded."""
+        """patches (B, N, P*P*C), ids_keep (B, L) -> latent (B, 1 + L, D). Only the visible patches
+        are embedded."""
         encoder = self.encoder
         x = encoder.patch_embed(gather_tokens(patches, ids_keep))  # (B, L, D)
         positions = encoder.pos_embed[0, 1:].index_select(0, ids_keep.flatten())
@@ -511,35 +579,40 @@ class MaskedAutoencoder(nn.Module):
         x = self.decoder_embed(latent)
         B, N = ids_restore.shape
         hidden = self.mask_token.to(x.dtype).expand(B, N + 1 - x.shape[1], -1)
-        patches = gather_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore)  # back in image order
+        patches = gather_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore)
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def forward_loss(self, patches, pred, mask):
-        """Mean squared error over the removed patches; with norm_pix_loss each target patch has mean 0 and variance 1."""
+        """Mean squared error over the hidden patches; with norm_pix_loss each target patch has
+        mean 0 and variance 1."""
         target = patches.float()
         if self.norm_pix_loss:
-            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+            variance = target.var(-1, keepdim=True)
+            target = (target - target.mean(-1, keepdim=True)) / (variance + 1e-6).sqrt()
         error = (pred.float() - target).square().mean(-1)  # (B, N)
         return (error * mask).sum() / mask.sum()
 
-    def forward(self, x, mask_ratio=0.75, noise=None):
-        """x (B, C, H, W) standardised, noise (B, N) or None -> loss, pred (B, N, P*P*C), mask (B, N) with 1 = removed"""
+    def forward(self, x, mask_ratio=0.75, mask_noise=None):
+        """x (B, C, H, W) standardised, mask_noise (B, N) or None -> loss, pred (B, N, P*P*C), mask
+        (B, N) with 1 = hidden."""
         patches = patchify(x, self.encoder.patch_size)
-        if patches.shape[1] != self.decoder_pos_embed.shape[1] - 1:
-            raise UserError(f'the image has {patches.shape[1]} patches, this autoencoder was built for '
-                             f'{self.decoder_pos_embed.shape[1] - 1}: crop to img_size {self.encoder.img_size}')
-        if noise is None:
-            noise = torch.rand(patches.shape[:2], device=x.device)
-        ids_keep, ids_restore, mask = self.random_masking(noise, mask_ratio)
-        pred = self.forward_decoder(self.forward_encoder(patches, ids_keep), ids_restore)
+        expected = self.decoder_pos_embed.shape[1] - 1
+        if patches.shape[1] != expected:
+            raise UserError(f'the image has {patches.shape[1]} patches, this autoencoder was built '
+                            f'for {expected}: crop to img_size {self.encoder.img_size}')
+        if mask_noise is None:
+            mask_noise = torch.rand(patches.shape[:2], device=x.device)
+        ids_keep, ids_restore, mask = self.random_masking(mask_noise, mask_ratio)
+        latent = self.forward_encoder(patches, ids_keep)
+        pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(patches, pred, mask), pred, mask
 
 
 def gather_tokens(tokens, ids):
-    """tokens (B, N, D), ids (B, L) -> (B, L, D). One index_select over flattened rows: faster than torch.gather on (B, L, D)."""
+    """tokens (B, N, D), ids (B, L) -> (B, L, D). On flattened rows: faster than torch.gather."""
     B, N, D = tokens.shape
     rows = ids + torch.arange(B, device=ids.device)[:, None] * N
     return tokens.reshape(B * N, D).index_select(0, rows.flatten()).reshape(B, -1, D)
@@ -547,55 +620,48 @@ def gather_tokens(tokens, ids):
 
 # ============ features and decoders ============
 
-def encoder_bands(encoder, meta, path):
-    """--bands that bring data of `meta` to the bands `encoder` was trained on, '' where they are its own. Where the wavelengths
-    of one of the two are not known, only their number can be compared."""
-    components = encoder.config.get('components')
-    wavelengths = encoder.config.get('wavelengths_nm') or encoder.args.get('wavelengths_nm')
-    bands = len(components[0]) if components else encoder.in_chans
-    if wavelengths and meta['wavelengths_nm'] and not same_bands(wavelengths, meta['wavelengths_nm']):
-        return encoder.config.get('bands') or ','.join(map(str, wavelengths))
-    if bands != meta['num_bands']:
-        raise UserError(f'{path}: the encoder was trained on {bands} bands, the data has {meta["num_bands"]}, and without '
-                        'wavelengths on both sides nobody knows which is which: give data of the same bands')
-    return ''
-
-
 def dense_features(encoder, x, n=4, window=0, stride=0):
-    """Feature maps of images larger than the encoder was trained on, blended over overlapping windows: a patch counts less near a window's edge.
+    """The last n blocks' maps of an image of any size, x (B, C, H, W) -> (B, n*D, h, w).
 
-    x (B, C, H, W) -> (B, n*D, h, w), the last n blocks' maps concatenated. `window` 0 takes the encoder's own img_size, -1 the
-    whole image in one pass (positions interpolated); `stride` 0 is half a window, rounded to the patch grid. A quarter costs
-    four times as much and sees every patch at four times as many places.
+    An image larger than `window` is cut into overlapping windows, whose maps are blended: a patch
+    counts less near a window's edge. `window` 0 is the encoder's own img_size, -1 the whole image
+    in one pass (positions interpolated). `stride` 0 is half a window.
     """
     H, W = x.shape[-2:]
     P = encoder.patch_size
-    if window < 0 or (H <= (window or encoder.img_size) and W <= (window or encoder.img_size)):
-        return torch.cat(encoder.get_intermediate_layers(x, n), dim=1)
+    if H % P or W % P:
+        raise UserError(f'an image of {H} x {W} pixels does not divide into patches of {P}: cut it '
+                        f'to {H // P * P} x {W // P * P}')
     window = window or encoder.img_size
-    stride = max(P, min(stride or window // 2, window) // P * P)
+    if window < 0 or max(H, W) <= window:
+        return torch.cat(encoder.get_intermediate_layers(x, n), dim=1)
 
+    stride = max(P, min(stride or window // 2, window) // P * P)
+    tops = cut_positions(max(H, window), window, stride)
+    lefts = cut_positions(max(W, window), window, stride)
     weight = blend_weights(window // P).to(x.device)
-    lefts, total = cut_positions(max(W, window), window, stride), None
+    total = None
     count = x.new_zeros(H // P, W // P, dtype=torch.float32)
-    for top in cut_positions(max(H, window), window, stride):
-        pieces = torch.cat([x[:, :, top:top + window, left:left + window] for left in lefts])  # a row of windows goes through in one pass
-        maps = torch.cat(encoder.get_intermediate_layers(pieces, n), dim=1).float()
+    for top in tops:
+        # a row of windows goes through the encoder in one pass
+        windows = [x[:, :, top:top + window, left:left + window] for left in lefts]
+        maps = torch.cat(encoder.get_intermediate_layers(torch.cat(windows), n), dim=1).float()
         if total is None:
             total = maps.new_zeros(len(x), maps.shape[1], H // P, W // P)
-        for left, part in zip(lefts, maps.split(len(x))):
-            rows = slice(top // P, top // P + part.shape[2])
-            cols = slice(left // P, left // P + part.shape[3])
-            share = weight[:part.shape[2], :part.shape[3]]  # of an image narrower than the window, its upper left part
-            total[:, :, rows, cols] += part * share
-            count[rows, cols] += share
+        for left, window_map in zip(lefts, maps.chunk(len(lefts))):
+            h, w = window_map.shape[-2:]  # smaller than a window's where the image is
+            rows = slice(top // P, top // P + h)
+            cols = slice(left // P, left // P + w)
+            total[:, :, rows, cols] += window_map * weight[:h, :w]
+            count[rows, cols] += weight[:h, :w]
     return total / count
 
 
 class LinearHead(nn.Module):
-    """Batch norm and one 1x1 convolution on the last four blocks' maps, then bilinear upsampling to pixels.
+    """Batch norm and one 1x1 convolution on the last four blocks' maps, then bilinear upsampling.
 
-    The 1x1 runs before the upsampling: both are linear, so the result is the same and K channels are resized instead of 4*D.
+    The 1x1 runs before the upsampling: both are linear, so the result is the same, and K channels
+    are resized instead of 4*D.
     """
 
     def __init__(self, in_dim, num_classes):
@@ -606,54 +672,70 @@ class LinearHead(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, maps, size):
-        """maps (B, n*D, h, w), size (H, W) -> logits (B, K, H, W)"""
+        """maps (B, 4*D, h, w), size (H, W) -> logits (B, K, H, W)"""
         return F.interpolate(self.classifier(self.norm(maps)), size=size, mode='bilinear')
 
 
 def conv3x3(in_dim, dim):
-    """3x3 convolution; its norm is over groups of channels, so that a batch of 1 trains and N processes are one."""
-    return nn.Sequential(nn.Conv2d(in_dim, dim, 3, padding=1, bias=False), nn.GroupNorm(8, dim), nn.GELU())
+    """3x3 convolution. Its norm is over groups of channels: so a batch of 1 trains, and N processes
+    are as one."""
+    return nn.Sequential(nn.Conv2d(in_dim, dim, 3, padding=1, bias=False),
+                         nn.GroupNorm(8, dim), nn.GELU())
 
 
 def deconv(in_dim, dim):
-    """Transposed convolution that doubles height and width"""
-    return nn.Sequential(nn.ConvTranspose2d(in_dim, dim, 2, stride=2, bias=False), nn.GroupNorm(8, dim), nn.GELU())
+    """Transposed convolution that doubles height and width."""
+    return nn.Sequential(nn.ConvTranspose2d(in_dim, dim, 2, stride=2, bias=False),
+                         nn.GroupNorm(8, dim), nn.GELU())
 
 
 class ConvHead(nn.Module):
-    """UNet-like decoder (Ronneberger et al. 2015, arXiv 1505.04597): deconvolutions double the map until a patch is a pixel wide, and at each
-    step an earlier block's map joins. A ViT's maps are all of one size, so skips are brought up by deconvolutions too (UNETR, arXiv 2103.10504).
+    """Decoder like a UNet's (Ronneberger et al. 2015, arXiv 1505.04597).
 
-    log2(patch_size) steps; block maps that find no step of their own (small patches) join at the bottom.
+    Deconvolutions double the map until a patch is a pixel wide: log2(patch_size) steps. At each an
+    earlier block's map joins. A ViT's maps are all of one size, so these skips are brought up by
+    deconvolutions too (UNETR, arXiv 2103.10504). Maps that find no step of their own (small
+    patches) join at the bottom.
     """
 
     def __init__(self, in_dim, num_classes, patch_size, width=256):
         super().__init__()
-        D, steps = in_dim // 4, round(math.log2(patch_size))
+        D = in_dim // 4
+        steps = round(math.log2(patch_size))
         widths = [max(min(width, D) >> step, 32) for step in range(steps + 1)]
         self.num_skips = min(steps, 3)
         self.norm = nn.BatchNorm2d(in_dim)
         self.bottom = conv3x3((4 - self.num_skips) * D, widths[0])
         self.up = nn.ModuleList(deconv(widths[i], widths[i + 1]) for i in range(steps))
-        self.skips = nn.ModuleList(nn.Sequential(*(deconv(D if j == 0 else widths[i + 1], widths[i + 1]) for j in range(i + 1)))
-                                   for i in range(self.num_skips))
-        self.merge = nn.ModuleList(conv3x3(widths[i + 1] * (2 if i < self.num_skips else 1), widths[i + 1]) for i in range(steps))
+        self.skips = nn.ModuleList()
+        for i in range(self.num_skips):
+            dims = [D] + [widths[i + 1]] * (i + 1)
+            self.skips.append(nn.Sequential(*(deconv(dims[j], dims[j + 1]) for j in range(i + 1))))
+        self.merge = nn.ModuleList()
+        for i in range(steps):
+            joined = 2 if i < self.num_skips else 1
+            self.merge.append(conv3x3(joined * widths[i + 1], widths[i + 1]))
         self.classifier = nn.Conv2d(widths[-1], num_classes, 1)
 
     def forward(self, maps, size):
         """maps (B, 4*D, h, w), size (H, W) -> logits (B, K, H, W)"""
         maps = list(self.norm(maps).chunk(4, dim=1))  # earliest block first
-        skips = [maps.pop(-2) for _ in range(self.num_skips)]  # the latest block starts at the bottom, the one before joins first
+        # the latest block starts at the bottom, the one before it joins first
+        skips = [maps.pop(-2) for _ in range(self.num_skips)]
         x = self.bottom(torch.cat(maps, dim=1))  # (B, width, h, w)
         for i, (up, merge) in enumerate(zip(self.up, self.merge)):
             x = up(x)
-            x = merge(torch.cat([x, self.skips[i](skips[i])], dim=1) if i < self.num_skips else x)
-        return F.interpolate(self.classifier(x), size=size, mode='bilinear')  # changes nothing where patch_size is a power of 2
+            if i < self.num_skips:
+                x = torch.cat([x, self.skips[i](skips[i])], dim=1)
+            x = merge(x)
+        # changes nothing where patch_size is a power of 2
+        return F.interpolate(self.classifier(x), size=size, mode='bilinear')
 
 
 class TransformerHead(nn.Module):
-    """Segmenter's mask transformer (Strudel et al. 2021, arXiv 2105.05633): class tokens attend to patches and to each other; a patch's logits are
-    its cosines with the class tokens, normalised over classes."""
+    """Segmenter's mask transformer (Strudel et al. 2021, arXiv 2105.05633): class tokens attend to
+    patches and to each other; a patch's logits are its cosines with the class tokens, normalised
+    over the classes."""
 
     def __init__(self, in_dim, num_classes, num_heads=12, depth=2):
         super().__init__()
@@ -663,7 +745,8 @@ class TransformerHead(nn.Module):
         self.class_tokens = nn.Parameter(torch.empty(1, num_classes, D))
         self.blocks = nn.ModuleList(Block(D, num_heads) for _ in range(depth))
         self.final_norm = nn.LayerNorm(D, eps=1e-6)
-        self.patch_proj, self.class_proj = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
+        self.patch_proj = nn.Linear(D, D, bias=False)
+        self.class_proj = nn.Linear(D, D, bias=False)
         self.mask_norm = nn.LayerNorm(num_classes)
         self.apply(init_linear)
         nn.init.trunc_normal_(self.class_tokens, std=0.02)
@@ -677,83 +760,214 @@ class TransformerHead(nn.Module):
         for block in self.blocks:
             x = block(x)
         patches, classes = self.final_norm(x).split([h * w, K], dim=1)
-        masks = F.normalize(self.patch_proj(patches), dim=-1) @ F.normalize(self.class_proj(classes), dim=-1).transpose(1, 2)
-        logits = self.mask_norm(masks).transpose(1, 2).reshape(B, K, h, w)
+        patches = F.normalize(self.patch_proj(patches), dim=-1)
+        classes = F.normalize(self.class_proj(classes), dim=-1)
+        logits = self.mask_norm(patches @ classes.transpose(1, 2))  # (B, h*w, K)
+        logits = logits.transpose(1, 2).reshape(B, K, h, w)
         return F.interpolate(logits, size=size, mode='bilinear')
+
+
+class Segmenter(nn.Module):
+    """Encoder and decoder in one module; a frozen encoder stays in eval mode and gets no gradient.
+
+    `pixel_head`, if there is one, adds what the pixel's own spectrum says to the logits.
+    """
+
+    def __init__(self, encoder, head, freeze, pixel_head=None):
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self.pixel_head = pixel_head
+        self.freeze = freeze
+        if freeze:
+            encoder.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.freeze:
+            self.encoder.eval()
+            self.head.norm.eval()  # its statistics are the training split's (calibrate_norm)
+        return self
+
+    def features(self, x):
+        """x (B, C, H, W) standardised -> maps (B, 4*D, h, w)"""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            return dense_features(self.encoder, x)
+
+    def forward(self, x, maps=None):
+        """x (B, C, H, W), maps of features() where they are known -> logits (B, K, H, W)"""
+        if maps is None:
+            maps = self.features(x)
+        logits = self.head(maps, x.shape[-2:])
+        if self.pixel_head is not None:
+            logits = logits + self.pixel_head(x)
+        return logits
+
+
+def build_segmenter(encoder, num_classes, decoder, freeze, pixel):
+    """A Segmenter whose decoder is logistic or linear (the same network), conv or transformer."""
+    if len(encoder.blocks) < 4:
+        raise UserError(f'an encoder of {len(encoder.blocks)} blocks: decoders read the maps of '
+                        'the last four: give a deeper one')
+    in_dim = 4 * encoder.embed_dim
+    if decoder == 'conv':
+        head = ConvHead(in_dim, num_classes, encoder.patch_size)
+    elif decoder == 'transformer':
+        head = TransformerHead(in_dim, num_classes, encoder.blocks[0].attn.num_heads)
+    else:
+        head = LinearHead(in_dim, num_classes)
+    pixel_head = nn.Conv2d(encoder.in_chans, num_classes, 1) if pixel else None
+    return Segmenter(encoder, head, freeze, pixel_head)
+
+
+def calibrate_norm(norm, batches):
+    """Set a BatchNorm2d's statistics to those of all maps (B, D, h, w) in `batches`.
+
+    Then it needs no batch statistics, and training is the same on 1 and on N processes.
+    """
+    count = total = square = 0
+    for maps in batches:
+        maps = maps.double()
+        count += maps.numel() / maps.shape[1]
+        total = total + maps.sum((0, 2, 3))
+        square = square + maps.square().sum((0, 2, 3))
+    mean = total / count
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_((square / count - mean.square()).clamp(min=1e-12))
+
+
+def segmentation_loss(logits, target, weight, kind):
+    """logits (B, K, H, W), target (B, H, W) classes or 255 = ignored, weight (K,) -> sum of losses
+    over the pixels ('dice': over the images).
+
+    A sum, not a mean: with sparse labels a mean of means is far from the mean. The caller divides
+    by loss_count() over all processes.
+    ce: -log p, with p the probability of the right class; focal: -(1 - p)^2 log p.
+    dice: 1 - mean over the image's classes of 2 sum(p t) / (sum(p) + sum(t)), sums over its known
+    pixels, t = 1 at those of the class.
+    """
+    log_p = F.log_softmax(logits.float(), dim=1)
+    known = target != IGNORE_INDEX
+    safe = target.where(known, 0)
+    if kind == 'dice':
+        p = log_p.exp() * known[:, None]
+        t = F.one_hot(safe, logits.shape[1]).movedim(-1, 1) * known[:, None]
+        both = (p * t).sum((2, 3))  # (B, K)
+        size = t.sum((2, 3))
+        dice = 2 * both / (p.sum((2, 3)) + size).clamp(min=1e-6)
+        present = size > 0
+        loss = 1 - (dice * present).sum(1) / present.sum(1).clamp(min=1)
+        return loss[present.any(1)].sum()
+    pixel_loss = F.nll_loss(log_p, target, weight, ignore_index=IGNORE_INDEX, reduction='none')
+    if kind == 'focal':
+        p = log_p.gather(1, safe[:, None])[:, 0].exp()
+        pixel_loss = pixel_loss * (1 - p).square()
+    return pixel_loss[known].sum()
+
+
+def loss_count(target, weight, kind):
+    """What segmentation_loss is to be divided by: the sum of the known pixels' weights, or for dice
+    the number of images that have known pixels."""
+    known = target != IGNORE_INDEX
+    if kind == 'dice':
+        return known.flatten(1).any(1).sum().float()
+    return weight[target[known]].sum()
 
 
 # ============ the CNN baseline ============
 
 class Bottleneck(nn.Module):
-    """Residual block of ResNet-50 (He et al. 2015, arXiv 1512.03385) with torchvision's names of parameters."""
+    """Residual block of ResNet-50 (arXiv 1512.03385) with torchvision's names of parameters."""
 
     def __init__(self, in_dim, dim, stride=1, dilation=1):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(in_dim, dim, 1, bias=False), nn.BatchNorm2d(dim)
-        self.conv2, self.bn2 = nn.Conv2d(dim, dim, 3, stride, dilation, dilation, bias=False), nn.BatchNorm2d(dim)
-        self.conv3, self.bn3 = nn.Conv2d(dim, 4 * dim, 1, bias=False), nn.BatchNorm2d(4 * dim)
+        out_dim = 4 * dim
+        self.conv1 = nn.Conv2d(in_dim, dim, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(dim)
+        self.conv2 = nn.Conv2d(dim, dim, 3, stride, dilation, dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(dim)
+        self.conv3 = nn.Conv2d(dim, out_dim, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_dim)
         self.downsample = None
-        if stride > 1 or in_dim != 4 * dim:
-            self.downsample = nn.Sequential(nn.Conv2d(in_dim, 4 * dim, 1, stride, bias=False), nn.BatchNorm2d(4 * dim))
-        nn.init.zeros_(self.bn3.weight)  # each block starts as the identity (Goyal et al. 2017)
+        if stride > 1 or in_dim != out_dim:
+            self.downsample = nn.Sequential(nn.Conv2d(in_dim, out_dim, 1, stride, bias=False),
+                                            nn.BatchNorm2d(out_dim))
+        nn.init.zeros_(self.bn3.weight)  # a block starts as the identity (Goyal et al. 2017)
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
 def conv_bn(in_dim, dim, kernel=3, stride=1, dilation=1, groups=1):
     padding = dilation * (kernel // 2)
-    return nn.Sequential(nn.Conv2d(in_dim, dim, kernel, stride, padding, dilation, groups, bias=False), nn.BatchNorm2d(dim), nn.ReLU())
+    conv = nn.Conv2d(in_dim, dim, kernel, stride, padding, dilation, groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(dim), nn.ReLU())
 
 
 def separable(in_dim, dim, dilation=1):
-    """3x3 convolution of each channel by itself, then 1x1 over the channels: a ninth of the work (DeepLabV3+, section 3.1)"""
-    return nn.Sequential(conv_bn(in_dim, in_dim, 3, dilation=dilation, groups=in_dim), conv_bn(in_dim, dim, 1))
+    """3x3 convolution of each channel by itself, then 1x1 over the channels: a ninth of the work
+    (DeepLabV3+, section 3.1)."""
+    return nn.Sequential(conv_bn(in_dim, in_dim, 3, dilation=dilation, groups=in_dim),
+                         conv_bn(in_dim, dim, 1))
 
 
 class DeepLabV3Plus(nn.Module):
-    """DeepLabV3+ (Chen et al. 2018, arXiv 1802.02611) on ResNetV1c-50: the dissertation's CNN baseline.
+    """DeepLabV3+ (Chen et al. 2018, arXiv 1802.02611) on ResNetV1c-50: the dissertation's CNN.
 
-    Stage 4 sees atrous convolutions at several rates (ASPP), the result is upsampled and merged with stage 1 for its edges. An FCN head on stage 3
-    gives a second, auxiliary output for training. `stem='three'` is V1c's three 3x3 convolutions, 'seven' ResNet's one 7x7 (torchvision's);
-    both halve the image, and pooling halves it again. `output_stride` 16 or 8 is the pixels between two features of stage 4.
+    Stage 4 is seen by atrous convolutions at several rates (ASPP); the result is upsampled and
+    merged with stage 1 for its edges. An FCN head on stage 3 gives a second, auxiliary output for
+    training. `stem` 'three' is V1c's three 3x3 convolutions, 'seven' the one 7x7 of torchvision's
+    ResNet; both halve the image, and pooling halves it again. `output_stride` 16 or 8 is the
+    pixels between two features of stage 4.
     """
 
-    def __init__(self, in_chans: int = 32, num_classes: int = 24, output_stride: int = 16, stem: str = 'three', width: int = 64,
-                 blocks: tuple = (3, 4, 6, 3), head_dim: int = 256):
+    def __init__(self, in_chans: int = 32, num_classes: int = 24, output_stride: int = 16,
+                 stem: str = 'three', width: int = 64, blocks: tuple = (3, 4, 6, 3),
+                 head_dim: int = 256):
         super().__init__()
         if output_stride not in (8, 16) or stem not in ('three', 'seven'):
-            raise UserError(f'output_stride {output_stride} and stem {stem}: choose 16 or 8, and three or seven')
+            raise UserError(f'output_stride {output_stride} and stem {stem}: choose 16 or 8, and '
+                            'three or seven')
         # ---- backbone
         self.stem = None
         if stem == 'three':
-            self.stem = nn.Sequential(conv_bn(in_chans, width // 2, stride=2), conv_bn(width // 2, width // 2), conv_bn(width // 2, width))
+            self.stem = nn.Sequential(conv_bn(in_chans, width // 2, stride=2),
+                                      conv_bn(width // 2, width // 2), conv_bn(width // 2, width))
         else:
-            self.conv1, self.bn1 = nn.Conv2d(in_chans, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
-        strides, dilations = {16: ((1, 2, 2, 1), (1, 1, 1, 2)), 8: ((1, 2, 1, 1), (1, 1, 2, 4))}[output_stride]
+            self.conv1 = nn.Conv2d(in_chans, width, 7, 2, 3, bias=False)
+            self.bn1 = nn.BatchNorm2d(width)
+        if output_stride == 16:
+            strides, dilations, rates = (1, 2, 2, 1), (1, 1, 1, 2), (6, 12, 18)
+        else:
+            strides, dilations, rates = (1, 2, 1, 1), (1, 1, 2, 4), (12, 24, 36)
         in_dim = width
-        for i, (count, stride, dilation) in enumerate(zip(blocks, strides, dilations)):
+        for i in range(4):
             dim = width * 2 ** i
-            stage = [Bottleneck(in_dim if j == 0 else 4 * dim, dim, stride if j == 0 else 1, dilation) for j in range(count)]
-            setattr(self, f'layer{i + 1}', nn.Sequential(*stage))
+            stage = [Bottleneck(in_dim, dim, strides[i], dilations[i])]
             in_dim = 4 * dim
+            stage += [Bottleneck(in_dim, dim, 1, dilations[i]) for _ in range(blocks[i] - 1)]
+            setattr(self, f'layer{i + 1}', nn.Sequential(*stage))
         # ---- head
-        rates = (6, 12, 18) if output_stride == 16 else (12, 24, 36)
-        self.aspp = nn.ModuleList([conv_bn(in_dim, head_dim, 1), *(separable(in_dim, head_dim, rate) for rate in rates)])
-        self.pool = nn.Conv2d(in_dim, head_dim, 1)  # of the mean over the image; no norm: one value a tile has no batch to speak of
+        self.aspp = nn.ModuleList([conv_bn(in_dim, head_dim, 1)])
+        self.aspp.extend(separable(in_dim, head_dim, rate) for rate in rates)
+        # of the mean over the image; no norm, one value a tile has no batch to speak of
+        self.pool = nn.Conv2d(in_dim, head_dim, 1)
         self.bottleneck = conv_bn(5 * head_dim, head_dim, 1)
         self.low_level = conv_bn(4 * width, 48, 1)
-        self.merge = nn.Sequential(separable(head_dim + 48, head_dim), separable(head_dim, head_dim), nn.Dropout(0.1))
+        self.merge = nn.Sequential(separable(head_dim + 48, head_dim),
+                                   separable(head_dim, head_dim), nn.Dropout(0.1))
         self.classifier = nn.Conv2d(head_dim, num_classes, 1)
-        self.auxiliary = nn.Sequential(conv_bn(in_dim // 2, head_dim), nn.Dropout(0.1), nn.Conv2d(head_dim, num_classes, 1))  # FCN head
+        self.auxiliary = nn.Sequential(conv_bn(in_dim // 2, head_dim), nn.Dropout(0.1),
+                                       nn.Conv2d(head_dim, num_classes, 1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
 
     def forward(self, x):
-        """x (B, C, H, W) standardised -> logits (B, K, H, W), in training also the auxiliary ones"""
+        """x (B, C, H, W) standardised -> logits (B, K, H, W), in training two of them"""
         size = x.shape[-2:]
         x = F.relu(self.bn1(self.conv1(x))) if self.stem is None else self.stem(x)
         low = self.layer1(F.max_pool2d(x, 3, 2, 1))  # (B, 256, H/4, W/4)
@@ -768,267 +982,290 @@ class DeepLabV3Plus(nn.Module):
             return logits
         return logits, F.interpolate(self.auxiliary(middle), size=size, mode='bilinear')
 
-    def load_imagenet(self, path):
-        """Take the weights of a torchvision resnet50 file -> a sentence that says what was taken. The 7x7 stem is widened to any number of
-        bands: each takes the mean of the red, green and blue kernel, times 3 / C, so that a grey image gives the same response."""
-        weights = load_checkpoint(path)
-        own = {name: value for name, value in self.state_dict().items() if name.startswith(('layer', 'conv1', 'bn1')) and not name.endswith('num_batches_tracked')}
-        if 'conv1.weight' in weights and self.stem is None:
-            C = self.conv1.in_channels
-            weights['conv1.weight'] = weights['conv1.weight'].mean(1, keepdim=True).expand(-1, C, -1, -1) * 3 / C
-        wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
-        if wrong:
-            raise UserError(f'{path}: not the weights of a torchvision resnet50: {len(wrong)} tensors are missing or of another shape '
-                            f'({", ".join(wrong[:3])} ...): pass a file of that network')
-        self.load_state_dict({**self.state_dict(), **{name: weights[name] for name in own}})
-        return (f'{path}: {len(own)} tensors taken; ' + ('the 7x7 stem widened to all bands' if self.stem is None else
-                'the three-convolution stem is not in the file and starts fresh (--stem=seven takes the file\'s)'))
+
+# ============ what a training loop needs ============
+
+def native_bfloat16(device):
+    """Does the hardware multiply bfloat16 itself? A CPU that must emulate it is up to 80 times
+    slower than in float32."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'):
+        if hasattr(torch.cpu, name) and getattr(torch.cpu, name)():
+            return True
+    return False
+
+
+def parameter_groups(model, weight_decay, layer_decay=1.0):
+    """Groups for AdamW, each with 'name', 'params', 'weight_decay' and 'lr_scale'.
+
+    'matrices' decay; 'vectors' (biases, norms, tokens, positions) do not; 'prototypes' are apart
+    because DINO holds them still at first. The learning rate of a group is to be multiplied by its
+    lr_scale: layer_decay ** (blocks above it), as in BEiT and MAE (Clark et al. 2020).
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    numbers = re.findall(r'encoder\.blocks\.(\d+)\.', ' '.join(name for name, _ in named))
+    depth = 1 + max(map(int, numbers), default=-1)
+    groups = {}
+    for name, parameter in named:
+        if 'last_layer' in name:
+            kind, decay = 'prototypes', weight_decay
+        elif parameter.ndim == 1 or name.endswith(('_token', '_tokens', 'pos_embed')):
+            kind, decay = 'vectors', 0.0
+        else:
+            kind, decay = 'matrices', weight_decay
+        block = re.search(r'encoder\..*(?:blocks|fuse\.\w+)\.(\d+)\.', name)
+        if block:
+            above = depth - int(block[1])
+        elif re.search(r'encoder\.\w*(embed|token)', name):
+            above = depth + 1  # patch embedding, tokens and positions come before the first block
+        else:
+            above = 0  # decoders and heads
+        lr_scale = layer_decay ** above
+        group = {'name': kind, 'params': [], 'weight_decay': decay, 'lr_scale': lr_scale}
+        groups.setdefault((kind, lr_scale), group)['params'].append(parameter)
+    return list(groups.values())
 
 
 # ============ checkpoints ============
 
+def save_checkpoint(path, content):
+    """Atomic: a kill or a full disk leaves the file before as it was."""
+    try:
+        with open(path + '.tmp', 'wb') as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + '.tmp', path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f'{path}: could not be written ({one_line(error)}): make room and run the '
+                        'same command again; the checkpoint before is as it was') from None
+
+
 def load_checkpoint(path):
-    """The dictionary in a checkpoint file. Runs no code from the file; a damaged or foreign file is told in a sentence."""
+    """The dictionary in a checkpoint file. Runs no code from the file; raises UserError for a
+    damaged or foreign one."""
     if not os.path.isfile(path):
         raise UserError(f'{path}: there is no such checkpoint: pass the last.pt of a run directory')
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
         if not isinstance(content, dict):
             raise ValueError(f'it holds a {type(content).__name__}')
-        if zipfile.is_zipfile(path):  # torch looks at no checksum: a flipped bit would be a wrong weight
-            with zipfile.ZipFile(path) as parts:
-                damaged = parts.testzip()
+        if zipfile.is_zipfile(path):
+            # torch looks at no checksum: a flipped bit would be a wrong weight
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
             if damaged:
                 raise ValueError(f'{damaged} in it is damaged')
         return content
     except Exception as error:  # whatever a damaged file makes the reader do
-        raise UserError(f'{path}: not a checkpoint that can be read safely ({one_line(error)}): pass a file written by one of these scripts') from None
+        raise UserError(f'{path}: not a checkpoint that can be read safely ({one_line(error)}): '
+                        'pass a file written by one of these scripts') from None
 
 
-def load_encoder(path, img_size=0, patch_size=0, in_chans=0, wavelengths_nm=None, rgb_kernels='wavelength', whiten=0):
-    """The encoder of a checkpoint written by a pre-training script, in eval mode: of a DINO run the teacher, as its papers do.
-    Or of a public file (read_public): only that is adapted to the other arguments (0 = as in the file) and told its `whiten`.
+def resume_from(path, config, free):
+    """The checkpoint at `path`, or None. Refuses that of a run with other constants than `config`;
+    those named in `free` may change."""
+    if os.path.exists(path + '.tmp'):
+        os.remove(path + '.tmp')  # of a save that was cut off
+    if not os.path.exists(path):
+        return None
+    checkpoint = load_run(path)
+    old = checkpoint['config']
+    changed = [f'{name} ({old.get(name)} there, {value} now)' for name, value in config.items()
+               if old.get(name) != value and name not in free]
+    if changed:
+        raise UserError(f'{path}: is of a run with other constants: {", ".join(changed)}: pass '
+                        'another --out_dir')
+    return checkpoint
 
-    `encoder.config` holds the run's constants (the standardisation among them), `encoder.args` its arguments, `encoder.script`
-    its script, or the name of the public file. Raises UserError when the file is damaged or of another network.
-    """
+
+def load_run(path):
+    """load_checkpoint() of a file that one of our scripts wrote; others are refused."""
     checkpoint = load_checkpoint(path)
-    if not str(checkpoint.get('script')).startswith('pretrain_'):
-        args, weights, _ = read_public(path)
-        side, patch_size = args['img_size'] // args['patch_size'], patch_size or args['patch_size']
-        args.update(img_size=img_size or side * patch_size, patch_size=patch_size, in_chans=in_chans or args['in_chans'])
-        encoder = ViT(**args)
-        adapted = adapt_patch_embed(weights, encoder.state_dict(), wavelengths_nm, rgb_kernels)
-        encoder.load_state_dict(resize_positions(adapted, encoder.state_dict(), path), strict=True)
-        encoder.config, encoder.args, encoder.script = {'whiten': whiten}, args, os.path.basename(path)
-        return encoder.eval()
-    try:
-        encoder = (SpatialSpectralViT if 'fusion' in checkpoint['encoder_args'] else ViT)(**checkpoint['encoder_args'])
-        prefix = 'teacher.encoder.' if any(name.startswith('teacher.') for name in checkpoint['model']) else 'encoder.'
-        weights = {name.removeprefix(prefix): value for name, value in checkpoint['model'].items() if name.startswith(prefix)}
-        encoder.load_state_dict(weights, strict=True)
-        encoder.config, encoder.args, encoder.script = checkpoint['config'], checkpoint['encoder_args'], checkpoint['script']
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f'{path}: its encoder cannot be built again ({one_line(error)}): pass the last.pt of a pre-training run') from None
-    return encoder.eval()
+    missing = {'model', 'config', 'encoder_args', 'meta', 'script'} - set(checkpoint)
+    if missing:
+        raise UserError(f'{path}: was not written by these scripts (it has no {min(missing)}); to '
+                        f'bring a public file into their form: python tools/convert_weights.py '
+                        f'--weights={path} --data=...')
+    return checkpoint
 
 
-def resize_positions(weights, like, path):
-    """Weights of a checkpoint -> the same with each position table interpolated (bicubic) to the grid of the state `like`.
+def add_run(network, checkpoint, whiten):
+    """Give a network what the checkpoint knows of its run, and prepare(): a checkpoint is enough
+    to use it."""
+    network.config = checkpoint['config']
+    network.args = checkpoint['encoder_args']
+    network.script = checkpoint['script']
+    network.meta = meta = checkpoint['meta']
+    network.whiten = whiten
+    mean, matrix = standardization(meta, whiten)
 
-    Raises UserError naming what else does not fit: names, or shapes (another size, patch, number of bands or prototypes).
+    def prepare(raw):
+        """Raw values (B, C, H, W), tensor or array of any type -> standardised, float32, on the
+        network's device"""
+        if not isinstance(raw, torch.Tensor):
+            raw = torch.from_numpy(np.array(raw, dtype=np.float32, order='C'))
+        if raw.ndim != 4 or raw.shape[1] != len(mean):
+            raise UserError(f'prepare: the images have the shape {tuple(raw.shape)}, the network '
+                            f'was trained on {len(mean)} bands: pass (B, {len(mean)}, H, W)')
+        device = next(network.parameters()).device
+        return standardize(raw.to(device), mean.to(device), matrix.to(device), meta['nodata'])
+
+    network.prepare = prepare
+    return network.eval()
+
+
+CANNOT_BUILD = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def load_encoder(path):
+    """The encoder of any of our files, in eval mode: of a DINO run the teacher, as its papers do;
+    of a best.pt the encoder that was judged or fine-tuned.
+
+    It has the run's constants `.config`, its own arguments `.args`, `.script`, `.meta` (statistics,
+    wavelengths, classes), `.whiten`, and `.prepare(raw)`: raw values (B, C, H, W) -> its input.
+    Raises UserError when the file is damaged, foreign, or holds no encoder.
     """
+    checkpoint = load_run(path)
+    weights = checkpoint['model']
+    teacher = any(name.startswith('teacher.') for name in weights)
+    prefix = 'teacher.encoder.' if teacher else 'encoder.'
+    own = {name.removeprefix(prefix): value for name, value in weights.items()
+           if name.startswith(prefix)}
+    if not own:
+        raise UserError(f'{path}: was written by {checkpoint["script"]} and holds no encoder: pass '
+                        'the last.pt of a pre-training run')
+    try:
+        encoder = build_encoder(checkpoint['encoder_args'])
+        encoder.load_state_dict(own, strict=True)
+        whiten = checkpoint['whiten'] if 'whiten' in checkpoint else checkpoint['config']['whiten']
+        return add_run(encoder, checkpoint, whiten)
+    except CANNOT_BUILD as error:
+        raise UserError(f'{path}: its encoder cannot be built again ({one_line(error)}): pass the '
+                        'last.pt of a pre-training run') from None
+
+
+def build_encoder(args):
+    """encoder_args of a checkpoint -> a ViT or SpatialSpectralViT with random weights"""
+    return SpatialSpectralViT(**args) if 'fusion' in args else ViT(**args)
+
+
+def load_segmenter(path):
+    """The network in a best.pt of segment.py or baseline_deeplab.py, in eval mode.
+
+    network(network.prepare(raw)).softmax(1) are the classes' probabilities (B, K, H, W). It has
+    what load_encoder() gives, and `.window`: the side it is to be used at, px.
+    """
+    checkpoint = load_run(path)
+    config = checkpoint['config']
+    args = checkpoint['encoder_args']
+    if 'window' not in checkpoint:
+        raise UserError(f'{path}: holds no segmentation: pass the best.pt of a run of segment.py '
+                        'or baseline_deeplab.py')
+    try:
+        if checkpoint['script'] == 'segment.py':
+            network = build_segmenter(build_encoder(args), checkpoint['meta']['num_classes'],
+                                      config['decoder'], config['freeze'], config['pixel'])
+        else:
+            network = DeepLabV3Plus(**args)
+        network.load_state_dict(checkpoint['model'], strict=True)
+        network.window = checkpoint['window']
+        return add_run(network, checkpoint, checkpoint['whiten'])
+    except CANNOT_BUILD as error:
+        raise UserError(f'{path}: its network cannot be built again ({one_line(error)}): pass the '
+                        'best.pt of a run') from None
+
+
+def check_bands(encoder, meta, path):
+    """Refuses data (its `meta`) of other bands than `encoder`, of the file `path`, was trained on.
+
+    Where the wavelengths of one of the two are not known, only the number can be compared.
+    """
+    own, given = encoder.meta['wavelengths_nm'], meta['wavelengths_nm']
+    count = encoder.meta['num_bands']
+    same = count == meta['num_bands']
+    if same and own and given:
+        same = np.allclose(own, given, rtol=0, atol=1)
+    if not same:
+        bands = ','.join(f'{nm:g}' for nm in own) if own else '...'
+        raise UserError(f'{path}: the encoder was trained on {count} bands, and those of the data '
+                        f'({meta["num_bands"]}) are others: tile the scenes again with '
+                        f'python data.py tile --bands={bands}')
+    if encoder.meta.get('components') != meta.get('components'):
+        raise UserError(f'{path}: the encoder was trained on the principal components of other '
+                        'data, which mean something else here: pass the data it was trained on')
+
+
+# ============ starting from other weights ============
+
+def encoder_shape(path):
+    """'' -> {}; a last.pt -> the arguments of its encoder that a run must share to start from it"""
+    if not path:
+        return {}
+    args = load_run(path)['encoder_args']
+    defaults = inspect.signature(ViT).parameters
+    shared = ('embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'ffn', 'num_register_tokens',
+              'init_values')
+    return {name: args.get(name, defaults[name].default) for name in shared}
+
+
+def resize_positions(weights, like):
+    """Tensors by name -> the same, the positions of patches interpolated to the grids of `like`."""
     weights = dict(weights)
     for name, table in weights.items():
-        if name in like and name.endswith('pos_embed') and table.shape[1] != like[name].shape[1]:
+        if re.search(r'(^|\.|decoder_)pos_embed$', name) and name in like:
             side = math.isqrt(like[name].shape[1] - 1)
-            weights[name] = torch.cat([table[:, :1], interpolate_positions(table[:, 1:], side, side)], dim=1)
-    wrong = sorted(set(weights) ^ set(like)) or sorted(name for name in like if like[name].shape != weights[name].shape)
-    if wrong:
-        raise UserError(f'{path}: does not fit this network: {len(wrong)} tensors differ ({", ".join(wrong[:4])} ...): pass the --size, '
-                        '--patch_size, --out_dim and data of the run that wrote it')
+            patches = interpolate_positions(table[:, 1:], side, side)
+            weights[name] = torch.cat([table[:, :1], patches], dim=1)
     return weights
 
 
-# ============ other people's weights ============
+def start_from(path, model):
+    """Fill `model` with the weights of a last.pt -> a sentence that says which were taken.
 
-RGB_NM = (600.0, 540.0, 460.0)  # about where a camera's red, green and blue peak: public encoders learned from photographs
-
-
-def read_public(path):
-    """A public file of a ViT -> our ViT's arguments, its weights, weights of a MAE decoder ({} where the file has none).
-
-    Read are MAE's files ({'model': state}, also with the decoder), DINO's, DINOv2's, and what export_encoder wrote with
-    DINOv2's names. Width, depth, MLP, registers, patch, grid and bands show in names and shapes. Heads do not: they are 64
-    channels wide, but for MAE's ViT-H and our tiny.
+    Of a run of the same script all are taken. Of tools/convert_weights.py what the file has: the
+    encoder, for student and teacher alike, and a masked autoencoder's decoder where it fits.
+    Position tables are interpolated. Raises UserError where something does not fit.
     """
-    weights = load_checkpoint(path)
-    if isinstance(weights.get('model'), dict) and 'script' not in weights:  # MAE's
-        weights = weights['model']
-    ndims = {name: value.ndim for name, value in weights.items() if isinstance(value, torch.Tensor)}
-    if (ndims.get('pos_embed'), ndims.get('patch_embed.proj.weight')) != (3, 4) or len(ndims) < len(weights):
-        raise UserError(f'{path}: this checkpoint holds no encoder, neither ours nor one with the names of MAE and DINOv2 '
-                        f'(found {sorted(map(str, weights))[:6]}): pass the last.pt of a pre-training run, or a public file')
-    decoder = {name: value.float() for name, value in weights.items()  # an encoder's mask token would be (1, D)
-               if name.startswith('decoder_') or (name == 'mask_token' and value.ndim == 3)}
-    weights = {name: value.float() for name, value in weights.items() if name not in decoder}
+    checkpoint = load_run(path)
+    converted = checkpoint['script'] == 'convert_weights.py'
+    state = model.state_dict()
+    name_in_file = {name: name for name in state}
+    if converted:
+        name_in_file = {name: re.sub(r'^(student|teacher)\.', '', name) for name in state}
+    own = {name_in_file[name]: value for name, value in state.items()}
+    weights = resize_positions(checkpoint['model'], own)
+    misfits = {name for name in own if name in weights and weights[name].shape != own[name].shape}
+    missing = set(own) - set(weights)
+    surplus = set(weights) - set(own)
 
-    D, C, P = weights['patch_embed.proj.weight'].shape[:3]
-    depth = len({found[1] for found in (re.match(r'blocks\.(\d+)\.', name) for name in weights) if found})
-    swiglu = 'blocks.0.mlp.w3.weight' in weights
-    if swiglu:
-        hidden = 1.5 * weights['blocks.0.mlp.w3.weight'].shape[1]  # SwiGLU takes 2/3 of what it is given
-    else:
-        hidden = len(weights['blocks.0.mlp.fc1.weight']) if 'blocks.0.mlp.fc1.weight' in weights else 4 * D
-    heads = {1280: 16, **{width['embed_dim']: width['num_heads'] for width in SIZES.values()}}
-    registers = weights['register_tokens'].shape[1] if 'register_tokens' in weights else 0
-    args = dict(img_size=math.isqrt(weights['pos_embed'].shape[1] - 1) * P, patch_size=P, in_chans=C, embed_dim=D, depth=depth,
-                num_heads=heads.get(D, max(1, D // 64)), mlp_ratio=hidden / D, ffn='swiglu' if swiglu else 'mlp',
-                num_register_tokens=registers, init_values=1.0 if 'blocks.0.ls1.gamma' in weights else 0.0,
-                mask_token='mask_token' in weights)
-    with torch.device('meta'):  # names and shapes only
-        like = ViT(**args).state_dict()
-    wrong = sorted(set(weights) ^ set(like)) or sorted(name for name in like if like[name].shape != weights[name].shape)
+    if converted:
+        # a decoder is taken whole or not at all, but for its last layer: that makes pixels, and
+        # fits only where patch and bands are the same
+        decoder = {name for name in own if name.startswith('decoder_') or name == 'mask_token'}
+        left_out = decoder & (misfits | missing)
+        if not left_out <= {'decoder_pred.weight', 'decoder_pred.bias'}:
+            left_out = decoder
+        weights = {name: value for name, value in weights.items() if name not in left_out}
+        misfits -= decoder
+        # the rest of the network starts fresh; an encoder (or the CNN's layers) has to be complete,
+        # but for mask tokens and the second stream
+        may_lack = ('encoder.mask_token', 'encoder.spectral_', 'encoder.fuse.')
+        missing = {name for name in missing
+                   if name.startswith(('encoder.', 'layer')) and not name.startswith(may_lack)}
+        surplus = {name for name in surplus
+                   if name.startswith(('encoder.', 'layer')) and name != 'encoder.mask_token'}
+    wrong = sorted(misfits | missing | surplus)
     if wrong:
-        raise UserError(f'{path}: these names or shapes are not those of a ViT of MAE or DINOv2 of width {D} and depth {depth}: '
-                        f'{", ".join(wrong[:8])}{" ..." if len(wrong) > 8 else ""}: pass an encoder alone, with public names')
-    return args, weights, decoder
+        raise UserError(f'{path}: does not fit this network: {len(wrong)} tensors differ '
+                        f'({", ".join(wrong[:4])} ...): pass the --size, --patch_size, --out_dim '
+                        'and data of the command that wrote it')
 
-
-def stretch(n, m):
-    """(m, n) matrix that brings n pixels in a row to m: linear between pixel centres, and straight on beyond the outermost"""
-    at = (torch.arange(m, dtype=torch.float64) + 0.5) * n / m - 0.5
-    left = at.floor().clamp(0, max(n - 2, 0)).long()
-    share, eye = (at - left)[:, None], torch.eye(n, dtype=torch.float64)
-    return eye[left] * (1 - share) + eye[(left + 1).clamp(max=n - 1)] * share
-
-
-def resize_kernel(kernel, P):
-    """kernel (D, C, p, p) -> (D, C, P, P) that answers to a resized patch as the old one to the patch (FlexiViT, 2212.08013).
-
-    <x, w> = <Bx, w'> for all patches x, with B their resizing, is solved by w' = pinv(B') w. B is `stretch` to larger patches
-    and its pseudo-inverse to smaller ones, so that there w' = stretch' w, exact for all stretched patches. FlexiViT's own B
-    averages there: 7 to 17 % off with kernels of white noise. Interpolating w would change answers by the ratio of areas.
-    """
-    p = kernel.shape[-1]
-    matrix = stretch(P, p).T if P <= p else torch.linalg.pinv(stretch(p, P).T)  # (P, p), for rows and columns alike
-    return (matrix @ kernel.double() @ matrix.T).to(kernel.dtype)
-
-
-def spread_bands(kernel, C, wavelengths_nm=None, how='wavelength'):
-    """kernel (D, c, P, P) -> (D, C, P, P) that answers to a grey image (all bands alike) as the old one did.
-
-    'wavelength': a band takes the mixture of the two of the red, green and blue kernel (RGB_NM) it lies between, or the one at
-    its end; each kernel is shared out over its bands so that its sum stays. Without `wavelengths_nm` (C,), C = c bands keep
-    their kernels. Otherwise, and with 'repeat', each band takes the mean kernel times c / C.
-    """
-    c = kernel.shape[1]
-    mixture = torch.ones(C, c, dtype=torch.float64)
-    if how == 'wavelength' and c == 3 and wavelengths_nm and len(wavelengths_nm) == C:  # principal components have none
-        nm, (r, g, b) = torch.tensor(wavelengths_nm, dtype=torch.float64), RGB_NM
-        red, blue = ((nm - g) / (r - g)).clamp(0, 1), ((g - nm) / (g - b)).clamp(0, 1)
-        mixture = torch.stack([red, 1 - red - blue, blue], dim=1)  # (C, 3)
-        for k in range(3):
-            if not mixture[:, k].any():  # a sensor that sees nothing there
-                mixture[(nm - RGB_NM[k]).abs().argmin(), k] = 1
-    elif how == 'wavelength' and C == c:
-        mixture = torch.eye(c, dtype=torch.float64)
-    return torch.einsum('dcpq,Cc->dCpq', kernel.double(), mixture / mixture.sum(0)).to(kernel.dtype)
-
-
-def adapt_patch_embed(weights, like, wavelengths_nm, how):
-    """Weights of a public encoder -> the same with the patch embedding brought to patch and bands of the state `like`; `how`:
-    'wavelength' or 'repeat' (see spread_bands), or 'fresh', which keeps the one in `like`"""
-    if how not in ('wavelength', 'repeat', 'fresh'):
-        raise UserError(f'--rgb_kernels={how}: choose wavelength, repeat or fresh')
-    if how == 'fresh':
-        return {**weights, **{name: value for name, value in like.items() if name.startswith('patch_embed.')}}
-    _, C, _, P = like['patch_embed.proj.weight'].shape
-    kernel = resize_kernel(weights['patch_embed.proj.weight'], P)
-    return {**weights, 'patch_embed.proj.weight': spread_bands(kernel, C, wavelengths_nm, how)}
-
-
-def public_shape(path):
-    """'' or a run of ours -> {}; a public file -> those of its ViT's arguments that a script's encoder has to take over"""
-    if not path or 'script' in load_checkpoint(path):
-        return {}
-    names = ('embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'ffn', 'num_register_tokens', 'init_values')
-    return {name: value for name, value in read_public(path)[0].items() if name in names}
-
-
-def start_from(path, model, wavelengths_nm=None, rgb_kernels='wavelength'):
-    """Fill `model` with the weights in a file -> a sentence that says which.
-
-    From a run of the same script all, position tables interpolated. From a public file (read_public) each encoder's spatial
-    stream, adapted, and a masked autoencoder's decoder, if the file has one of the same width and depth.
-    """
-    checkpoint, state = load_checkpoint(path), model.state_dict()
-    if 'script' in checkpoint:
-        model.load_state_dict(resize_positions(checkpoint['model'], state, path), strict=True)
-        return f'{path}: all {len(state)} tensors taken'
-    args, weights, decoder = read_public(path)
-    taken, first = {}, 'patch_embed.proj.weight'
-    for prefix in [name.removesuffix(first) for name in state if name.endswith(first)]:  # encoder; student's and teacher's
-        like = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        adapted = adapt_patch_embed(weights, like, wavelengths_nm, rgb_kernels)
-        if 'mask_token' not in like:
-            adapted.pop('mask_token', None)  # of DINOv2; a masked autoencoder's encoder has none
-        like = {name: value for name, value in like.items()  # without what starts fresh
-                if name in adapted or not name.startswith(('spectral_', 'fuse.', 'mask_token'))}
-        taken.update({prefix + name: value for name, value in resize_positions(adapted, like, path).items()})
-    own = {name for name in state if name.startswith('decoder_') or name == 'mask_token'}  # a masked autoencoder's decoder
-    last = {'decoder_pred.weight', 'decoder_pred.bias'}  # gives pixels: taken only if patch and bands are ours
-    fits = {name: value for name, value in decoder.items()
-            if name == 'decoder_pos_embed' or (name in own and state[name].shape == value.shape)}
-    if set(decoder) == own and own <= set(fits) | last:
-        taken.update(fits)
-    model.load_state_dict(resize_positions({**state, **taken}, state, path), strict=True)
-    part = re.compile(r'(?:student\.|teacher\.)?(?:encoder\.)?(decoder_pred|decoder|spectral|\w+)')
-    fresh = sorted({part.match(name)[1] for name in set(state) - set(taken)})
-    return (f'{path}: a public ViT of width {args["embed_dim"]}, depth {args["depth"]}, patches of {args["patch_size"]} px, '
-            f'{args["in_chans"]} bands; its encoder is taken, what starts fresh: {", ".join(fresh) or "nothing"}')
-
-
-def export_encoder(path_in, path_out, form='timm'):
-    """Write an encoder of ours as plain tensors that load with strict=True into timm's ViT ('timm') or DINOv2's ('dinov2')
-    -> the call that makes that network. Its input is to be standardised as the run did (data.standardization)."""
-    encoder = load_encoder(path_in)
-    if form not in ('timm', 'dinov2'):
-        raise UserError(f'--form={form}: choose timm or dinov2')
-    if isinstance(encoder, SpatialSpectralViT):
-        raise UserError(f'{path_in}: has a second stream, which neither timm nor DINOv2 has: export a run of pretrain_mae.py or '
-                        'pretrain_dino.py')
-    weights, block, registers = encoder.state_dict(), encoder.blocks[0], encoder.num_prefix_tokens - 1
-    swiglu = isinstance(block.mlp, SwiGLU)
-    sizes = (f'img_size={encoder.img_size}, patch_size={encoder.patch_size}, in_chans={encoder.in_chans}, '
-             f'embed_dim={encoder.embed_dim}, depth={len(encoder.blocks)}, num_heads={block.attn.num_heads}, '
-             f'init_values={1.0 if isinstance(block.ls1, LayerScale) else None}')
-    if form == 'dinov2':
-        weights.setdefault('mask_token', torch.zeros(1, encoder.embed_dim))  # theirs always has one
-        call = (f'DinoVisionTransformer({sizes}, mlp_ratio={encoder.args.get("mlp_ratio", 4.0)}, block_chunks=0, '
-                f'ffn_layer="{"swiglufused" if swiglu else "mlp"}", num_register_tokens={registers})')
-    else:
-        weights.pop('mask_token', None)
-        if registers:  # timm adds no position to the cls token of a ViT with registers
-            weights['reg_token'], table = weights.pop('register_tokens'), weights['pos_embed']
-            weights['cls_token'], weights['pos_embed'] = weights['cls_token'] + table[:, :1], table[:, 1:]
-        names = {'w12': 'fc1', 'w3': 'fc2'}
-        weights = {re.sub(r'(?<=\.mlp\.)(w12|w3)', lambda old: names[old[0]], name): value for name, value in weights.items()}
-        ratio = len(weights['blocks.0.mlp.fc1.weight']) / encoder.embed_dim
-        call = (f'timm.models.VisionTransformer({sizes}, mlp_ratio={ratio}, num_classes=0, reg_tokens={registers}, '
-                f'no_embed_class={registers > 0}'
-                f'{", mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU" if swiglu else ""})')
-    torch.save({name: value.clone() for name, value in weights.items()}, path_out + '.tmp')
-    os.replace(path_out + '.tmp', path_out)
-    return call
-
-
-if __name__ == '__main__':
-    plain_errors()
-    parser = argparse.ArgumentParser(description='Write an encoder for other programs.', allow_abbrev=False)
-    parser.add_argument('--export', required=True, help='last.pt of a run of pretrain_mae.py or pretrain_dino.py')
-    parser.add_argument('--out', default='vit.pth', help='file to write')
-    parser.add_argument('--form', default='timm', help='whose names: timm or dinov2')
-    arguments = parser.parse_args()
-    call = export_encoder(arguments.export, arguments.out, arguments.form)
-    print(f'{arguments.out}: loads with strict=True into\n{call}')
+    model.load_state_dict({name: weights.get(name_in_file[name], value)
+                           for name, value in state.items()})
+    taken = [name for name in own if name in weights]
+    fresh = {re.match(r'(?:encoder\.)?(decoder_pred|decoder|spectral|\w+)', name)[1]
+             for name in own if name not in weights}
+    return (f'{path}: {len(taken)} tensors taken; what starts fresh: '
+            f'{", ".join(sorted(fresh)) or "nothing"}')

@@ -1,14 +1,19 @@
-"""What an encoder looks at: attention of the cls token and of a chosen patch, features as colours, attention over wavelengths.
+"""What encoders look at: attention of the cls token and of a chosen patch, features as colours.
 
-For each tile one picture, for each encoder a row (the dissertation's Fig. 5.5). Attention is softmax(q k' / sqrt(hd)) of one block; a head's map is the
-row of the cls token (or of the patch at --query) without the columns of cls and registers. Colours are the three leading principal
-components of the patch tokens (DINOv2, arXiv 2304.07193, Fig. 1). An image may be larger than the encoder's: its positions are interpolated.
+An image gives one picture, each encoder a row in it (the dissertation's Fig. 5.5). Attention is
+softmax(q k' / sqrt(hd)) of one block: the row of the cls token, or of the patch at --query,
+without the columns of cls and registers. Colours are three principal components of the patch
+tokens (DINOv2, arXiv 2304.07193, Fig. 1). A spatial-spectral encoder also shows what its spectral
+stream takes from each group of bands.
 
-    python viz_attention.py --encoders=runs/demo/last.pt                              # the demo's tiles 0 and 1
-    python viz_attention.py --encoders=runs/mae/last.pt,runs/dino/last.pt --data=data/mine --tiles=3,17 --query=20,40
-    python viz_attention.py --encoders=runs/dino/last.pt --data=data/mine --image=scene.tif
+    python viz_attention.py --encoders=runs/mae/last.pt
+    python viz_attention.py --encoders=runs/mae/last.pt,runs/dino/last.pt --tiles=3,17
+    python viz_attention.py --encoders=runs/mae/last.pt --image=scene.tif --query=20,40
 
-Reads a tile directory (its statistics standardise the image too). Writes out_dir/attention_*.png.
+Writes out_dir/attention_*.png. Where to start: capture() takes the attention out of a network.
+
+Shapes: C bands, H x W pixels, P side of a patch, h x w patches, nh heads, D width, T tokens [cls,
+registers, patches], S spectral tokens [cls, registers, groups of bands].
 """
 import argparse
 import os
@@ -20,113 +25,135 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from data import (UserError, Tiles, at_bands, demo_if_missing, false_color, plain_errors, principal_colors, read_scene, save_figure, standardization,
-                  standardize, to_bands, valid_pixels)
-from models import encoder_bands, load_encoder
+from data import (UserError, Tiles, demo_if_missing, false_color, plain_errors, principal_colors,
+                  read_scene, save_figure, valid_pixels)
+from models import check_bands, load_encoder
 
-encoders = 'runs/demo/last.pt'  # last.pt of one or several pre-training runs, or public files (MAE, DINOv2), separated by commas: a row each
-patch_size = 8  # of public files, adapted to it
-whiten = 0  # of public files: 0 = each band to mean 0, std 1, or so many components (a run of ours brings its own)
-rgb_kernels = 'wavelength'  # how a public file's 3 kernels reach our bands: wavelength (mixture of the nearest in nm), repeat (their mean) or fresh
-data = 'data/demo'  # tile directory
-split = 'tr'  # which of its tiles: tr, val or ts
+encoders = 'runs/mae/last.pt'  # last.pt of one or several runs, separated by commas: a row each
+data = ''  # tile directory; '' is the one that the first encoder was trained on
+split = 'tr'  # tr | val | ts: which of its tiles
 tiles = '0,1'  # numbers of tiles, separated by commas: a picture each
 image = ''  # a scene file instead of tiles, of the same bands
-max_side = 256  # an image is cut to this many pixels a side (attention grows with the square of the number of patches)
-window = 0  # cut the middle of this many pixels out of each tile, the encoder's own img_size for instance; 0 = the whole tile
-block = -1  # block whose attention is shown: 0 = the first, -1 = the last
-heads = 4  # at most so many heads, each in a column, beside their mean
-query = ''  # pixel whose patch asks: row,column; '' = the middle of the image
+max_side = 256  # an image is cut to so many px (attention grows with the square of the patches)
+window = 0  # cut the middle of so many px out of each tile, for instance img_size; 0: whole tiles
+block = -1  # whose attention is taken: 0 is the first block, -1 the last
+heads = 4  # so many heads at most have a column of their own
+query = ''  # pixel whose patch asks: row,column; '' is the middle of the image
 out_dir = 'runs/attention'  # where the pictures go
 
 
-# ---- boilerplate: overrides (the same lines in every script; tests/test_style.py checks) ----
-def override_constants():
-    """Set this file's constants from `--name=value`; the comment behind a constant is its --help text."""
-    def boolean(text):
-        return bool(('false', 'true').index(text.lower()))
-    parser = argparse.ArgumentParser(description=__doc__, usage='%(prog)s [--name=value ...]', allow_abbrev=False,
+def read_flags():
+    """--name=value replaces a constant above; the comment behind it is the help text."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, comment in re.findall(r'^(\w+) = .*?  # (.*)$', open(__file__, encoding='utf-8').read(), re.M):
+    with open(__file__, encoding='utf-8') as file:
+        constants = re.findall(r'^(\w+) = .*?  # (.*)$', file.read(), re.M)
+    for name, comment in constants:
         value = globals()[name]
-        kind = dict(type=boolean, nargs='?', const=True) if isinstance(value, bool) else dict(type=type(value))
-        parser.add_argument(f'--{name}', default=value, metavar=repr(value), help=comment.replace('%', '%%'), **kind)
-    config = vars(parser.parse_args())
-    globals().update(config)
-    return config
-# ---- end of boilerplate: overrides ----
+        words = comment.split(':')[0].split(' | ')
+        parser.add_argument(f'--{name}', default=value, type=type(value), metavar=repr(value),
+                            choices=words if len(words) > 1 else None, help=comment)
+    globals().update(vars(parser.parse_args()))
 
+
+# ============ method ============
 
 def capture(encoder, x, block, tokens=slice(None)):
-    """x (1, C, H, W) -> attention of one block (nh, T, T), of its spectral stream (nh, 1 + R + G, 1 + R + G) or None, patch features (h, w, D).
-    `tokens`: of the first only these rows, since all of them take gigabytes for a large image."""
-    seen = {}
+    """x (1, C, H, W) -> attention of a block (nh, T, T), that of its spectral stream (nh, S, S) or
+    None, features of the patches (h, w, D).
 
-    def keep(name):
-        def hook(module, args):  # args[0] is what this attention layer sees
-            q, k, _ = module.heads(args[0])
-            seen[name] = module.weights(q[:, :, tokens] if name == 'blocks' else q, k)[0]
+    Of the first only the rows `tokens`: all of them take gigabytes for a large image.
+    """
+    captured = {}
+
+    def keep(stream, rows):
+        def hook(layer, args):  # args[0] is what this attention layer sees
+            q, k, _ = layer.heads(args[0])
+            captured[stream] = layer.weights(q[:, :, rows], k)[0]
         return hook
-    hooks = [getattr(encoder, name)[block].attn.register_forward_pre_hook(keep(name)) for name in ('blocks', 'spectral_blocks') if hasattr(encoder, name)]
+
+    hooks = [encoder.blocks[block].attn.register_forward_pre_hook(keep('spatial', tokens))]
+    if hasattr(encoder, 'spectral_blocks'):
+        layer = encoder.spectral_blocks[block].attn
+        hooks.append(layer.register_forward_pre_hook(keep('spectral', slice(None))))
     with torch.no_grad():
-        features = encoder.get_intermediate_layers(x, 1)[0][0].permute(1, 2, 0)
+        features = encoder.get_intermediate_layers(x, 1)[0][0]  # (D, h, w)
     for hook in hooks:
         hook.remove()
-    return seen['blocks'], seen.get('spectral_blocks'), features
+    return captured['spatial'], captured.get('spectral'), features.permute(1, 2, 0)
 
 
 def patch_maps(attention, token, num_prefix_tokens, h, w):
-    """attention (nh, T, T) -> what `token` takes from the patches, (nh, h, w), times their number: 1 = what it takes on average"""
+    """attention (nh, T, T) -> what `token` takes from the patches (nh, h, w), times their number:
+    1 is what it takes on average"""
     return attention[:, token, num_prefix_tokens:].reshape(-1, h, w) * h * w
 
 
-def draw(path, raw, named_encoders, meta, block, heads, query):
-    """One picture of one image: raw (C, H, W), named_encoders: list of (name, encoder); query (row, column) in pixels"""
-    (H, W), spectral = raw.shape[1:], any(hasattr(encoder, 'spectral_blocks') for _, encoder in named_encoders)
-    shown_heads = min(heads, max(encoder.blocks[0].attn.num_heads for _, encoder in named_encoders))
-    titles = ['false colour', 'cls,\nall heads'] + [f'cls,\nhead {i + 1}' for i in range(shown_heads)] + ['chosen\npatch', 'features']
-    widths = [1] * len(titles) + [2] * spectral
+# ============ the picture ============
+
+def draw(path, raw, named_encoders, meta, pixel):
+    """One picture of an image: raw (C, H, W), missing pixels NaN.
+
+    named_encoders: list of (name, encoder); pixel: row, column in the patch that asks.
+    """
+    _, H, W = raw.shape
+    all_encoders = [encoder for _, encoder in named_encoders]
+    most_heads = max(encoder.blocks[0].attn.num_heads for encoder in all_encoders)
+    titles = ['false colour', 'features', 'chosen\npatch', 'cls,\nall heads']
+    titles += [f'cls,\nhead {i + 1}' for i in range(min(heads, most_heads))]
+    widths = [1] * len(titles)
+    if any(hasattr(encoder, 'spectral_blocks') for encoder in all_encoders):
+        widths.append(2)
     side = min(9 / sum(widths), 1.8)
-    figure = Figure(figsize=(9, (side * min(H / W, 2) + 0.3) * len(named_encoders) + 0.8), layout='constrained')
-    axes = figure.subplots(len(named_encoders), len(widths), squeeze=False, width_ratios=widths)
+    height = (side * min(H / W, 2) + 0.3) * len(all_encoders) + 0.8
+    figure = Figure(figsize=(9, height), layout='constrained')
+    axes = figure.subplots(len(all_encoders), len(widths), squeeze=False, width_ratios=widths)
+    for axis in axes.flat:
+        axis.axis('off')  # until something is drawn there
     for row, (name, encoder) in zip(axes, named_encoders):
-        own_meta, weights = at_bands(meta, encoder_bands(encoder, meta, name), name)
-        own = to_bands(torch.from_numpy(raw[None].astype(np.float32)), weights, meta['nodata'])  # at the encoder's bands
-        mean, matrix = standardization(own_meta, encoder.config['whiten'], encoder.config.get('components'))
-        x = standardize(own, mean, matrix, own_meta['nodata'])
-        P, prefix, (h, w) = encoder.patch_size, encoder.num_prefix_tokens, (side // encoder.patch_size for side in (H, W))
-        attention, spectral_attention, features = capture(encoder, x, block, [0, prefix + query[0] // P * w + query[1] // P])
-        cls, asked = patch_maps(attention, 0, prefix, h, w), patch_maps(attention, 1, prefix, h, w).mean(0)
-        row[0].imshow(false_color(raw, meta), extent=(0, W, H, 0))
-        row[0].add_patch(Rectangle((query[1] // P * P, query[0] // P * P), P, P, fill=False, color='red', linewidth=1.5))
+        draw_row(row, raw, encoder, meta, pixel)
         row[0].set_ylabel(f'{name}\n{H} x {W} px', fontsize=8)
-        for axis, values in zip(row[1:], [cls.mean(0), *cls[:shown_heads], *[None] * (shown_heads - len(cls)), asked]):
-            if values is None:
-                axis.axis('off')
-                continue
-            axis.imshow(values, cmap='viridis', norm=PowerNorm(0.5, 0, float(values.flatten().quantile(0.99))), extent=(0, W, H, 0), interpolation='nearest')
-            axis.set_xlabel(f'max. {values.max():.1f}', fontsize=7)
-        row[len(titles) - 2].add_patch(Rectangle((query[1] // P * P, query[0] // P * P), P, P, fill=False, color='red', linewidth=1))
-        row[len(titles) - 1].imshow(principal_colors(features), extent=(0, W, H, 0), interpolation='nearest')
-        for axis in row[:len(titles)]:
-            axis.set(xticks=[], yticks=[])
-        if spectral_attention is not None:
-            draw_spectrum(row[-1], own[0].numpy(), own_meta, encoder, spectral_attention)
-        elif spectral:
-            row[-1].axis('off')
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
-    figure.supxlabel('Attention: 1 = the average over all patches; dark = 0, yellow = its 99 % quantile or more, square root between.\n'
+    figure.supxlabel('Attention: dark = 0, yellow = the 99 % quantile; 1 = the average patch.\n'
                      'Chosen patch: red. Features: three principal components.', fontsize=8)
     save_figure(figure, path)
 
 
+def draw_row(row, raw, encoder, meta, pixel):
+    """The pictures of one encoder into the axes `row`"""
+    _, H, W = raw.shape
+    P, prefix = encoder.patch_size, encoder.num_prefix_tokens
+    h, w = H // P, W // P
+    asking = prefix + pixel[0] // P * w + pixel[1] // P
+    x = encoder.prepare(raw[None])
+    attention, spectral_attention, features = capture(encoder, x, block, [0, asking])
+    cls = patch_maps(attention, 0, prefix, h, w)
+    asked = patch_maps(attention, 1, prefix, h, w)
+
+    maps = [asked.mean(0), cls.mean(0), *cls[:heads]]
+    for axis, values in zip(row, [false_color(raw, meta), principal_colors(features), *maps]):
+        axis.axis('on')
+        axis.set(xticks=[], yticks=[])
+        look = {}
+        if values.ndim == 2:
+            look = dict(cmap='viridis', norm=PowerNorm(0.5, 0, np.quantile(values, 0.99)))
+            axis.set_xlabel(f'max. {values.max():.1f}', fontsize=7)
+        axis.imshow(values, extent=(0, W, H, 0), interpolation='nearest', **look)
+    for axis in (row[0], row[2]):
+        corner = (pixel[1] // P * P, pixel[0] // P * P)
+        axis.add_patch(Rectangle(corner, P, P, fill=False, color='red', linewidth=1.5))
+    if spectral_attention is not None:
+        draw_spectrum(row[-1], raw, meta, encoder, spectral_attention)
+
+
 def draw_spectrum(axis, raw, meta, encoder, attention):
-    """The image's mean spectrum, and what the cls token of the encoder's spectral stream takes from each band group"""
+    """The mean spectrum of the image, and what the spectral cls token takes from each group"""
     nm = np.array(meta['wavelengths_nm'] or range(len(raw)), float)
     order = np.argsort(nm)
-    valid = valid_pixels(raw, meta['nodata'])
-    axis.plot(nm[order], raw[:, valid].mean(1)[order], color='black', linewidth=1)
+    spectrum = raw[:, np.isfinite(raw).all(0)].mean(1)
+    axis.axis('on')
+    axis.plot(nm[order], spectrum[order], color='black', linewidth=1)
     axis.set_xlabel('wavelength, nm' if meta['wavelengths_nm'] else 'band', fontsize=7)
     axis.set_ylabel('mean value', fontsize=7)
     axis.tick_params(labelsize=6)
@@ -134,48 +161,79 @@ def draw_spectrum(axis, raw, meta, encoder, attention):
     share = attention[:, 0, encoder.num_prefix_tokens:].mean(0).numpy() * groups
     middle = [nm[i * size:(i + 1) * size].mean() for i in range(groups)]
     right = axis.twinx()
-    right.bar(middle, share, width=0.8 * np.abs(np.diff(middle)).min() if groups > 1 else 1, color='#e69f00', alpha=0.6)
+    right.bar(middle, share, width=0.8 * np.ptp(nm) / groups, color='#e69f00', alpha=0.6)
     right.set_ylim(0, max(2.0, 1.1 * share.max()))
-    right.tick_params(labelsize=6)
     right.set_ylabel('attention, 1 = average', fontsize=7, color='#a65000')
+    right.tick_params(labelsize=6)
+
+
+# ============ the images ============
+
+def read_images(encoder):
+    """-> raw images (C, H, W) by name, missing pixels NaN, and the meta of their data. What a scene
+    at --image does not tell is as in the data of `encoder`."""
+    if image:
+        scene = read_scene(image)
+        meta = {**encoder.meta, 'num_bands': len(scene.cube), 'components': None}
+        meta['wavelengths_nm'] = scene.wavelengths_nm or meta['wavelengths_nm']
+        meta['nodata'] = meta['nodata'] if scene.nodata is None else scene.nodata
+        name = os.path.splitext(os.path.basename(image))[0]
+        images = {name: scene.cube[:, :max_side, :max_side]}
+    else:
+        directory = data or encoder.config['data']
+        demo_if_missing(directory)
+        chosen = Tiles(directory, split)
+        meta = chosen.meta
+        ids = numbers('tiles', tiles)
+        if max(ids) >= len(chosen):
+            raise UserError(f'--tiles={tiles}: {directory} has tiles 0 to {len(chosen) - 1} in '
+                            f'{split}')
+        images = {f'tile{i}': chosen.images[i] for i in ids}
+    for name, raw in images.items():
+        valid = valid_pixels(raw, meta['nodata'])
+        images[name] = np.where(valid, raw, np.nan).astype(np.float32)
+    return images, meta
+
+
+def numbers(flag, text):
+    """'20,40' -> [20, 40]"""
+    if not re.fullmatch(r'\d+(,\d+)*', text):
+        raise UserError(f'--{flag}={text}: give whole numbers separated by commas, as 20,40')
+    return [int(word) for word in text.split(',')]
+
+
+def cut_middle(name, raw, unit):
+    """raw (C, H, W) -> its middle, of --window px at most, sides a multiple of `unit` px"""
+    H, W = [min(side, window or side) // unit * unit for side in raw.shape[1:]]
+    if H == 0 or W == 0:
+        raise UserError(f'{name}: {raw.shape[1]} x {raw.shape[2]} pixels hold no patch of {unit}: '
+                        'give a larger image')
+    top, left = (raw.shape[1] - H) // 2, (raw.shape[2] - W) // 2
+    return raw[:, top:top + H, left:left + W]
 
 
 if __name__ == '__main__':
     plain_errors()
-    override_constants()
-    demo_if_missing(data)
-    chosen = Tiles(data, split)
-    meta = chosen.meta
+    read_flags()
     paths = encoders.split(',')
+    loaded = [load_encoder(path) for path in paths]
     names = [os.path.basename(os.path.dirname(path)) or path for path in paths]
-    loaded = [load_encoder(path, 0, patch_size, meta['num_bands'], meta['wavelengths_nm'], rgb_kernels, whiten) for path in paths]
+    images, meta = read_images(loaded[0])
     for path, encoder in zip(paths, loaded):
-        encoder_bands(encoder, meta, path)  # raises where the data cannot be brought to them
-        if not -len(encoder.blocks) <= block < len(encoder.blocks):
-            raise UserError(f'--block={block}: {path} has blocks 0 to {len(encoder.blocks) - 1}, or -1 for the last')
-    if image:
-        scene = read_scene(image)
-        if len(scene.cube) != meta['num_bands']:
-            raise UserError(f'{image}: has {len(scene.cube)} bands, {data} has {meta["num_bands"]}: give an image of the same bands')
-        images = {os.path.splitext(os.path.basename(image))[0]: scene.cube[:, :max_side, :max_side]}
-        meta = {**meta, 'nodata': meta['nodata'] if scene.nodata is None else scene.nodata}
-    else:
-        if not re.fullmatch(r'\d+(,\d+)*', tiles) or max(map(int, tiles.split(','))) >= len(chosen):
-            raise UserError(f'--tiles={tiles}: give numbers from 0 to {len(chosen) - 1}, separated by commas')
-        images = {f'tile{i}': np.array(chosen.images[int(i)]) for i in tiles.split(',')}
+        check_bands(encoder, meta, path)
+        depth = len(encoder.blocks)
+        if not -depth <= block < depth:
+            raise UserError(f'--block={block}: {path} has blocks 0 to {depth - 1}, or -1 for the '
+                            'last')
     os.makedirs(out_dir, exist_ok=True)
-    unit = int(np.lcm.reduce([encoder.patch_size for encoder in loaded]))  # sides that every encoder can cut into patches
+    unit = int(np.lcm.reduce([encoder.patch_size for encoder in loaded]))  # whole patches for all
     for name, raw in images.items():
-        H, W = (min(side, window or side) // unit * unit for side in raw.shape[1:])
-        if not H or not W:
-            raise UserError(f'{name}: an image of {raw.shape[1]} x {raw.shape[2]} pixels holds no patch of {unit}: give a larger one')
-        top, left = (raw.shape[1] - H) // 2, (raw.shape[2] - W) // 2
-        raw = raw[:, top:top + H, left:left + W]
-        if query and not re.fullmatch(r'\d+,\d+', query):
-            raise UserError(f'--query={query}: give a pixel as row,column, for instance 20,40')
-        pixel = tuple(map(int, query.split(','))) if query else (H // 2, W // 2)
-        if pixel[0] >= H or pixel[1] >= W:
-            raise UserError(f'--query={query}: lies outside of {name}, {H} x {W} pixels: give row,column inside')
+        raw = cut_middle(name, raw, unit)
+        _, H, W = raw.shape
+        pixel = numbers('query', query) if query else [H // 2, W // 2]
+        if len(pixel) != 2 or pixel[0] >= H or pixel[1] >= W:
+            raise UserError(f'--query={query}: give row,column of a pixel of {name}, which has '
+                            f'{H} x {W}')
         path = os.path.join(out_dir, f'attention_{name}.png')
-        draw(path, raw, list(zip(names, loaded)), meta, block, heads, pixel)
+        draw(path, raw, list(zip(names, loaded)), meta, pixel)
         print(path)

@@ -35,7 +35,7 @@ with tempfile.TemporaryDirectory() as folder:
             ids = rng.permutation(len(tiles))[:128]
             start = time.perf_counter()
             for _ in range(8):
-                tiles.batch(ids)
+                tiles.batch(ids, reuse=True)
             rates['Tiles.batch'].append(8 * 128 / (time.perf_counter() - start))
             start = time.perf_counter()
             for i in ids[:16]:

@@ -17,10 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import pretrain_dino
-from data import draw_crops
-from models import DINOHead, ViT
+from data import Statistics, draw_crops
+from models import native_bfloat16, parameter_groups
 
-BFLOAT16 = pretrain_dino.native_bfloat16(torch.device('cpu'))  # emulated it would take minutes a step
+BFLOAT16 = native_bfloat16(torch.device('cpu'))  # emulated it would take minutes a step
+CONSTANTS = {**pretrain_dino.PRESETS['base'], 'size': 'base', 'out_dim': 65_536, 'drop_path_rate': 0.0, 'koleo_weight': 0.1, 'mask_probability': 0.5,
+             'mask_ratio_min': 0.1, 'mask_ratio_max': 0.5, 'gain': 0.05, 'offset': 0.1, 'noise': 0.2, 'band_dropout': 0.2}
+for name, value in CONSTANTS.items():
+    setattr(pretrain_dino, name, value)
 
 
 def seconds(function):
@@ -32,24 +36,23 @@ def seconds(function):
 def make_step(dtype, batch, compiled=False):
     """One optimizer step as the training loop makes it, on random crops -> function, model, crops"""
     torch.manual_seed(0)
-    student = pretrain_dino.Branch(ViT(ffn='swiglu', num_register_tokens=4, init_values=1.0, mask_token=True), DINOHead(768, 65_536))
-    model = pretrain_dino.SelfDistillation(student, 65_536).train()
-    optimizer = torch.optim.AdamW(pretrain_dino.parameter_groups(model, 0.04), lr=1e-4, fused=True)
+    model, _ = pretrain_dino.build_model({'num_bands': 32})
+    model.train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.04), lr=1e-4, fused=True)
     if compiled:
         model.compile()
         model.teacher.compile()
     big, small = torch.randn(2 * batch, 32, 64, 64), torch.randn(8 * batch, 32, 32, 32)
-    mask = pretrain_dino.block_masks(2 * batch, 8, 8, 0.5, 0.1, 0.5, np.random.default_rng(0))
+    mask = pretrain_dino.block_masks(2 * batch, 8, 8, np.random.default_rng(0))
     rows = mask.flatten().nonzero()[:, 0]
 
     def step():
         with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
             with torch.no_grad():
-                logits = model.teacher(big, None, rows)[1:3]
-            targets = [pretrain_dino.sinkhorn_knopp(part, 0.05) for part in logits]
-            outputs = model(big, mask, rows, small)
-        losses = pretrain_dino.distillation_losses(outputs, *targets, mask)
-        (losses['dino'] + losses['ibot'] + 0.1 * losses['koleo']).backward()
+                taught = model.teacher(big, None, rows)
+            said = model(big, mask, rows, small)
+        loss, _ = pretrain_dino.stream_loss(said, taught, mask, rows, 0.05)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -95,18 +98,18 @@ def steps_and_products(batch, rounds=5):
 
 
 def passes(model, big, small, rounds=5):
-    """Student forward and backward: all crops of a size together, or crop by crop."""
-    def together():
+    """Student forward and backward: all crops of a size in one pass, or crop by crop."""
+    def one_pass_a_size():
         sum(model.student.encoder(x).square().mean() for x in (big, small)).backward()
 
-    def one_by_one():
+    def one_pass_a_crop():
         sum(model.student.encoder(x).square().mean() for x in (*big.chunk(2), *small.chunk(8))).backward()
-    times = {f: [] for f in (together, one_by_one)}
+    times = {f: [] for f in (one_pass_a_size, one_pass_a_crop)}
     for _ in range(rounds):
         for f in times:
             with torch.autocast('cpu', torch.bfloat16, enabled=BFLOAT16):
                 times[f].append(seconds(f))
-    print(f'student in 2 passes is {statistics.median(times[one_by_one]) / statistics.median(times[together]):.2f} times as fast as in 10')
+    print(f'student in 2 passes is {statistics.median(times[one_pass_a_crop]) / statistics.median(times[one_pass_a_size]):.2f} times as fast as in 10')
 
 
 def augmentation(rounds=5):
@@ -115,35 +118,36 @@ def augmentation(rounds=5):
     torch.manual_seed(0)
     raw = torch.randint(0, 3000, (32, 32, 64, 64), dtype=torch.int16)
     generator = torch.Generator().manual_seed(0)
-    crops = [draw_crops(32, 64, 64, *scale, generator)[2:] for scale in [(0.4, 1.0)] * 2 + [(0.15, 0.4)] * 8]
-    boxes, turned = (torch.stack(parts, 1) for parts in zip(*crops))
-    u, soften = torch.rand(32, 10, 11), 1 + torch.rand(32, 10) * (torch.rand(32, 10) < 0.3)
+    crops = [draw_crops(32, 64, 64, *scale, generator) for scale in [(0.4, 1.0)] * 2 + [(0.15, 0.4)] * 8]
+    boxes, flips = torch.stack([crop.boxes for crop in crops], 1), torch.stack([crop.flips for crop in crops], 1)
+    draws, softness = torch.rand(32, 10, 11), 1 + torch.rand(32, 10) * (torch.rand(32, 10) < 0.3)
     gauss = torch.exp(-torch.linspace(-2, 2, 5).square())
     kernel = (gauss[:, None] * gauss / gauss.sum() ** 2).expand(33, 1, 5, 5).contiguous()
-    meta = {'nodata': None, 'std': [900.0] * 32, 'wavelengths_nm': list(range(450, 930, 15)), 'num_bands': 32}
-    mean, matrix, field = torch.full((32,), 1500.0), torch.eye(32) / 900, torch.randn(32, 256, 64)
-    strengths = dict(gain=0.05, offset=0.1, noise=0.2, band_dropout=0.2)
+    mean, matrix = torch.full((32,), 1500.0), torch.eye(32) / 900
+    values = Statistics(mean, torch.full((32,), 900.0), matrix, None)
+    no_mask, no_rows = torch.zeros(64, 64, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
+    batch = pretrain_dino.Batch(raw, boxes, flips, softness, draws, no_mask, no_rows)
 
     def batched():
-        return pretrain_dino.make_crops(raw, boxes, turned, soften, u, meta, mean, matrix, 64, 32, field, strengths)
+        return pretrain_dino.make_crops(batch, values, None, 0)
 
     def loop():
         out = [[], []]
         for i in range(32):
             for view in range(10):
                 top, left, height, width = boxes[i, view].tolist()
-                size, draw = (64, 32)[view > 1], u[i, view]
+                size, draw = (64, 32)[view > 1], draws[i, view]
                 x = raw[i:i + 1, :, top:top + height, left:left + width].float()
                 valid = torch.isfinite(x).all(1, keepdim=True)
                 x = torch.cat([torch.where(valid, x - mean[:, None, None], 0.0), valid.float()], 1)
                 x = F.interpolate(x, size=(size, size), mode='bilinear', antialias=True, align_corners=False)
-                if soften[i, view] > 1:
+                if softness[i, view] > 1:
                     x = F.conv2d(F.pad(x, (2, 2, 2, 2), mode='reflect'), kernel, groups=33)
-                if turned[i, view, 0]:
+                if flips[i, view, 0]:
                     x = x.flip(2)
-                if turned[i, view, 1]:
+                if flips[i, view, 1]:
                     x = x.flip(3)
-                if turned[i, view, 2]:
+                if flips[i, view, 2]:
                     x = x.transpose(2, 3)
                 x, valid = x[:, :32], x[:, 32:]
                 x = x * (1 + 0.05 * (2 * draw[0] - 1)) + 0.05 * (2 * draw[0] - 1) * 1500 + 0.1 * (2 * draw[2] - 1) * 900
@@ -155,7 +159,7 @@ def augmentation(rounds=5):
                     x[:, start:start + length] = 0
                 x = x * valid
                 out[view > 1].append(x)
-        return [torch.cat(part) for part in out]
+        return [torch.cat(crops) for crops in out]
 
     times = {f: [] for f in (batched, loop)}
     for f in times:

@@ -19,8 +19,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload(['torch', 'torch.distributed', 'torch._dynamo', 'matplotlib.figure', 'tqdm', 'tifffile', 'conftest'])
-MAE_TINY = ['--size=tiny', '--img_size=16', '--patch_size=4', '--batch_size=8', '--epochs=30', '--warmup_epochs=1', '--log_every=1',
-            '--probe_tiles=4']
+MAE_TINY = ['--batch_size=8', '--steps=90', '--warmup=0.03', '--log_every=1', '--probe_tiles=4']
 
 
 def make_scene(path, height=40, width=48, bands=7, num_classes=3, seed=0, **extra):

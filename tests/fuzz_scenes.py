@@ -12,7 +12,7 @@ import tempfile
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data import UserError, read_scene
+from scenes import UserError, read_scene
 
 
 def make_files(folder):

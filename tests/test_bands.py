@@ -1,6 +1,7 @@
-"""Bands: resampling against the integral it stands for, statistics that follow, several sensors in one run, encoders on other bands."""
+"""Bands: resampling against the integral it stands for; tiles at other bands, of several sensors, of principal components."""
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 import data
 from conftest import MAE_TINY, make_scene, run
-from data import OHS_NM, Tiles, UserError, band_matrix, parse_bands, resample_bands, standardization, standardize, valid_pixels
-from models import SpatialSpectralViT, load_checkpoint, load_encoder
+from data import Tiles, standardization, standardize
+from models import load_checkpoint, load_encoder
+from scenes import OHS_NM, UserError, band_matrix, parse_bands, read_scene, resample_bands, valid_pixels
 
 
 def reflectance(nm):
@@ -103,6 +105,22 @@ def test_bad_wavelengths_are_one_sentence(from_nm, to_nm, bands, words):
     assert '\n' not in str(caught.value) and ': ' in str(caught.value)
 
 
+def test_resampled_bands_follow_the_gaussian_response():
+    nm = np.arange(400, 1000, 4.0)
+    spectrum = 1000 + 300 * np.sin(nm / 60)
+    target = np.array([500.0, 660, 860])
+    got = resample_bands(spectrum[::-1, None, None], nm[::-1], target, fwhm=20)[:, 0, 0]
+    for value, centre in zip(got, target):
+        response = np.exp(-0.5 * ((nm - centre) / (20 / 2.3548)) ** 2)
+        assert value == pytest.approx((response * spectrum).sum() / response.sum(), rel=1e-4)
+    coarse = resample_bands(np.array([1.0, 2.0, 4.0])[:, None, None], [500, 600, 700], [550, 650])[:, 0, 0]
+    np.testing.assert_allclose(coarse, [1.5, 3.0])
+    backwards = resample_bands(np.array([4.0, 2.0, 1.0])[:, None, None], [700, 600, 500], [550, 650])[:, 0, 0]
+    np.testing.assert_allclose(backwards, [1.5, 3.0])
+    with pytest.raises(UserError, match='inside its range'):
+        resample_bands(spectrum[:, None, None], nm, [2000])
+
+
 def test_bands_are_named_or_listed_with_their_widths():
     nm, fwhm = parse_bands('485:70,560')
     assert nm.tolist() == [485, 560] and fwhm.tolist() == [70, 15]
@@ -116,177 +134,182 @@ def test_a_scene_with_bad_wavelengths_is_refused_and_micrometres_become_nm(tmp_p
     for nm, words in ((np.arange(450, 510, 10.0), '6 wavelengths for 7 bands'), (np.array([np.nan] * 7), 'missing')):
         done = run('data.py', 'tile', f'--root={make_scene(tmp_path / "s.npz", wavelengths_nm=nm)}', f'--out={tmp_path / "t"}', '--tile_size=16', check=False)
         assert done.returncode == 1 and words in done.stderr and 's.npz' in done.stderr and 'Traceback' not in done.stderr
-    scene = data.read_scene(make_scene(tmp_path / 's.npz', wavelengths_nm=np.linspace(0.45, 0.95, 7)))
+    scene = read_scene(make_scene(tmp_path / 's.npz', wavelengths_nm=np.linspace(0.45, 0.95, 7)))
     np.testing.assert_allclose(scene.wavelengths_nm, np.linspace(450, 950, 7))
 
 
 # ============ tiles at other bands ============
 
+NARROW = '500:60,600:60,700:60,800:60,900:60'
+
+
 @pytest.fixture(scope='module')
 def sensors(tmp_path_factory):
-    """Tile directories: a: 40 bands of 450 to 950 nm with nodata; b: 12 of the same range, larger tiles; c: b without wavelengths;
-    d: b with 12 others"""
+    """Scenes: a of 40 bands, 450 to 950 nm, with nodata; b of 12 of the same range in other units; c = b without wavelengths. Tile
+    directories: a, b (their own bands), narrow (a at NARROW), both (a and b at NARROW, each scene normalised)"""
     folder = tmp_path_factory.mktemp('sensors')
     cube = np.load(make_scene(folder / 'a.npz', height=64, width=64, bands=40))['cube']
     cube[:20, :9] = 0
     make_scene(folder / 'a.npz', height=64, width=64, bands=40, cube=cube, nodata=0)
-    make_scene(folder / 'b.npz', height=48, width=96, bands=12, seed=1)
+    cube = np.load(make_scene(folder / 'b.npz', height=48, width=96, bands=12, seed=1))['cube']
+    make_scene(folder / 'b.npz', height=48, width=96, bands=12, seed=1, cube=(cube / 1e4).astype(np.float32))
     make_scene(folder / 'c.npz', height=48, width=96, bands=12, seed=1, wavelengths_nm=None)
-    make_scene(folder / 'd.npz', height=48, width=96, bands=12, seed=1, wavelengths_nm=np.linspace(500, 1000, 12))
-    for name, size in (('a', 16), ('b', 32), ('c', 32), ('d', 32)):
-        run('data.py', 'tile', f'--root={folder / name}.npz', f'--out={folder / name}', f'--tile_size={size}', '--split_block=8')
+    a, b = f'--root={folder}/a.npz', f'--root={folder}/b.npz'
+    for name, flags in (('a', [a]), ('b', [b]), ('narrow', [a, f'--bands={NARROW}']),
+                        ('both', [f'{a},{folder}/b.npz', f'--bands={NARROW}', '--normalize=scene'])):
+        run('data.py', 'tile', *flags, f'--out={folder / name}', '--tile_size=16', '--split_block=8')
     return folder
 
 
-NARROW = '500:60,600:60,700:60,800:60,900:60'
+def training_tiles(folder):
+    """-> images (N, C, S, S), their valid pixels (C, n) in float64, meta"""
+    tiles = Tiles(str(folder), 'tr')
+    images = tiles.batch(range(len(tiles)))[0]
+    valid = valid_pixels(images, tiles.meta['nodata'])
+    return images, images.movedim(1, 0)[:, valid].double(), tiles.meta
 
 
 def test_statistics_at_other_bands_are_those_of_the_resampled_pixels(sensors):
-    stored, tiles = Tiles(str(sensors / 'a'), 'tr'), Tiles(str(sensors / 'a'), 'tr', bands=NARROW)
-    images, labels = tiles.batch(range(len(tiles)))
-    raw = torch.from_numpy(np.array(stored.images))
-    assert images.shape == (len(raw), 5, 16, 16) and images.dtype == torch.float32 and torch.equal(labels, torch.from_numpy(np.array(stored.labels)))
-    valid = valid_pixels(raw, stored.meta['nodata'])
-    assert not valid.all() and torch.equal(valid_pixels(images, tiles.meta['nodata']), valid)
+    raw, _, stored = training_tiles(sensors / 'a')
+    images, x, meta = training_tiles(sensors / 'narrow')
+    assert images.shape == (len(raw), 5, 16, 16) and images.dtype == torch.float32
+    assert np.array_equal(Tiles(str(sensors / 'a'), 'tr').labels, Tiles(str(sensors / 'narrow'), 'tr').labels)
+    valid = valid_pixels(raw, stored['nodata'])
+    assert not valid.all() and torch.equal(valid_pixels(images, meta['nodata']), valid)
     i = int((~valid).flatten(1).sum(1).argmin())
-    direct = resample_bands(raw[i].numpy(), stored.meta['wavelengths_nm'], *parse_bands(NARROW))
+    direct = resample_bands(raw[i].numpy(), stored['wavelengths_nm'], *parse_bands(NARROW))
     np.testing.assert_allclose(images[i][:, valid[i]], direct[:, valid[i]], rtol=1e-5)
-    x = images.movedim(1, 0)[:, valid].double()
     for key, value in (('mean', x.mean(1)), ('covariance', torch.cov(x)), ('std', x.std(1))):
-        np.testing.assert_allclose(tiles.meta[key], value, rtol=1e-3)
-    assert tiles.meta['num_bands'] == 5 and tiles.meta['wavelengths_nm'] == [500, 600, 700, 800, 900]
+        np.testing.assert_allclose(meta[key], value, rtol=1e-6)
+    weights = band_matrix(stored['wavelengths_nm'], *parse_bands(NARROW))  # it is linear
+    np.testing.assert_allclose(meta['mean'], weights @ stored['mean'], rtol=1e-4)
+    np.testing.assert_allclose(meta['covariance'], weights @ np.array(stored['covariance']) @ weights.T, rtol=1e-3)
+    assert meta['num_bands'] == 5 and meta['wavelengths_nm'] == [500, 600, 700, 800, 900]
     for whiten in (0, 5):
-        z = standardize(images, *standardization(tiles.meta, whiten), tiles.meta['nodata'])
+        z = standardize(images, *standardization(meta, whiten), meta['nodata'])
         assert z.isfinite().all() and (z.movedim(1, 0)[:, ~valid] == 0).all()
         np.testing.assert_allclose(z.movedim(1, 0)[:, valid].var(1).mean(), 1, rtol=0.02)
 
 
-def test_the_datas_own_bands_change_nothing(sensors):
-    own = ','.join(map(str, Tiles(str(sensors / 'a'), 'tr').meta['wavelengths_nm']))
-    tiles = Tiles(str(sensors / 'a'), 'tr', bands=own)
-    assert tiles.weights is None and tiles.meta == Tiles(str(sensors / 'a'), 'tr').meta and tiles.batch([0])[0].dtype == torch.uint16
+def test_the_scenes_own_bands_change_no_value(sensors, tmp_path):
+    own = ','.join(map(str, Tiles(str(sensors / 'b'), 'tr').meta['wavelengths_nm']))
+    run('data.py', 'tile', f'--root={sensors}/b.npz', f'--bands={own}', f'--out={tmp_path}/own', '--tile_size=16', '--split_block=8')
+    np.testing.assert_array_equal(Tiles(str(tmp_path / 'own'), 'tr').images, Tiles(str(sensors / 'b'), 'tr').images)
 
 
-def test_several_sensors_are_drawn_in_proportion_and_each_step_anew():
-    picks = [data.pick_source([100, 300, 600], step, 0) for step in range(3000)]
-    np.testing.assert_allclose(np.bincount(picks) / 3000, [0.1, 0.3, 0.6], atol=0.03)
-    assert picks[:50] == [data.pick_source([100, 300, 600], step, 0) for step in range(50)]
-    assert picks[:50] != [data.pick_source([100, 300, 600], step, 1) for step in range(50)] and data.pick_source([7], 3, 0) == 0
+def test_bands_need_wavelengths_and_sensors_need_common_bands(sensors, tmp_path):
+    for root, flags, words in (('c', [f'--bands={NARROW}'], 'c.npz: --bands needs the wavelengths'), ('a,b', [], '--bands= with --normalize=scene'),
+                               ('a,b', ['--normalize=scene'], 'b.npz: its bands'), ('a', ['--bands=2000'], 'none near 2000 nm')):
+        roots = ','.join(f'{sensors}/{name}.npz' for name in root.split(','))
+        done = run('data.py', 'tile', f'--root={roots}', *flags, f'--out={tmp_path}/no', '--tile_size=16', check=False)
+        assert done.returncode == 1 and words in done.stderr and 'Traceback' not in done.stderr, done.stderr
+        assert not os.path.exists(tmp_path / 'no' / 'meta.json')
+        shutil.rmtree(tmp_path / 'no', ignore_errors=True)
 
 
-def test_directories_of_other_bands_need_common_ones(sensors):
-    with pytest.raises(UserError, match='12 bands are not the 40.*--bands='):
-        data.open_sources(f'{sensors}/a,{sensors}/b', '', 16)
-    with pytest.raises(UserError, match='12 bands are not the 12.*--bands='):
-        data.open_sources(f'{sensors}/b,{sensors}/d', '', 16)
-    with pytest.raises(UserError, match='needs the wavelengths'):
-        data.open_sources(f'{sensors}/a,{sensors}/c', NARROW, 16)
-    with pytest.raises(UserError, match='--img_size=32'):
-        data.open_sources(f'{sensors}/b,{sensors}/a', NARROW, 32)
-    sources, windows = data.open_sources(f'{sensors}/a,{sensors}/b', NARROW, 16)
-    assert [source.meta['num_bands'] for source in sources] == [5, 5] and windows == [len(sources[0]), 4 * len(sources[1])]
+# ============ several sensors in one directory ============
+
+def test_two_sensors_normalised_are_standard_in_each_scene(sensors):
+    """--normalize=scene: each scene has mean 0 and std 1 by its own valid pixels, whatever its units and bands were"""
+    images, x, meta = training_tiles(sensors / 'both')
+    assert meta['num_bands'] == 5 and meta['dtype'] == 'float32' and meta['nodata'] is None and meta['settings']['normalize'] == 'scene'
+    assert [os.path.basename(name) for name in meta['scenes']] == ['a.npz', 'b.npz'] and images.dtype == torch.float32
+    scene_of = torch.tensor([scene for scene, _, _ in meta['tiles']['tr']])
+    assert set(scene_of.tolist()) == {0, 1}
+    for number, name in enumerate('ab'):
+        scene = read_scene(str(sensors / f'{name}.npz'))
+        resampled = resample_bands(scene.cube, scene.wavelengths_nm, *parse_bands(NARROW)).astype(float)
+        valid = valid_pixels(scene.cube, scene.nodata)
+        resampled = (resampled - resampled[:, valid].mean(1)[:, None, None]) / resampled[:, valid].std(1)[:, None, None]
+        mine = images[scene_of == number]
+        values = mine.movedim(1, 0)[:, valid_pixels(mine, None)]
+        np.testing.assert_allclose(values.mean(1), 0, atol=1e-5)  # tiles of 16 px cover these scenes without overlap
+        np.testing.assert_allclose(values.std(1, unbiased=False), 1, rtol=1e-5)
+        for tile, (_, row, col) in zip(mine, [place for place in meta['tiles']['tr'] if place[0] == number]):
+            inside = valid[row:row + 16, col:col + 16]
+            np.testing.assert_allclose(tile[:, inside], resampled[:, row:row + 16, col:col + 16][:, inside], atol=2e-4)
+            assert tile[:, ~inside].isnan().all()
+    for key, value in (('mean', x.mean(1)), ('covariance', torch.cov(x)), ('std', x.std(1))):
+        np.testing.assert_allclose(meta[key], value, rtol=1e-6, atol=1e-7)
 
 
-# ============ runs ============
-
-DINO_TINY = ['--size=tiny', '--img_size=16', '--local_crops_size=8', '--patch_size=4', '--batch_size=8', '--local_crops_number=1', '--out_dim=32',
-             '--log_every=1', '--probe_tiles=2', '--eval_every=0']
-JUDGE = ['--decoder=logistic', '--eval_every=0']
-FLAGS = {'pretrain_mae.py': [*MAE_TINY, '--dropout=0', '--eval_every=0'], 'pretrain_dino.py': [*DINO_TINY, '--drop_path_rate=0'],
-         'pretrain_dino_hsi.py': [*DINO_TINY, '--drop_path_rate=0']}
-SLOW = [pytest.param(script, marks=pytest.mark.slow) for script in ('pretrain_dino.py', 'pretrain_dino_hsi.py')]
+def test_a_band_of_one_value_and_a_scene_without_pixels_when_normalised(tmp_path):
+    cube = np.random.default_rng(0).integers(0, 99, (40, 48, 3)).astype(np.uint16)
+    cube[..., 1] = 7
+    data.tile(data.parse(['tile', f'--root={make_scene(tmp_path / "s.npz", cube=cube, wavelengths_nm=None)}', f'--out={tmp_path}/t', '--tile_size=16',
+                          '--normalize=scene']))
+    images, x, meta = training_tiles(tmp_path / 't')
+    assert images.isfinite().all() and (images[:, 1] == 0).all() and meta['std'][1] == 0
+    empty = make_scene(tmp_path / 'e.npz', cube=np.zeros_like(cube), nodata=0, wavelengths_nm=None)
+    with pytest.raises(UserError, match='no valid pixel'):
+        data.tile(data.parse(['tile', f'--root={empty}', f'--out={tmp_path}/u', '--tile_size=16', '--normalize=scene']))
 
 
 def losses(out):
     return [entry['loss'] for entry in map(json.loads, open(os.path.join(out, 'log.jsonl'))) if 'loss' in entry]
 
 
-@pytest.mark.parametrize('script', ['pretrain_mae.py', *SLOW])
-def test_two_sensors_in_one_run_resume_exactly_on_one_process_and_two(script, sensors, tmp_path):
-    flags = [*FLAGS[script], f'--data={sensors}/a,{sensors}/b', f'--bands={NARROW}', '--whiten=3', '--dtype=float32']
-    windows = data.open_sources(f'{sensors}/a,{sensors}/b', NARROW, 16)[1]
-    assert {data.pick_source(windows, step, 0) for step in range(5)} == {0, 1}  # both are seen
-    run(script, *flags, '--max_steps=5', f'--out_dir={tmp_path}/whole')
+JUDGE = ['segment.py', '--decoder=logistic']
+
+
+def test_two_sensors_in_one_run_resume_exactly_on_one_process_and_two(sensors, tmp_path):
+    flags = ['pretrain_mae.py', *MAE_TINY, f'--data={sensors}/both', '--whiten=3', '--dtype=float32']
+    run(*flags, '--max_steps=5', f'--out_dir={tmp_path}/whole')
     for steps in (2, 5):
-        run(script, *flags, f'--max_steps={steps}', f'--out_dir={tmp_path}/parts')
-    whole, parts = (load_checkpoint(tmp_path / name / 'last.pt')['model'] for name in ('whole', 'parts'))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole) and losses(tmp_path / 'whole') == losses(tmp_path / 'parts')
-    run(script, *flags, '--max_steps=3', f'--out_dir={tmp_path}/two', processes=2)
+        run(*flags, f'--max_steps={steps}', f'--out_dir={tmp_path}/pieces')
+    whole, pieces = (load_checkpoint(tmp_path / name / 'last.pt')['model'] for name in ('whole', 'pieces'))
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole) and losses(tmp_path / 'whole') == losses(tmp_path / 'pieces')
+    run(*flags, '--max_steps=3', f'--out_dir={tmp_path}/two', processes=2)
     np.testing.assert_allclose(losses(tmp_path / 'two'), losses(tmp_path / 'whole')[:3], atol=2e-6)
 
 
 def test_an_encoder_is_judged_on_the_bands_it_was_trained_on(sensors, tmp_path):
-    run('pretrain_mae.py', *FLAGS['pretrain_mae.py'], f'--data={sensors}/a', f'--bands={NARROW}', '--max_steps=1', f'--out_dir={tmp_path}/mae')
+    run('pretrain_mae.py', *MAE_TINY, f'--data={sensors}/narrow', '--max_steps=1', f'--out_dir={tmp_path}/mae')
     encoder = f'--encoder={tmp_path}/mae/last.pt'
-    done = run('segment.py', *JUDGE, encoder, f'--data={sensors}/b', f'--out_dir={tmp_path}/judged', f'--results={tmp_path}/r.csv')
-    assert 'its 12 bands are resampled to the 5 of the encoder' in done.stdout
+    done = run(*JUDGE, encoder, f'--data={sensors}/b', f'--out_dir={tmp_path}/no', check=False)
+    assert done.returncode == 1 and 'data.py tile --bands=' in done.stderr and 'Traceback' not in done.stderr
+    assert '12' in done.stderr and '5 ' in done.stderr
+    run('data.py', 'tile', f'--root={sensors}/b.npz', f'--bands={NARROW}', f'--out={tmp_path}/b', '--tile_size=16', '--split_block=8')
+    run(*JUDGE, encoder, f'--data={tmp_path}/b', f'--out_dir={tmp_path}/judged')
     checkpoint = load_checkpoint(tmp_path / 'judged' / 'best.pt')
-    assert checkpoint['meta']['num_bands'] == 5 and checkpoint['config']['bands'] == NARROW
-    done = run('segment.py', f'--out_dir={tmp_path}/judged', f'--predict={sensors}/a.npz', f'--out={tmp_path}/map.tif')
-    assert '40 bands are resampled to the 5' in done.stdout and os.path.exists(tmp_path / 'map.tif')
-    run('segment.py', f'--compare={tmp_path}/judged', f'--out_dir={tmp_path}/compared')
-    run('viz_attention.py', f'--encoders={tmp_path}/mae/last.pt', f'--data={sensors}/b', '--tiles=0', f'--out_dir={tmp_path}/attention')
-    done = run('segment.py', *JUDGE, encoder, f'--data={sensors}/c', f'--out_dir={tmp_path}/no', check=False)
-    assert done.returncode == 1 and 'trained on 5 bands, the data has 12' in done.stderr and 'Traceback' not in done.stderr
+    assert checkpoint['meta']['num_bands'] == 5 and checkpoint['meta']['wavelengths_nm'] == [500, 600, 700, 800, 900]
 
 
-def test_principal_components_are_the_channels_and_come_back_to_bands(sensors, tmp_path):
-    done = run('pretrain_mae.py', *FLAGS['pretrain_mae.py'], f'--data={sensors}/a', '--pca=3', '--max_steps=2', f'--out_dir={tmp_path}/pca')
-    kept = json.load(open(tmp_path / 'pca' / 'pca.json'))
-    meta = Tiles(str(sensors / 'a'), 'tr').meta
-    variance = np.linalg.eigvalsh(np.array(meta['covariance']))[::-1]
-    np.testing.assert_allclose(kept['explained_variance'], variance[:3] / variance.sum(), rtol=1e-6)
-    assert f'{kept["explained_variance"][0]:.2%}' in done.stdout and os.path.exists(tmp_path / 'pca' / 'reconstruction.png')
-    encoder = load_encoder(tmp_path / 'pca' / 'last.pt')
-    assert encoder.in_chans == 3 and np.allclose(encoder.config['components'], kept['components'])
-    mean, matrix = standardization(meta, 16, kept['components'])
-    raw = torch.from_numpy(np.array(Tiles(str(sensors / 'a'), 'tr').images))
-    valid = valid_pixels(raw, meta['nodata'])
-    z = standardize(raw, mean, matrix, meta['nodata']).movedim(1, 0)[:, valid]
+# ============ principal components ============
+
+def test_principal_components_are_the_channels(sensors, tmp_path):
+    done = run('data.py', 'tile', f'--root={sensors}/a.npz', '--pca=3', f'--out={tmp_path}/pca', '--tile_size=16', '--split_block=8')
+    raw, x, stored = training_tiles(sensors / 'a')
+    images, y, meta = training_tiles(tmp_path / 'pca')
+    variance = np.linalg.eigvalsh(np.array(stored['covariance']))[::-1]
+    np.testing.assert_allclose(meta['explained_variance'], variance[:3] / variance.sum(), rtol=1e-6)
+    assert f'{meta["explained_variance"][0]:.2%}' in done.stdout
+    components = np.array(meta['components'])
+    assert components.shape == (3, 40) and meta['num_bands'] == 3 and meta['wavelengths_nm'] is None and meta['dtype'] == 'float32'
+    np.testing.assert_allclose(components @ components.T, np.eye(3), atol=1e-12)
+    assert (components.sum(1) > 0).all()
+    valid = valid_pixels(raw, stored['nodata'])
+    assert images.shape == (len(raw), 3, 16, 16) and images.dtype == torch.float32 and torch.equal(valid_pixels(images, meta['nodata']), valid)
+    assert np.array_equal(Tiles(str(sensors / 'a'), 'ts').labels, Tiles(str(tmp_path / 'pca'), 'ts').labels)
+    np.testing.assert_allclose(y, components @ x.numpy(), rtol=1e-5)
+    for key, value in (('mean', y.mean(1)), ('covariance', torch.cov(y)), ('std', y.std(1))):
+        np.testing.assert_allclose(meta[key], value, rtol=1e-4, atol=1e-3 * float(y.var(1).max()) if key == 'covariance' else 0)
+    z = standardize(images, *standardization(meta, 3), meta['nodata']).movedim(1, 0)[:, valid]
     np.testing.assert_allclose(torch.cov(z), np.eye(3), atol=0.02)
-    x = raw.float().movedim(1, 0)[:, valid] - mean[:, None]
-    lost = (torch.linalg.pinv(matrix) @ z - x).square().sum() / x.square().sum()  # what the picture shows lacks the other components only
-    assert float(lost) == pytest.approx(1 - sum(kept['explained_variance']), rel=0.05)
-    for name in 'ab':  # b is brought to the bands of a first, then projected on the components of a
-        args = ['segment.py', *JUDGE, f'--encoder={tmp_path}/pca/last.pt', f'--data={sensors}/{name}']
-        run(*args, f'--out_dir={tmp_path}/judged_{name}', f'--results={tmp_path}/r.csv')
-    run('segment.py', f'--out_dir={tmp_path}/judged_a', f'--predict={sensors}/a.npz', f'--out={tmp_path}/map.tif')
-    run('viz_attention.py', f'--encoders={tmp_path}/pca/last.pt', f'--data={sensors}/a', '--tiles=0', f'--out_dir={tmp_path}/attention')
-    done = run('pretrain_mae.py', *FLAGS['pretrain_mae.py'], f'--data={sensors}/a', '--pca=41', f'--out_dir={tmp_path}/no', check=False)
+    centred = x - x.mean(1, keepdim=True)
+    back = torch.from_numpy(components).T @ (y - y.mean(1, keepdim=True))
+    lost = (back - centred).square().sum() / centred.square().sum()  # what comes back lacks the other components only
+    assert float(lost) == pytest.approx(1 - sum(meta['explained_variance']), rel=0.01)
+
+
+def test_an_encoder_of_principal_components_is_trained_judged_and_maps(sensors, tmp_path):
+    run('data.py', 'tile', f'--root={sensors}/a.npz', '--pca=3', f'--out={tmp_path}/pca', '--tile_size=16', '--split_block=8')
+    run('pretrain_mae.py', *MAE_TINY, f'--data={tmp_path}/pca', '--max_steps=2', f'--out_dir={tmp_path}/mae')
+    encoder = load_encoder(tmp_path / 'mae' / 'last.pt')
+    assert encoder.in_chans == 3 and np.array_equal(encoder.meta['components'], Tiles(f'{tmp_path}/pca', 'tr').meta['components'])
+    assert os.path.exists(tmp_path / 'mae' / 'reconstruction.png')
+    run(*JUDGE, f'--encoder={tmp_path}/mae/last.pt', f'--out_dir={tmp_path}/judged')
+    run('tools/map_scene.py', f'--run={tmp_path}/judged', f'--scene={sensors}/a.npz', f'--out={tmp_path}/map.tif')
+    assert read_scene(f'{tmp_path}/map.tif').cube.shape == (1, 64, 64)
+    done = run('data.py', 'tile', f'--root={sensors}/a.npz', '--pca=41', f'--out={tmp_path}/no', '--tile_size=16', check=False)
     assert done.returncode == 1 and '--pca=41: choose from 1 to 40' in done.stderr
-
-
-# ============ other bands by wavelength alone ============
-
-@pytest.mark.parametrize('nm', [np.arange(460, 946, 7.0), np.arange(470, 940, 18.0), np.array(OHS_NM[::-1], float)])
-def test_a_spatial_spectral_encoder_takes_other_bands_by_their_wavelengths(nm):
-    torch.manual_seed(0)
-    encoder = SpatialSpectralViT(16, 4, 32, 64, 3, 4, wavelengths_nm=list(OHS_NM), num_register_tokens=2).eval()
-    for parameter in encoder.fuse.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    ramp = torch.linspace(0.5, 1.5, 16)
-
-    def images(nm):  # three smooth spectra, brighter to the right: (3, C, 16, 16)
-        return torch.stack([torch.sin((torch.tensor(nm) - 400) / 150 + k)[:, None, None] * ramp.expand(16, 16) for k in range(3)]).float()
-    other = encoder.at_wavelengths(nm.tolist())
-    with torch.no_grad():
-        expected, got = encoder(images(np.array(OHS_NM, float)))[0], other(images(nm))[0]
-        same = encoder.at_wavelengths(list(OHS_NM))(images(np.array(OHS_NM, float)))
-    error, spread = (got - expected).norm() / expected.norm(), (expected[0] - expected[2]).norm() / expected.norm()
-    assert error < 0.05 < 0.3 < spread
-    assert all(torch.equal(a, b) for a, b in zip(same, encoder(images(np.array(OHS_NM, float)))))
-    assert other.num_groups == -(-len(nm) // 2) and encoder.in_chans == 32  # the encoder itself stays
-
-
-def test_bands_by_wavelength_alone_are_judged_or_refused_in_a_sentence(sensors, tmp_path):
-    flags = FLAGS['pretrain_dino_hsi.py']
-    run('pretrain_dino_hsi.py', *flags, f'--data={sensors}/b', '--max_steps=1', f'--out_dir={tmp_path}/hsi')
-    args = ['segment.py', *JUDGE, f'--data={sensors}/a', '--by_wavelength', f'--results={tmp_path}/r.csv']
-    run(*args, f'--encoder={tmp_path}/hsi/last.pt', f'--out_dir={tmp_path}/judged')
-    checkpoint = load_checkpoint(tmp_path / 'judged' / 'best.pt')
-    assert checkpoint['encoder_args']['in_chans'] == 40 == checkpoint['meta']['num_bands']
-    run('segment.py', f'--out_dir={tmp_path}/judged', f'--predict={sensors}/a.npz', f'--out={tmp_path}/map.tif')
-    with pytest.raises(UserError, match='only for channel fusion'):
-        SpatialSpectralViT(16, 4, 12, 24, 1, 2, fusion='token', wavelengths_nm=list(range(500, 620, 10))).at_wavelengths([500.0, 510])
-    with pytest.raises(UserError, match='known wavelengths'):
-        SpatialSpectralViT(16, 4, 12, 24, 1, 2).at_wavelengths([500.0, 510])

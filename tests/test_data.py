@@ -1,8 +1,11 @@
 """Reading, tiling, labels, scores, augmentation and floors."""
+import functools
 import glob
 import json
 import os
+import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -304,37 +307,56 @@ def test_whu_ohs_layout_tiles_trains_and_scores(tmp_path):
     assert all(planar[name] == plain[name] for name in plain if name.endswith('.npy'))  # both axis orders, plain and deflate
     meta = json.load(open(tmp_path / 'out' / 'meta.json'))
     assert meta['wavelengths_nm'] == list(data.OHS_NM) and meta['class_names'][23] == 'Ocean' and len(meta['tiles']['tr']) == 64
+    data.tile(tile_args(root=tmp_path / 'whu', out=tmp_path / 'narrow', tile_size=64, bands='500,660,860'))  # its files do not say their wavelengths
+    assert Tiles(str(tmp_path / 'narrow'), 'ts').meta['class_names'] == meta['class_names'] and Tiles(str(tmp_path / 'narrow'), 'ts').images.shape[1] == 3
     run('pretrain_mae.py', f'--data={tmp_path / "out"}', f'--out_dir={tmp_path / "mae"}', *MAE_TINY, '--img_size=64', '--patch_size=16',
         '--max_steps=2')
     run('segment.py', f'--data={tmp_path / "out"}', f'--encoder={tmp_path / "mae" / "last.pt"}', f'--out_dir={tmp_path / "seg"}',
-        '--steps=2', f'--results={tmp_path / "results.csv"}')
+        '--decoder=linear', '--steps=2')
     report = json.load(open(tmp_path / 'seg' / 'report.json'))
     assert len(report['scores']['iou']) == 24 and sum(map(sum, report['confusion_matrix'])) == sum(meta['class_counts']['ts'])
 
 
+def arrays(folder):
+    return {name: content for name, content in contents(folder).items() if name.endswith('.npy')}
+
+
+def facts(folder):
+    """meta.json without the command that made it"""
+    meta = json.load(open(os.path.join(folder, 'meta.json')))
+    return {key: value for key, value in meta.items() if key != 'command'}
+
+
+KILLED_TILER = """
+import data, os, signal, sys
+read, reads = data.open_input, []
+def killed(*arguments):
+    reads.append(arguments)
+    if len(reads) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(*arguments)
+data.open_input, data.SAVE_EVERY = killed, 0.0
+data.tile(data.parse(sys.argv[2:]))
+"""
+
+
 def test_killed_tiling_goes_on_and_gives_the_same_bytes(tmp_path):
     root = tmp_path / 'whu'
-    whu_layout(str(root), (128, 128), 'YXC', None, n=12)
-    run('data.py', 'tile', f'--root={root}', f'--out={tmp_path / "a"}', '--tile_size=64')
-    slow = 'import data, sys, time\nread = data.read_input\ndata.read_input = lambda *a: (time.sleep(0.25), read(*a))[1]\ndata.tile(data.parse(sys.argv[1:]))'
-    command = [sys.executable, '-c', slow, 'tile', f'--root={root}', f'--out={tmp_path / "b"}', '--tile_size=64']
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    for _ in range(300):
-        if os.path.exists(tmp_path / 'b' / 'progress.json'):
-            break
-        time.sleep(0.1)
-    time.sleep(0.6)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with pytest.raises(UserError, match='half-made'):
-        Tiles(str(tmp_path / 'b'), 'tr')
-    again = run('data.py', 'tile', f'--root={root}', f'--out={tmp_path / "b"}', '--tile_size=64')
-    assert 'going on after' in again.stdout
+    whu_layout(str(root), (64, 64), 'YXC', None, n=6)
+    flags = [f'--root={root}', '--tile_size=32']
+    run('data.py', 'tile', *flags, f'--out={tmp_path / "a"}')
+    for read, known in ((8, (7, 0)), (20, (18, 8))):  # killed in the first pass, then in the second one
+        done = subprocess.run([sys.executable, '-c', KILLED_TILER, str(read), 'tile', *flags, f'--out={tmp_path / "b"}'], cwd=ROOT)
+        assert done.returncode == -signal.SIGKILL
+        with pytest.raises(UserError, match='half-made') as caught:
+            Tiles(str(tmp_path / 'b'), 'tr')
+        progress = json.load(open(tmp_path / 'b' / 'progress.json'))
+        assert (len(progress['scenes']), progress['written']) == known
+    again = run(*str(caught.value).splitlines()[1].split()[1:])  # as the sentence says
+    assert 'going on after 18 of 18 inputs counted, 8 written' in again.stdout
+    assert arrays(tmp_path / 'a') == arrays(tmp_path / 'b') and facts(tmp_path / 'a') == facts(tmp_path / 'b')
     assert contents(tmp_path / 'a').keys() == contents(tmp_path / 'b').keys()
-    assert all(a == b for name, a in contents(tmp_path / 'a').items() for b in [contents(tmp_path / 'b')[name]] if name.endswith('.npy'))
-    metas = [json.load(open(tmp_path / name / 'meta.json')) for name in 'ab']
-    assert {k: v for k, v in metas[0].items() if k != 'command'} == {k: v for k, v in metas[1].items() if k != 'command'}
-    assert 'nothing to do' in run('data.py', 'tile', f'--root={root}', f'--out={tmp_path / "b"}', '--tile_size=64').stdout
+    assert 'nothing to do' in run('data.py', 'tile', *flags, f'--out={tmp_path / "b"}').stdout
 
 
 def test_a_folder_with_bad_files_keeps_the_good_ones_and_can_be_finished(tmp_path):
@@ -352,6 +374,7 @@ def test_a_folder_with_bad_files_keeps_the_good_ones_and_can_be_finished(tmp_pat
     for i in range(1, 6):
         assert failed.stderr.count(f'O1_000{i}.tif: ') == 1, failed.stderr
     assert '5 of 18 inputs' in failed.stderr and not (out / 'meta.json').exists()
+    assert len(json.load(open(out / 'progress.json'))['scenes']) == 13  # what was counted is kept
     assert run(*command, check=False).returncode == 1
     (image / 'O1_0005.tif').unlink()
     assert '4 of 17 inputs' in run(*command, check=False).stderr
@@ -369,40 +392,120 @@ def test_scenes_of_one_name_are_two_scenes_and_nodata_must_agree(tmp_path):
     for image, (scene, row, col) in zip(tiles.images, tiles.meta['tiles']['tr']):
         np.testing.assert_array_equal(image, scenes[scene].cube[:, row:row + 16, col:col + 16])
     make_scene(tmp_path / 'c.npz', nodata=7)
-    with pytest.raises(UserError, match='nodata value is 7'):
+    with pytest.raises(UserError, match='nodata .7. differ'):
         data.tile(tile_args(root=f'{tmp_path}/a/s.npz,{tmp_path}/c.npz', out=tmp_path / 'out2', tile_size=16))
 
 
-@pytest.mark.parametrize('done', [False, True], ids=['before', 'after'])
-def test_killed_before_or_after_any_rename_loses_nothing(done, tmp_path, monkeypatch):
-    args, replace = dict(root=make_scene(tmp_path / 's.npz'), tile_size=16), os.replace
+@pytest.mark.parametrize('where', ['read', 'slot', 'rename before', 'rename after'])
+def test_killed_anywhere_loses_nothing(where, tmp_path, monkeypatch):
+    """At every read of a scene, at every seventh write, before and after every rename"""
+    paths = [make_scene(tmp_path / f's{i}.npz', seed=i, nodata=0) for i in range(3)]
+    args = dict(root=','.join(paths), tile_size=16, pca=2, normalize='scene')
     data.tile(tile_args(out=tmp_path / 'whole', **args))
+    monkeypatch.setattr(data, 'SAVE_EVERY', 0.0)
+    owner, name = {'read': (data, 'open_input'), 'slot': (data.Slots, '__setitem__')}.get(where, (os, 'replace'))
+    original = getattr(owner, name)
 
-    def killed(source, target):
-        renames.append(target)
-        if len(renames) <= n or done:
-            replace(source, target)
-        if len(renames) == n + 1:
+    def killed(*arguments):
+        calls.append(arguments)
+        if where == 'rename after' or len(calls) <= n:
+            original(*arguments)
+        if len(calls) == n + 1:
             raise KeyboardInterrupt
-    for n in range(99):
-        out, renames = tmp_path / str(n), []
+        return original(*arguments) if where == 'read' else None
+    for n in range(0, 999, 7 if where == 'slot' else 1):
+        out, calls = tmp_path / str(n), []
         with monkeypatch.context() as patch:
-            patch.setattr(os, 'replace', killed)
+            patch.setattr(owner, name, killed)
             try:
                 data.tile(tile_args(out=out, **args))
-                break  # fewer renames than n
+                break  # fewer calls than n
             except KeyboardInterrupt:
                 pass
         data.tile(tile_args(out=out, **args))
-        pairs = [{k: v for k, v in contents(tmp_path / name).items() if k.endswith('.npy')} for name in ('whole', str(n))]
-        assert pairs[0] == pairs[1], renames
-    assert 6 < n < 20
+        assert arrays(tmp_path / 'whole') == arrays(out) and facts(tmp_path / 'whole') == facts(out), calls
+        assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / 'whole'))
+        shutil.rmtree(out)
+    assert n >= 6, n
+
+
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+    """A run that was killed in its second pass reads the scenes that were not written yet, and no others"""
+    paths = [make_scene(tmp_path / f's{i}.npz', seed=i) for i in range(4)]
+    args = dict(root=','.join(paths), out=tmp_path / 'out', tile_size=16)
+    monkeypatch.setattr(data, 'SAVE_EVERY', 0.0)
+    read, reads = data.open_input, []
+
+    def counted(item, args):
+        reads.append(paths.index(item.path))
+        if len(reads) == stop:
+            raise KeyboardInterrupt
+        return read(item, args)
+    monkeypatch.setattr(data, 'open_input', counted)
+    for stop, expected in ((3, [0, 1, 2]), (5, [2, 3, 0, 1, 2]), (0, [2, 3])):
+        reads.clear()
+        try:
+            data.tile(tile_args(**args))
+        except KeyboardInterrupt:
+            pass
+        assert reads == expected
+
+
+def small_disk(limit):
+    """From here on no file of this process grows beyond `limit` bytes: a write fails as on a full disk"""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def test_scenes_that_are_added_to_a_half_made_directory_are_tiled_too_and_lost_ones_are_missed(tmp_path, monkeypatch):
+    root, out = tmp_path / 'whu', tmp_path / 'out'
+    whu_layout(str(root), (64, 64), 'YXC', None, n=2)
+    args = dict(root=root, tile_size=32)
+    data.tile(tile_args(out=tmp_path / 'whole', **args))
+    os.rename(root / 'ts', tmp_path / 'ts')
+    with monkeypatch.context() as patch:
+        patch.setattr(data, 'SAVE_EVERY', 0.0)
+        patch.setattr(data, 'write_json', lambda path, content, write=data.write_json: (write(path, content), content.get('written') == 2 and 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            data.tile(tile_args(out=out, **args))
+    assert json.load(open(out / 'progress.json'))['written'] == 2
+    os.rename(root / 'val', tmp_path / 'val')
+    with pytest.raises(UserError, match='half-made with val.*gone'):
+        data.tile(tile_args(out=out, **args))
+    os.rename(tmp_path / 'val', root / 'val')
+    os.rename(tmp_path / 'ts', root / 'ts')
+    data.tile(tile_args(out=out, **args))
+    assert arrays(tmp_path / 'whole') == arrays(out) and facts(tmp_path / 'whole') == facts(out)
+    shutil.copy(root / 'ts' / 'image' / 'O1_0000.tif', root / 'ts' / 'image' / 'new.tif')
+    with pytest.raises(UserError, match='complete without ts.new.tif'):
+        data.tile(tile_args(out=out, **args))
+
+
+@pytest.mark.parametrize('limit', [100, 5_000, 60_000])  # for progress.json, for the tiles, for the last of them
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(limit, tmp_path):
+    flags = ['data.py', 'tile', f'--root={make_scene(tmp_path / "s.npz", bands=40)}', '--tile_size=16', '--split_block=8']
+    run(*flags, f'--out={tmp_path / "whole"}')
+    full = run(*flags, f'--out={tmp_path / "out"}', check=False, prepare=functools.partial(small_disk, limit))
+    assert full.returncode == 1 and 'Traceback' not in full.stderr and 'too large' in full.stderr, full.stderr
+    with pytest.raises(UserError, match='tile'):
+        Tiles(str(tmp_path / 'out'), 'tr')
+    run(*flags, f'--out={tmp_path / "out"}')
+    assert arrays(tmp_path / 'whole') == arrays(tmp_path / 'out') and facts(tmp_path / 'whole') == facts(tmp_path / 'out')
+
+
+def test_a_scene_that_changes_between_the_passes_is_told(tmp_path, monkeypatch):
+    path = make_scene(tmp_path / 's.npz')
+    monkeypatch.setattr(data, 'make_meta', lambda *arguments, make=data.make_meta: (make_scene(path, height=60), make(*arguments))[1])
+    with pytest.raises(UserError, match='has changed since'):
+        data.tile(tile_args(root=path, out=tmp_path / 'out', tile_size=16))
+    assert not os.path.exists(tmp_path / 'out' / 'meta.json')
 
 
 @pytest.mark.parametrize('flags, words', [
     (['--root=nowhere'], 'no such file or folder'), (['--root={scene}', '--tile_size=64'], 'smaller tiles'),
     (['--root={scene}', '--bands=200,300'], 'inside its range'), (['--root={scene}', '--bands=red'], 'in nm'),
     (['--root={empty}'], 'expected tr|val|ts'), (['--root={scene},{other}'], 'sensor'), (['--root={scene}', '--labels=a,b'], '--labels names'),
+    (['--root={scene}', '--pca=8'], 'choose from 1 to 7'),
 ])
 def test_mistakes_on_the_command_line_of_tile(tmp_path, flags, words):
     os.makedirs(tmp_path / 'empty')
@@ -430,46 +533,58 @@ def test_empty_split_is_told(tmp_path):
         Tiles(str(tmp_path / 'out'), 'ts')
 
 
-def test_check_finds_labels_shared_by_two_splits(tmp_path):
-    root = str(tmp_path / 'whu')
-    whu_layout(root, (64, 64), 'YXC', None, n=1)
-    for kind in ('image', 'label'):
-        shutil.copy(f'{root}/tr/{kind}/O1_0000.tif', f'{root}/ts/{kind}/O1_0000.tif')
-    run('data.py', 'tile', f'--root={root}', f'--out={tmp_path / "out"}', '--tile_size=64')
-    done = run('data.py', 'check', f'--data={tmp_path / "out"}', check=False)
-    assert done.returncode == 1 and 'labelled in two splits' in done.stderr and 'Traceback' not in done.stderr
-
-
-def test_resampled_bands_follow_the_gaussian_response():
-    nm = np.arange(400, 1000, 4.0)
-    spectrum = 1000 + 300 * np.sin(nm / 60)
-    target = np.array([500.0, 660, 860])
-    got = data.resample_bands(spectrum[::-1, None, None], nm[::-1], target, fwhm=20)[:, 0, 0]
-    for value, centre in zip(got, target):
-        response = np.exp(-0.5 * ((nm - centre) / (20 / 2.3548)) ** 2)
-        assert value == pytest.approx((response * spectrum).sum() / response.sum(), rel=1e-4)
-    coarse = data.resample_bands(np.array([1.0, 2.0, 4.0])[:, None, None], [500, 600, 700], [550, 650])[:, 0, 0]
-    np.testing.assert_allclose(coarse, [1.5, 3.0])
-    backwards = data.resample_bands(np.array([4.0, 2.0, 1.0])[:, None, None], [700, 600, 500], [550, 650])[:, 0, 0]
-    np.testing.assert_allclose(backwards, [1.5, 3.0])
-    with pytest.raises(UserError, match='inside its range'):
-        data.resample_bands(spectrum[:, None, None], nm, [2000])
-
-
 # ============ batches and augmentation ============
 
 def test_batch_reads_the_tiles_asked_for_and_keeps_two_buffers(scene_data):
     tiles = Tiles(scene_data, 'tr')
-    first, labels = tiles.batch([3, 0, 3])
+    first, labels = tiles.batch([3, 0, 3], reuse=True)
     np.testing.assert_array_equal(first, tiles.images[[3, 0, 3]])
     np.testing.assert_array_equal(labels, tiles.labels[[3, 0, 3]])
-    second, _ = tiles.batch([1, 2, 4])
+    second, _ = tiles.batch([1, 2, 4], reuse=True)
+    tiles.batch([5])  # a copy takes no turn
     np.testing.assert_array_equal(first, tiles.images[[3, 0, 3]])  # still valid
-    third, _ = tiles.batch([0, 1, 2])
+    third, _ = tiles.batch([0, 1, 2], reuse=True)
     assert third.data_ptr() == first.data_ptr() and second.data_ptr() != first.data_ptr() and first.dtype == torch.uint16
-    window, _ = tiles.batch([2, 5], corners=[[1, 2], [4, 0]], side=8)
-    np.testing.assert_array_equal(window[0], tiles.images[2][:, 1:9, 2:10])
-    np.testing.assert_array_equal(window[1], tiles.images[5][:, 4:12, :8])
+    for reuse in (False, True):
+        window, labels = tiles.batch([2, 5], corners=[[1, 2], [4, 0]], side=8, reuse=reuse)
+        np.testing.assert_array_equal(window[0], tiles.images[2][:, 1:9, 2:10])
+        np.testing.assert_array_equal(window[1], tiles.images[5][:, 4:12, :8])
+        np.testing.assert_array_equal(labels[1], tiles.labels[5][4:12, :8])
+
+
+def test_batches_are_copies_that_nothing_overwrites(scene_data):
+    tiles = Tiles(scene_data, 'tr')
+    images = [tiles.batch([i])[0] for i in range(4)]  # what a notebook does
+    tiles.batch([7]), tiles.batch([7], reuse=True)
+    for i, image in enumerate(images):
+        np.testing.assert_array_equal(image[0], tiles.images[i])
+    assert len({image.numpy().tobytes() for image in images}) == 4
+    image, labels = tiles[2]
+    image.zero_(), labels.zero_()  # a copy, not the file
+    assert tiles.images[2].any() and torch.equal(tiles[-1][0], tiles[len(tiles) - 1][0])
+    for ids in ([len(tiles)], [0, -1]):
+        with pytest.raises(IndexError):
+            tiles.batch(ids)
+    with pytest.raises(IndexError):
+        tiles[len(tiles)]
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_data_loader_takes_tiles(workers, scene_data, tmp_path):
+    tiles = Tiles(scene_data, 'tr', label_share=0.5, seed=3)
+    loader = torch.utils.data.DataLoader(tiles, batch_size=4, num_workers=workers, multiprocessing_context='fork' if workers else None)
+    images, labels = map(torch.cat, zip(*loader))
+    np.testing.assert_array_equal(images, tiles.images)
+    np.testing.assert_array_equal(labels, tiles.labels)
+    sent = pickle.dumps(tiles)  # what a worker that was not forked gets
+    assert len(sent) < 1000
+    np.testing.assert_array_equal(pickle.loads(sent).labels, tiles.labels)
+    data.tile(tile_args(root=make_scene(tmp_path / 's.npz'), out=tmp_path / 't', tile_size=16))
+    for name in os.listdir(tmp_path / 't'):
+        if name.endswith('labels.npy'):
+            os.remove(tmp_path / 't' / name)
+    images = torch.cat(list(torch.utils.data.DataLoader(Tiles(str(tmp_path / 't'), 'tr'), batch_size=4)))
+    np.testing.assert_array_equal(images, Tiles(str(tmp_path / 't'), 'tr').images)
 
 
 def test_an_epoch_visits_every_tile_once():
@@ -500,6 +615,109 @@ def test_a_crop_of_scale_one_is_an_exact_copy_from_anywhere_in_the_tile():
         np.testing.assert_array_equal(y, t[:, row + top:row + top + 8, col + left:col + left + 8])
     where = corners + boxes[:, :2]
     assert where.min() == 0 and where.max() == 16
+
+
+def light_on(x, light, bands, matrix=None):
+    """x (B, C + 1, H, W) -> augment_spectra() with draws of seed 0"""
+    generator = torch.Generator().manual_seed(0)
+    draws, field = torch.rand(len(x), 11, generator=generator), torch.randn(bands, 64, x.shape[-1], generator=generator)
+    ones = torch.ones(bands)
+    statistics = data.Statistics(ones, ones, ones if matrix is None else matrix, torch.arange(bands))
+    return data.augment_spectra(x, draws, field, statistics, light)
+
+
+@pytest.mark.parametrize('bands', [1, 2, 3, 8])
+def test_band_dropout_removes_a_third_at_most_and_never_of_one_or_two_bands(bands):
+    y = light_on(torch.ones(1000, bands + 1, 2, 2), data.Light(band_dropout=0.5), bands)[:, :, 0, 0]
+    dropped = (y == 0).sum(1)
+    if bands < 3:
+        assert not dropped.any()
+    else:
+        assert dropped.max() == -(-bands // 3) and abs((dropped > 0).float().mean() - 0.5) < 0.05
+        assert all((row == 0).nonzero().diff(dim=0).eq(1).all() for row in y)  # neighbours
+
+
+def test_light_of_strength_0_changes_nothing_and_missing_pixels_stay_0():
+    x = torch.randn(6, 5, 9, 9)
+    x[:, 4] = (torch.rand(6, 9, 9) < 0.8).float()
+    same = light_on(x, data.Light(), 4)
+    torch.testing.assert_close(same, x[:, :4] * x[:, 4:], rtol=0, atol=0)
+    strong = light_on(x, data.Light(gain=0.5, offset=2, noise=1, band_dropout=0.5, jitter=0.5, solarize=0.5), 4, torch.randn(4, 4))
+    assert (strong[(x[:, 4:] == 0).expand_as(strong)] == 0).all() and not torch.allclose(strong, same)
+
+
+# ============ judging ============
+
+class Counted:
+    """Tiles that hold raw values 0, 1, 2, ... by tile, and their labels"""
+    directory, split, pin_memory = '', 'ts', False
+
+    def __init__(self, count, side=8):
+        labels = np.random.default_rng(0).integers(0, 4, (count, side, side)).astype(np.uint8)
+        self.images, self.labels = labels[:, None].repeat(2, 1) + 10, labels
+        names = ['a', 'b', 'c']
+        self.meta = {'num_classes': 3, 'class_names': names, 'split': 'made up', 'wavelengths_nm': None, 'nodata': None, 'mean': [10, 10], 'std': [3, 3]}
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, ids):
+        return torch.from_numpy(self.images[ids]), torch.from_numpy(self.labels[ids])
+
+
+def right(raw):
+    """The labels of Counted, as classes"""
+    return (raw[:, 0].long() - 11).clamp(min=0)
+
+
+def test_predictions_are_counted_beside_their_labels_over_all_ranks():
+    tiles = Counted(7)
+    whole = data.evaluate(right, tiles)
+    assert scores(whole)['oa'] == 1 and whole.sum() == np.count_nonzero(tiles.labels) and torch.equal(whole, whole.T)
+    cm = sum(confusion_matrix(right(tiles.batch(ids)[0]), label_to_class(tiles.batch(ids)[1]), 3) for ids in ([0, 2, 4, 6], [1, 3, 5]))
+    assert torch.equal(whole, cm)
+    shifted = data.evaluate(lambda raw: (right(raw) + 1) % 3, tiles)
+    assert scores(shifted)['oa'] == 0
+
+
+def test_a_tile_larger_than_the_window_is_predicted_in_blended_windows():
+    raw, seen = torch.arange(2 * 24 * 24.0).reshape(1, 2, 24, 24), []
+
+    def probabilities(x):
+        seen.append(x.shape[-1])
+        return torch.cat([x / 2000, 1 - x[:, :1] / 2000], 1)
+    whole = data.predict_tile(probabilities, raw, 24, 3)
+    windows = data.predict_tile(probabilities, raw, 8, 3)
+    assert whole.shape == windows.shape == (1, 3, 24, 24) and set(seen) == {24, 8}
+    torch.testing.assert_close(whole, windows, rtol=1e-5, atol=1e-5)  # of each pixel alone: no seam can show
+
+
+def test_a_report_prints_the_name_beside_its_floors_and_keeps_all_numbers(tmp_path, capsys, scene_data):
+    cm, meta = torch.tensor([[50, 0, 0], [10, 40, 0], [0, 0, 0]]), {'class_names': ['a', 'b', 'c'], 'split': 'made up'}
+    floor = data.floors(scene_data, 'ts')
+    result = data.report(str(tmp_path), 'my network', cm, floor, meta, {'best_step': 7})
+    said, kept = capsys.readouterr().out, json.load(open(tmp_path / 'report.json'))
+    assert result == scores(cm) == kept['scores'] and kept['best_step'] == 7 and kept['floors'] == floor and kept['confusion_matrix'] == cm.tolist()
+    assert kept['class_names'] == meta['class_names'] and kept['how_split'] == 'made up' and kept['warning'] == '' and kept['split'] == 'ts'
+    for words in ('my network', 'window', 'majority', '90.0', 'IoU absent  c (0 px)', '83.3  a (50 px)'):
+        assert words in said, words
+    data.report(str(tmp_path), 'chance', torch.full((3, 3), 9), floor, meta, {})
+    assert 'not clearly above chance' in capsys.readouterr().out
+
+
+def test_pictures_of_a_judge_show_matrix_and_tiles(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(data, 'save_figure', lambda figure, path: figures.append(figure))
+    tiles = Counted(6)
+    data.save_examples('examples.png', right, tiles)
+    axes = figures[0].axes
+    assert len(axes) == 12 and len({axis.get_ylabel() for axis in axes[::3]}) == 4
+    known = tiles.labels[int(axes[0].get_ylabel().split()[1][:-1])] > 0
+    labels, predicted = (np.asarray(axis.images[0].get_array()) for axis in axes[1:3])
+    np.testing.assert_array_equal(labels[known], predicted[known])
+    data.save_confusion('confusion.png', torch.tensor([[8, 2, 0], [0, 5, 0], [0, 0, 0]]), ['a', 'b', 'c'])
+    texts = [text.get_text() for text in figures[1].axes[0].texts]
+    assert texts == ['80', '20', '100'] and [t.get_text() for t in figures[1].axes[0].get_yticklabels()][0] == 'a (10)'
 
 
 # ============ floors ============
@@ -543,6 +761,27 @@ def test_the_probe_never_asks_a_pixels_own_place():
     assert data.ridge_probe(kinds, y, blocks, 4)['oa'] > 0.99
     assert data.ridge_probe(places, y, torch.arange(2000), 4)['oa'] > 0.8  # what folds of single pixels would have believed
     assert data.ridge_probe(places, y, blocks, 4)['oa'] < 0.4
+
+
+def test_the_probe_of_a_run_is_the_ridge_probe_over_its_splits(scene_data):
+    splits = [Tiles(scene_data, split) for split in ('tr', 'val')]
+    spectra = data.spectrum_features(splits[0].meta, (1,))
+    x, y, blocks = map(torch.cat, zip(*(data.labelled_pixels(tiles, spectra, 10_000, 3) for tiles in splits)))
+    miou = data.probe(spectra, splits, 3)
+    assert miou == data.ridge_probe(x, y, blocks, 3)['miou'] > 0.9
+    assert data.probe(lambda raw: torch.zeros_like(raw, dtype=torch.float32), splits, 3) < 0.4
+
+
+def test_the_curve_of_the_probe_has_lines_for_what_it_must_beat():
+    log = [{'step': 0, 'probe_miou': 0.1, 'pixel floor': 0.2, 'window floor': 0.3}, {'step': 5, 'loss': 1.0},
+           {'step': 9, 'probe_miou': 0.4, 'pixel floor': 0.2, 'window floor': 0.3}]
+    axis = Figure().subplots()
+    data.draw_probe(axis, log[1:2])
+    assert not axis.lines
+    data.draw_probe(axis, log)
+    curves = {line.get_label(): [round(float(y)) for y in line.get_ydata()] for line in axis.lines}
+    assert curves == {'frozen encoder': [10, 40], 'random encoder': [10, 10], 'pixel floor': [20, 20], 'window floor': [30, 30]}
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == list(curves) and axis.lines[0].get_xdata().tolist() == [0, 9]
 
 
 def test_one_pixel_in_two_tiles_lies_in_one_block(scene_data):

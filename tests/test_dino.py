@@ -4,16 +4,26 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import pretrain_dino
 import pretrain_dino_hsi
 from conftest import ROOT, make_scene, run
-from data import Tiles, UserError, augment_spectra, crop_by, crop_weights, draw_crops, resized_crop, standardization, standardize, standardize_rows
+from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by, crop_weights, draw_crops, resized_crop, standardization, standardize,
+                  standardize_rows)
 from models import DINOHead, SpatialSpectralViT, ViT
 
 MODULES = [pretrain_dino, pretrain_dino_hsi]
 each_script = pytest.mark.parametrize('script', MODULES, ids=['dino', 'dino_hsi'])
+
+
+@pytest.fixture
+def constants(monkeypatch):
+    """constants(script, name=value, ...): other values for a script's constants, as flags on the command line give them."""
+    def change(script, **values):
+        for name, value in values.items():
+            if hasattr(script, name):  # the second stream's are in one script only
+                monkeypatch.setattr(script, name, value)
+    return change
 
 
 def count(*modules):
@@ -26,6 +36,15 @@ def test_parameter_counts_are_the_dissertations():
     dinov2 = dict(num_register_tokens=4, init_values=1e-5, mask_token=True)
     assert count(ViT(ffn='swiglu', **dinov2)) + count(head) == 109_853_440
     assert count(SpatialSpectralViT(ffn='mlp', fusion='token', **dinov2)) + count(head) == 202_915_984
+
+
+@pytest.mark.parametrize('script, flags, expected', [(pretrain_dino, {}, 109_853_440), (pretrain_dino_hsi, {'fusion': 'token', 'ffn': 'mlp'}, 202_915_984)],
+                         ids=['dino', 'dino_hsi'])
+def test_size_base_builds_the_dissertations_networks(script, flags, expected, constants):
+    constants(script, size='base', **script.PRESETS['base'] | {'out_dim': 65_536}, **flags)
+    with torch.device('meta'):
+        model, encoder_args = script.build_model({'num_bands': 32, 'wavelengths_nm': None})
+    assert count(model.student) == count(model.teacher) == expected and encoder_args['img_size'] == 64
 
 
 # ============ losses against the formulas in float64 ============
@@ -46,6 +65,11 @@ def plain_cross_entropy(student, probs):
     log_p = z - z.max(-1, keepdims=True)
     log_p = log_p - np.log(np.exp(log_p).sum(-1, keepdims=True))
     return -(probs * log_p).sum(-1)
+
+
+def said(script, cls=torch.randn(4, 5), crops=torch.zeros(0, 8), masked=torch.zeros(0, 8), local=torch.zeros(0, 8)):
+    """What a network says of one stream, arrays as tensors"""
+    return script.Said(*(torch.as_tensor(value) for value in (cls, crops, masked, local)))
 
 
 @each_script
@@ -72,12 +96,12 @@ def test_losses_agree_with_float64(script):
     rng = np.random.default_rng(1)
     student, probs = rng.normal(size=(12, 30)).astype(np.float32), rng.dirichlet(np.ones(30), 12).astype(np.float32)
     expected = plain_cross_entropy(student, probs)
-    assert script.dino_loss(torch.from_numpy(student), torch.from_numpy(probs)).item() == pytest.approx(expected.mean(), rel=1e-5)
+    np.testing.assert_allclose(script.cross_entropy(torch.from_numpy(student), torch.from_numpy(probs)), expected, rtol=1e-5)
 
     mask = torch.zeros(4, 9, dtype=torch.bool)
     mask[0, 2:5], mask[1, 0], mask[3, 1:9] = True, True, True  # 3, 1, 0 and 8 masked patches
     weight = np.array([1 / 3] * 3 + [1] + [1 / 8] * 8)
-    loss = script.ibot_loss(torch.from_numpy(student), torch.from_numpy(probs), mask)
+    loss = script.ibot_loss(said(script, masked=student), torch.from_numpy(probs), mask, mask.flatten().nonzero()[:, 0])
     assert loss.item() == pytest.approx((expected * weight).sum() / 4, rel=1e-5)
 
     x = rng.normal(size=(10, 6))
@@ -96,28 +120,46 @@ def test_each_crop_is_compared_with_the_other_view(script):
     for t in range(2):
         for crop in [big[:B], big[B:]][1 - t:2 - t] + list(small.reshape(L, B, K)):
             terms.append(plain_cross_entropy(crop, probs[t * B:(t + 1) * B]).mean())
-    outputs = (torch.randn(2 * B, 5), torch.from_numpy(big), torch.zeros(0, K), torch.from_numpy(small))
-    losses = script.distillation_losses(outputs, torch.from_numpy(probs), torch.zeros(0, K), torch.zeros(2 * B, 4, dtype=torch.bool))
-    assert len(terms) == 2 + 2 * L and losses['dino'].item() == pytest.approx(np.mean(terms), rel=1e-5) and losses['ibot'] == 0
+    loss = script.dino_loss(said(script, crops=big, local=small), torch.from_numpy(probs))
+    assert len(terms) == 2 + 2 * L and loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
 
 
 @each_script
-def test_koleo_survives_duplicates_and_refuses_a_batch_of_one(script):
+def test_a_streams_loss_is_the_weighted_sum_of_its_terms(script, constants):
+    torch.manual_seed(0)
+    mask = torch.rand(6, 9) < 0.4
+    rows = mask.flatten().nonzero()[:, 0]
+    student, teacher = (said(script, torch.randn(6, 5), torch.randn(6, 8), torch.randn(len(rows), 8), torch.randn(9, 8)) for _ in range(2))
+    constants(script, ibot_weight=0.5, koleo_weight=0.1)
+    loss, terms = script.stream_loss(student, teacher, mask, rows, 0.05)
+    dino, ibot = script.dino_loss(student, script.sinkhorn_knopp(teacher.crops, 0.05)), script.ibot_loss(student, script.sinkhorn_knopp(teacher.masked, 0.05),
+                                                                                                         mask, rows)
+    koleo = script.koleo_loss(student.cls[:3]) + script.koleo_loss(student.cls[3:])
+    torch.testing.assert_close(terms, {'dino': dino, 'ibot': ibot, 'koleo': koleo})
+    torch.testing.assert_close(loss, dino + 0.5 * ibot + 0.1 * koleo)
+    constants(script, ibot_weight=0.0, koleo_weight=0.0)
+    loss, terms = script.stream_loss(student, teacher, mask, rows[:0], 0.05)
+    assert terms == {'dino': loss} and loss == dino
+
+
+@each_script
+def test_koleo_survives_duplicates(script):
     x = torch.ones(4, 6, requires_grad=True)
     loss = script.koleo_loss(x)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(x.grad).all()
-    with pytest.raises(UserError, match='two tiles'):
-        script.koleo_loss(torch.ones(1, 6))
 
 
 @each_script
-def test_softmax_centering_moves_its_center_to_the_mean(script):
-    logits, center = torch.randn(64, 10) + torch.arange(10), torch.zeros(10)
-    for _ in range(200):
-        probs = script.teacher_probs(logits, 0.5, 'softmax', center, 0.9)
-    torch.testing.assert_close(center, logits.mean(0), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(probs, F.softmax((logits - logits.mean(0)) / 0.5, -1), atol=1e-3, rtol=1e-3)
+def test_signs_of_collapse_tell_all_the_same_from_all_different(script, constants):
+    constants(script, ibot_weight=1.0)
+    same = said(script, torch.ones(16, 32), torch.zeros(16, 64), torch.zeros(9, 64))
+    signs = script.signs_of_collapse(same, same, 0.05)
+    assert signs['teacher_entropy'] == pytest.approx(math.log(64), rel=1e-4) and signs['patch_entropy'] == pytest.approx(math.log(64), rel=1e-4)
+    assert signs['feature_std'] == pytest.approx(0, abs=1e-5) and signs['prototypes_used'] == 1
+    apart = said(script, torch.randn(16, 32), 5 * torch.eye(16), 5 * torch.eye(16))
+    signs = script.signs_of_collapse(apart, apart, 0.05)
+    assert signs['teacher_entropy'] < 1 and signs['feature_std'] == pytest.approx(1, abs=0.1) and signs['prototypes_used'] == 16
 
 
 WORKER = """
@@ -135,9 +177,7 @@ loss = script.koleo_loss(features[rank * 6:rank * 6 + 6] @ weight)
 loss.backward()
 dist.all_reduce(weight.grad)
 weight.grad /= world  # as DDP does
-center = torch.zeros(40)
-script.teacher_probs(logits[uneven], 0.05, 'softmax', center, 0.9)
-torch.save([probs, loss.detach(), weight.grad, center], sys.argv[2] + str(rank))
+torch.save([probs, loss.detach(), weight.grad], sys.argv[2] + str(rank))
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -147,18 +187,16 @@ dist.destroy_process_group()
 def test_targets_and_koleo_are_the_same_on_two_processes(script, tmp_path):
     (tmp_path / 'worker.py').write_text(WORKER.format(module=script.__name__))
     run(tmp_path / 'worker.py', ROOT, tmp_path / 'out', processes=2)
-    parts = [torch.load(tmp_path / f'out{rank}', weights_only=True) for rank in range(2)]
+    saved = [torch.load(tmp_path / f'out{rank}', weights_only=True) for rank in range(2)]
     torch.manual_seed(0)
     logits, features = torch.randn(24, 40) * 3, torch.randn(12, 6)
-    torch.testing.assert_close(torch.cat([part[0] for part in parts]), script.sinkhorn_knopp(logits, 0.05), atol=1e-6, rtol=1e-5)
-    weight, center = torch.nn.Parameter(torch.eye(6)), torch.zeros(40)
+    torch.testing.assert_close(torch.cat([probs for probs, _, _ in saved]), script.sinkhorn_knopp(logits, 0.05), atol=1e-6, rtol=1e-5)
+    weight = torch.nn.Parameter(torch.eye(6))
     loss = script.koleo_loss(features @ weight)
     loss.backward()
-    script.teacher_probs(logits, 0.05, 'softmax', center, 0.9)
-    for part in parts:
-        torch.testing.assert_close(part[1], loss.detach())
-        torch.testing.assert_close(part[2], weight.grad)
-        torch.testing.assert_close(part[3], center)
+    for _, own_loss, gradient in saved:
+        torch.testing.assert_close(own_loss, loss.detach())
+        torch.testing.assert_close(gradient, weight.grad)
 
 
 # ============ student and teacher ============
@@ -167,7 +205,7 @@ def small_model(script, **flags):
     args = dict(img_size=16, patch_size=4, in_chans=7, embed_dim=48, depth=2, num_heads=3, num_register_tokens=2, init_values=0.1, ffn='swiglu',
                 mask_token=True)
     encoder = ViT(**args) if script is pretrain_dino else SpatialSpectralViT(**args, **flags)
-    return script.SelfDistillation(script.Branch(encoder, DINOHead(48, 32, 64, 16)), 32)
+    return script.SelfDistillation(script.Branch(encoder, DINOHead(48, 32, 64, 16)))
 
 
 def inputs(script, B=3, L=2):
@@ -226,9 +264,11 @@ def test_only_masked_tokens_go_through_the_head(script, flags):
     model, seen = small_model(script, **flags), []
     big, masks, rows, small = inputs(script)
     model.student.head.register_forward_hook(lambda head, args, out: seen.append(len(args[0])))
-    model(big, masks, rows, small)
+    outputs = model(big, masks, rows, small)
     expected = [len(big) + len(small) + len(row) for row in ([rows] if script is pretrain_dino else rows)]  # once a stream
     assert seen == expected
+    for stream, row in zip([outputs] if script is pretrain_dino else outputs, [rows] if script is pretrain_dino else rows):
+        assert [len(value) for value in stream] == [len(big), len(big), len(row), len(small)]
 
 
 @each_variant
@@ -287,50 +327,96 @@ def test_spectral_tokens_know_their_wavelength():
 # ============ crops and masks ============
 
 @each_script
-def test_block_masks_have_their_counts_and_are_blocks(script):
-    masks = script.block_masks(64, 8, 8, 0.5, 0.1, 0.5, np.random.default_rng(0))
+def test_block_masks_have_their_counts_and_are_blocks(script, constants):
+    constants(script, mask_probability=0.5, mask_ratio_min=0.1, mask_ratio_max=0.5)
+    masks = script.block_masks(64, 8, 8, np.random.default_rng(0))
     counts = masks.sum(1)
     assert (counts > 0).sum() == 32 and counts[counts > 0].min() >= 6 and counts.max() <= 32
     assert abs(counts[counts > 0].float().mean() / 64 - 0.3) < 0.03
     grid = masks.reshape(-1, 8, 8)
-    together = (grid[:, 1:] & grid[:, :-1]).sum() / grid.sum()
-    assert together > 0.6  # scattered at random it would be 0.3
+    neighbours = (grid[:, 1:] & grid[:, :-1]).sum() / grid.sum()
+    assert neighbours > 0.6  # scattered at random it would be 0.3
+    constants(script, mask_probability=0.0)
+    assert not script.block_masks(64, 8, 8, np.random.default_rng(0)).any()
 
 
-def test_band_masks_are_runs_of_neighbours():
-    masks = pretrain_dino_hsi.band_masks(200, 16, 0.5, 0.3, 0.6, np.random.default_rng(0))
+def test_band_masks_are_runs_of_neighbours(constants):
+    constants(pretrain_dino_hsi, mask_probability=0.5, mask_ratio_min=0.3, spectral_mask_ratio_max=0.6)
+    masks = pretrain_dino_hsi.band_masks(200, 16, np.random.default_rng(0))
     assert (masks.any(1)).sum() == 100
     for mask in masks[masks.any(1)]:
         where = mask.nonzero()[:, 0]
         assert 5 <= len(where) <= 10 and where[-1] - where[0] == len(where) - 1
 
 
-def batch_of(script, tiles, **changes):
-    flags = dict(rank=0, world=1, img_size=16, patch_size=4, batch_size=8, global_scale=(0.4, 1), local_scale=(0.15, 0.4), local_crops_number=3,
-                 turns=True, blur=0.5, mask_probability=0.5, mask_ratio_min=0.1, mask_ratio_max=0.5, seed=0)
-    if script is pretrain_dino_hsi:
-        flags |= dict(num_groups=4, spectral_mask_ratio_min=0.3, spectral_mask_ratio_max=0.6)
-    return script.get_batch(tiles, 3, **flags | changes)
+SMALL_BATCH = dict(img_size=16, patch_size=4, batch_size=8, global_scale_min=0.4, local_scale_min=0.15, local_scale_max=0.4, local_crops_number=3, blur=0.5,
+                   ibot_weight=1.0, mask_probability=0.5, mask_ratio_min=0.1, mask_ratio_max=0.5, seed=0)
+
+
+def batch_of(script, tiles, **ranks):
+    """A batch whose tensors are its own"""
+    return script.Batch(*(value.clone() for value in script.get_batch(tiles, 3, **ranks)))
 
 
 @each_script
-def test_ranks_share_one_batch(script, scene_data):
-    whole = [part.clone() for part in batch_of(script, Tiles(scene_data, 'tr'))]
-    halves = [[part.clone() for part in batch_of(script, Tiles(scene_data, 'tr'), rank=rank, world=2)] for rank in range(2)]
-    for one, *two in zip(whole, *halves):
-        assert torch.equal(one, torch.cat(two))
+def test_ranks_share_one_batch(script, constants, scene_data):
+    constants(script, **SMALL_BATCH)
+    tiles = Tiles(scene_data, 'tr')
+    whole = batch_of(script, tiles)
+    halves = [batch_of(script, tiles, rank=rank, world=2) for rank in range(2)]
+    for name in ('raw', 'boxes', 'flips', 'softness', 'draws'):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves])), name
+    for mask, rows in (('mask', 'rows'), ('band_mask', 'band_rows'))[:1 + (script is pretrain_dino_hsi)]:
+        crop_by_crop = [getattr(half, mask).unflatten(0, (2, -1)) for half in halves]
+        assert getattr(whole, mask).any() and torch.equal(getattr(whole, mask), torch.cat(crop_by_crop, 1).flatten(0, 1))
+        for batch in (whole, *halves):
+            assert torch.equal(getattr(batch, mask).flatten().nonzero()[:, 0], getattr(batch, rows))
 
 
-def test_all_crops_of_a_tile_lie_in_one_window(tmp_path):
+@each_script
+def test_without_ibot_masks_only_augment_and_without_masks_the_student_sees_all(script, constants, scene_data):
+    tiles = Tiles(scene_data, 'tr')
+    constants(script, **SMALL_BATCH | {'ibot_weight': 0.0})
+    batch = batch_of(script, tiles)
+    assert batch.mask.any() and len(batch.rows) == 0  # no token is learned
+    constants(script, mask_probability=0.0)
+    batch = batch_of(script, tiles)
+    assert not batch.mask.any() and (script is pretrain_dino or not batch.band_mask.any())
+
+
+MISTAKES = [
+    (dict(img_size=128), 'than the tiles'), (dict(local_crops_size=32), 'no larger than global ones'), (dict(patch_size=5), '--patch_size=5'),
+    (dict(patch_size=16, local_crops_size=16), 'two patches'), (dict(local_crops_number=0), 'at least 1'), (dict(batch_size=1), '--koleo_weight=0'),
+    (dict(mask_ratio_max=1.5), 'shares'), (dict(mask_ratio_min=-0.1), 'shares'), (dict(mask_probability=2.0), 'shares'),
+    (dict(ibot_weight=1.0, mask_probability=0.0), '--ibot_weight')]
+
+
+@pytest.mark.parametrize('script, changes, words', [(script, *mistake) for script in MODULES for mistake in MISTAKES] + [
+    (pretrain_dino_hsi, dict(fusion='token', local_crops_size=4), '--local_crops_size=8'), (pretrain_dino_hsi, dict(spectral_patch_size=0), 'at least 1')])
+def test_constants_that_cannot_go_together_are_refused_before_the_first_step(script, changes, words, constants):
+    meta = {'tile_size': 64, 'num_bands': 7}
+    script.check_constants(meta)
+    constants(script, **script.PRESETS['base'])
+    script.check_constants(meta)
+    constants(script, img_size=16, local_crops_size=8, patch_size=4, ibot_weight=0.0)
+    constants(script, **changes)
+    with pytest.raises(UserError, match=words):
+        script.check_constants(meta)
+
+
+@each_script
+def test_all_crops_of_a_tile_lie_in_one_window(script, constants, tmp_path):
     coordinates = np.mgrid[:64, :64].astype(np.float32)
     run('data.py', 'tile', f'--root={make_scene(tmp_path / "s.npz", cube=np.moveaxis(coordinates, 0, 2), labels=None, wavelengths_nm=None)}',
         f'--out={tmp_path / "t"}', '--tile_size=64')
     tiles = Tiles(str(tmp_path / 't'), 'tr')
-    raw, boxes, turned, soften, u, _ = batch_of(pretrain_dino, tiles, blur=0.0)
-    assert raw.shape[-1] == 16 and (soften == 1).all()
+    constants(script, **SMALL_BATCH | dict(blur=0.0, local_crops_size=8, gain=0.0, offset=0.0, noise=0.0, band_dropout=0.0))
+    batch = batch_of(script, tiles)
+    raw = batch.raw
+    assert raw.shape[-1] == 16 and (batch.softness == 1).all()
     assert len({tuple(window[:, 0, 0].tolist()) for window in raw}) > 4  # and the windows move over the tile
     mean, matrix = standardization(tiles.meta)
-    big, small = pretrain_dino.make_crops(raw, boxes, turned, soften, u, tiles.meta, mean, matrix, 16, 8, torch.zeros(2, 64, 16), {})
+    big, small = script.make_crops(batch, Statistics(mean, 1 / matrix, matrix, None), None, 3)
     assert big.shape == (16, 2, 16, 16) and small.shape == (24, 2, 8, 8)
     back = lambda x: x / matrix[:, None, None] + mean[:, None, None]
     for i in range(8):
@@ -350,15 +436,14 @@ def augmented(whiten=0, value=0.25, **strengths):
     raw[:, :, 0, 0] = torch.nan
     mean, std = torch.full((5,), 550.0), torch.full((5,), 30.0)
     matrix = torch.diag(1 / std) + 0.01 * torch.randn(5, 5) if whiten else 1 / std
-    u = torch.full((3, 11), value)
+    draws = torch.full((3, 11), value)
     x = standardize_rows(raw, mean, matrix)
-    return augment_spectra(x, u, torch.randn(5, 32, 8), mean, std, matrix, torch.linspace(400, 800, 5), **strengths), raw, mean, std, matrix
+    return augment_spectra(x, draws, torch.randn(5, 32, 8), Statistics(mean, std, matrix, None), Light(**strengths)), raw, mean, std, matrix
 
 
 @pytest.mark.parametrize('whiten', [0, 1])
 def test_spectral_augmentation_is_what_light_and_air_do_to_raw_values(whiten):
-    for strengths, change in (({}, lambda raw: raw), ({'gain': 0.1}, lambda raw: raw * 0.95), ({'offset': 0.2}, lambda raw: raw - 0.1 * 30),
-                              ({'tilt': 0.1}, lambda raw: raw - 0.05 * (torch.linspace(-1, 1, 5) * mean)[:, None, None])):
+    for strengths, change in (({}, lambda raw: raw), ({'gain': 0.1}, lambda raw: raw * 0.95), ({'offset': 0.2}, lambda raw: raw - 0.1 * 30)):
         y, raw, mean, std, matrix = augmented(whiten, **strengths)
         torch.testing.assert_close(y, standardize(change(raw), mean, matrix), atol=1e-4, rtol=1e-4)
 
@@ -377,37 +462,18 @@ def test_noise_dropout_jitter_and_solarize():
 def test_blur_is_honoured_by_the_resize():
     x = torch.zeros(2, 1, 16, 16)
     x[:, :, 8, 8] = 1
-    boxes, turns = torch.tensor([[0, 0, 16, 16]] * 2), torch.zeros(2, 3, dtype=torch.bool)
-    y = resized_crop(x, boxes, turns, 16, torch.tensor([1.0, 2.0]))
+    boxes, flips = torch.tensor([[0, 0, 16, 16]] * 2), torch.zeros(2, 3, dtype=torch.bool)
+    y = resized_crop(x, boxes, flips, 16, torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(y[0], x[0])
     assert y[1].max() == pytest.approx(0.25) and y[1].sum() == pytest.approx(1, rel=1e-3)
 
 
 def test_crops_of_many_images_at_once_are_those_of_one_by_one():
-    """GPUs take the whole batch at once, CPUs tile by tile."""
     torch.manual_seed(0)
     x, generator = torch.randn(3, 5, 16, 16), torch.Generator().manual_seed(0)
-    _, _, boxes, turns = draw_crops(6, 16, 16, 0.3, 1.0, generator)  # 2 crops of each of the 3 images, crop by crop
-    soften = 1 + torch.rand(6)
-    by_image = [part.unflatten(0, (-1, 3)).transpose(0, 1) for part in (boxes, turns, soften)]
-    together = crop_by(x, *crop_weights(*by_image[:2], *x.shape[2:], 8, by_image[2]), by_image[1][..., 2])
+    _, _, boxes, flips = draw_crops(6, 16, 16, 0.3, 1.0, generator)  # 2 crops of each of the 3 images, crop by crop
+    softness = 1 + torch.rand(6)
+    by_image = [value.unflatten(0, (-1, 3)).transpose(0, 1) for value in (boxes, flips, softness)]
+    at_once = crop_by(x, *crop_weights(*by_image[:2], *x.shape[2:], 8, by_image[2]), by_image[1][..., 2])
     for i in range(6):
-        torch.testing.assert_close(together[i], resized_crop(x[i % 3:i % 3 + 1], boxes[i:i + 1], turns[i:i + 1], 8, soften[i:i + 1])[0])
-
-
-@pytest.mark.parametrize('module', MODULES)
-def test_crops_made_for_a_gpu_are_those_made_for_a_cpu(module):
-    """A GPU takes the whole batch at once, a CPU tile by tile: crop by crop they must come out in the same order."""
-    class Elsewhere(torch.Tensor):
-        is_cuda = True
-
-    torch.manual_seed(0)
-    raw, generator = torch.rand(3, 5, 16, 16) * 100, torch.Generator().manual_seed(0)
-    crops = [draw_crops(3, 16, 16, 0.3, 1.0, generator)[2:] for _ in range(4)]
-    boxes, turned = (torch.stack(parts, 1) for parts in zip(*crops))
-    meta = {'std': [1.0] * 5, 'wavelengths_nm': None, 'num_bands': 5, 'nodata': None}
-    rest = (boxes, turned, 1 + torch.rand(3, 4), torch.rand(3, 4, 11), meta, torch.full((5,), 50.0), torch.ones(5), 16, 8, torch.randn(5, 64, 16),
-            dict(gain=0.1, offset=0.1, noise=0.5, band_dropout=0.5))
-    for one_by_one, at_once in zip(module.make_crops(raw, *rest), module.make_crops(raw.as_subclass(Elsewhere), *rest)):
-        assert one_by_one.std() > 0.1
-        torch.testing.assert_close(at_once.as_subclass(torch.Tensor), one_by_one)
+        torch.testing.assert_close(at_once[i], resized_crop(x[i % 3:i % 3 + 1], boxes[i:i + 1], flips[i:i + 1], 8, softness[i:i + 1])[0])

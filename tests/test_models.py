@@ -1,4 +1,4 @@
-"""The networks: parameter counts, names, shapes and outputs against the public implementations."""
+"""The networks: parameter counts, names, shapes and outputs against the public implementations. Checkpoints that are enough to use them."""
 import json
 import math
 import os
@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from models import Attention, MaskedAutoencoder, ViT, dense_features, patchify, unpatchify
+from conftest import MAE_TINY, run
+from data import Tiles, UserError, kept_meta, standardization, standardize
+from models import (Attention, DeepLabV3Plus, MaskedAutoencoder, SpatialSpectralViT, ViT, build_segmenter, check_bands, dense_features, drop_path,
+                    load_checkpoint, load_encoder, load_segmenter, patchify, resume_from, save_checkpoint, start_from, unpatchify)
 
 REFERENCE = os.path.join(os.path.dirname(__file__), '..', '..', 'shared', 'reference')
 needs_reference = pytest.mark.skipif(not os.path.isdir(REFERENCE), reason='recorded reference outputs are not here')
@@ -116,3 +119,135 @@ def test_windows_are_blended_and_count_less_at_their_edges():
     edge, inner = math.sin(math.pi / 8) ** 2, math.sin(3 * math.pi / 8) ** 2  # of the raised cosine over four columns
     expected = [0, 1, (2 * inner + 0 * edge) / (inner + edge), (3 * edge + 1 * inner) / (inner + edge), 2, 3]
     torch.testing.assert_close(maps, torch.tensor(expected).expand(4, 6))
+
+
+@pytest.mark.parametrize('H, W', [(60, 64), (64, 60), (145, 145)])
+def test_sides_that_are_no_multiple_of_the_patch_are_refused(H, W):
+    vit = ViT(64, 8, 3, 24, 1, 2)
+    for window in (0, -1):
+        with pytest.raises(UserError, match=f'{H} x {W} pixels does not divide into patches of 8'):
+            dense_features(vit, torch.zeros(1, 3, H, W), n=1, window=window)
+
+
+@pytest.mark.parametrize('B, rate', [(1, 0.1), (2, 0.1), (4, 0.1), (1, 0.6), (16, 0.1), (8, 0.25)])
+def test_drop_path_drops_in_small_batches_too_and_keeps_the_mean(B, rate):
+    torch.manual_seed(0)
+    x = torch.zeros(B, 1, 1)
+    change = torch.stack([drop_path(x, torch.ones_like, rate) for _ in range(1000)])
+    assert abs((change == 0).float().mean() - rate) < 0.03
+    assert abs(change.mean() - 1) < 0.1
+    if B * rate > 0.5 and B > 1:  # so many in every batch
+        assert ((change == 0).sum((1, 2, 3)) == round(B * rate)).all()
+
+
+# ---- a checkpoint is enough
+
+def content(model, encoder_args, meta, **more):
+    return {'model': model.state_dict(), 'encoder_args': encoder_args, 'meta': kept_meta(meta), 'config': {'whiten': 3}, **more}
+
+
+def raw_tiles(tiles, count=3):
+    return torch.from_numpy(tiles.images[:count].copy())
+
+
+def test_features_by_a_checkpoint_alone_are_those_of_the_run(scene_data, tmp_path):
+    run('pretrain_mae.py', *MAE_TINY, '--whiten=3', '--max_steps=1', f'--data={scene_data}', f'--out_dir={tmp_path}/run')
+    encoder, tiles = load_encoder(f'{tmp_path}/run/last.pt'), Tiles(scene_data, 'ts')
+    raw = raw_tiles(tiles)
+    prepared = standardize(raw, *standardization(tiles.meta, 3), tiles.meta['nodata'])
+    with torch.no_grad():
+        expected = dense_features(encoder, prepared)
+        for given in (raw, raw.float(), raw.numpy(), raw.numpy().astype('>f8')):
+            assert torch.equal(encoder.prepare(given), prepared) and encoder.prepare(given).dtype == torch.float32
+            assert torch.equal(dense_features(encoder, encoder.prepare(given)), expected)
+    assert (encoder.script, encoder.whiten, encoder.meta) == ('pretrain_mae.py', 3, kept_meta(tiles.meta))
+    for wrong in (raw[:, :6], raw[0], raw.numpy()[:, :, :, 0]):
+        with pytest.raises(UserError, match=r'trained on 7 bands: pass \(B, 7, H, W\)'):
+            encoder.prepare(wrong)
+
+
+@pytest.mark.parametrize('build', [ViT, SpatialSpectralViT])
+def test_a_fine_tuned_best_pt_is_an_encoder_and_a_network(build, scene_data, tmp_path):
+    tiles = Tiles(scene_data, 'ts')
+    args = dict(img_size=16, patch_size=4, in_chans=7, embed_dim=48, depth=4, num_heads=3)
+    args |= {'fusion': 'channel', 'wavelengths_nm': tiles.meta['wavelengths_nm']} if build is SpatialSpectralViT else {}
+    model = build_segmenter(build(**args), 3, 'conv', freeze=False, pixel=True)
+    config = {'whiten': 99, 'decoder': 'conv', 'freeze': False, 'pixel': True}  # the flag; the encoder brought another
+    save_checkpoint(f'{tmp_path}/best.pt', {**content(model, args, tiles.meta, script='segment.py', whiten=3, window=16), 'config': config})
+    encoder, network = load_encoder(f'{tmp_path}/best.pt'), load_segmenter(f'{tmp_path}/best.pt')
+    x, expected = encoder.prepare(raw_tiles(tiles)), model.eval()
+    assert network.window == 16 and encoder.whiten == network.whiten == 3 and torch.equal(x, network.prepare(raw_tiles(tiles)))
+    with torch.no_grad():
+        assert torch.equal(dense_features(encoder, x), model.features(x))
+        assert torch.equal(network(x), expected(x)) and network(x).shape == (3, 3, 16, 16)
+
+
+def test_the_cnn_comes_back_and_what_is_no_segmentation_is_refused(scene_data, tmp_path):
+    tiles, args = Tiles(scene_data, 'ts'), dict(in_chans=7, num_classes=3, output_stride=8, width=8)
+    model = DeepLabV3Plus(**args).eval()
+    save_checkpoint(f'{tmp_path}/best.pt', content(model, args, tiles.meta, script='baseline_deeplab.py', whiten=3, window=16))
+    network = load_segmenter(f'{tmp_path}/best.pt')
+    x = network.prepare(raw_tiles(tiles))
+    with torch.no_grad():
+        assert torch.equal(network(x), model(x))
+    with pytest.raises(UserError, match='baseline_deeplab.py and holds no encoder'):
+        load_encoder(f'{tmp_path}/best.pt')
+    vit_args = dict(img_size=16, patch_size=4, in_chans=7, embed_dim=48, depth=1, num_heads=3)
+    mae = MaskedAutoencoder(**vit_args, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    save_checkpoint(f'{tmp_path}/last.pt', content(mae, {**vit_args, 'fixed_positions': True}, tiles.meta, script='pretrain_mae.py'))
+    with pytest.raises(UserError, match='holds no segmentation'):
+        load_segmenter(f'{tmp_path}/last.pt')
+    for damage, words in (({'encoder_args': {**vit_args, 'depth': 2}}, 'cannot be built again'), ({'encoder_args': {'side': 3}}, 'cannot be built again'),
+                          ({'config': {}}, 'cannot be built again')):
+        save_checkpoint(f'{tmp_path}/other.pt', {**load_checkpoint(f'{tmp_path}/last.pt'), **damage})
+        with pytest.raises(UserError, match=words):
+            load_encoder(f'{tmp_path}/other.pt')
+
+
+def test_data_of_other_bands_is_refused_with_the_command_that_makes_the_right_one():
+    encoder = ViT(16, 4, 3, 24, 1, 2)
+    encoder.meta = {'num_bands': 3, 'wavelengths_nm': [500.0, 600.5, 700]}
+    for nm in ([500, 600, 700.9], None):
+        check_bands(encoder, {'num_bands': 3, 'wavelengths_nm': nm}, 'last.pt')
+    for nm in ([500, 600, 702], [500, 600, 650, 700]):
+        with pytest.raises(UserError, match='last.pt: .* 3 bands.* data.py tile --bands=500,600.5,700'):
+            check_bands(encoder, {'num_bands': len(nm), 'wavelengths_nm': nm}, 'last.pt')
+    with pytest.raises(UserError, match='3 bands'):
+        check_bands(encoder, {'num_bands': 4, 'wavelengths_nm': None}, 'last.pt')
+    components = {'num_bands': 3, 'wavelengths_nm': None, 'components': [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]}
+    with pytest.raises(UserError, match='principal components of other data'):
+        check_bands(encoder, components, 'last.pt')
+    encoder.meta = components
+    check_bands(encoder, components, 'last.pt')
+
+
+def test_resume_compares_constants_with_those_in_the_checkpoint(scene_data, tmp_path):
+    path = f'{tmp_path}/last.pt'
+    open(path + '.tmp', 'w').close()  # of a save that was cut off
+    assert resume_from(path, {'lr': 1}, ()) is None and os.listdir(tmp_path) == []
+    saved = {**content(ViT(16, 4, 7, 24, 1, 2), {}, Tiles(scene_data, 'tr').meta, script='pretrain_dino.py'), 'config': {'lr': 1, 'out_dir': 'a'}, 'step': 5}
+    save_checkpoint(path, saved)
+    assert resume_from(path, {'lr': 1, 'out_dir': 'b'}, ('out_dir',))['step'] == 5
+    with pytest.raises(UserError, match=r'other constants: lr \(1 there, 2 now\), new \(None there, 3 now\): pass another'):
+        resume_from(path, {'lr': 2, 'out_dir': 'a', 'new': 3}, ('out_dir',))
+
+
+def test_a_run_of_ours_starts_another_of_the_same_network_at_another_size(scene_data, tmp_path):
+    path, meta = f'{tmp_path}/last.pt', Tiles(scene_data, 'tr').meta
+
+    def mae(side, bands=7):
+        return MaskedAutoencoder(side, 4, bands, 48, 1, 3, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    first, larger = mae(16), mae(32)
+    save_checkpoint(path, content(first, {}, meta, script='pretrain_mae.py'))
+    assert f'{len(first.state_dict())} tensors taken; what starts fresh: nothing' in start_from(path, larger)
+    changed = {name for name, value in larger.state_dict().items() if not torch.equal(value, first.state_dict()[name])}
+    assert changed == {'encoder.pos_embed', 'decoder_pos_embed'}
+    with pytest.raises(UserError, match='3 tensors differ .decoder_pred.bias, decoder_pred.weight, encoder.patch_embed'):
+        start_from(path, mae(16, bands=5))
+
+    def hsi(groups):
+        return SpatialSpectralViT(16, 4, 2 * groups, 48, 1, 3, fusion='token')
+    save_checkpoint(path, content(hsi(15), {}, meta, script='pretrain_dino_hsi.py'))
+    start_from(path, hsi(15))
+    with pytest.raises(UserError, match='does not fit this network'):
+        start_from(path, hsi(20))

@@ -1,4 +1,4 @@
-"""Other people's weights: synthetic files with the public names and shapes, what the adapted encoders answer, and the way back."""
+"""tools/convert_weights.py: synthetic files with the public names and shapes, what the adapted encoders answer, and the way back."""
 import json
 import math
 import os
@@ -11,9 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from conftest import MAE_TINY, ROOT, run
-from data import UserError
-from models import (RGB_NM, SIZES, MaskedAutoencoder, ViT, adapt_patch_embed, export_encoder, load_checkpoint, load_encoder, resize_kernel, spread_bands,
+from data import UserError, Tiles, standardization, standardize
+from models import (SIZES, DeepLabV3Plus, MaskedAutoencoder, SpatialSpectralViT, ViT, encoder_shape, load_checkpoint, load_encoder, save_checkpoint,
                     start_from)
+from scenes import OHS_NM
+
+sys.path.append(os.path.join(ROOT, 'tools'))
+from convert_weights import RGB_NM, at_wavelengths, convert, export, resize_kernel, spread_bands
 
 REFERENCE = os.path.join(os.path.dirname(ROOT), 'shared', 'reference')
 BLOCK = {'norm1.weight': ('D',), 'norm1.bias': ('D',), 'attn.qkv.weight': ('3D', 'D'), 'attn.qkv.bias': ('3D',), 'attn.proj.weight': ('D', 'D'),
@@ -53,6 +57,22 @@ def synthetic(path, wrapped=True, **kwargs):
     return state
 
 
+def meta_of(bands, wavelengths_nm=None):
+    """meta.json of a data set, as far as an encoder knows it"""
+    rng = np.random.default_rng(0)
+    covariance = np.cov(rng.normal(size=(bands, 3 * bands)))
+    return {'num_bands': bands, 'wavelengths_nm': wavelengths_nm, 'nodata': None, 'mean': rng.normal(size=bands).tolist(),
+            'std': np.sqrt(np.atleast_2d(covariance).diagonal()).tolist(), 'covariance': np.atleast_2d(covariance).tolist(), 'num_classes': 2,
+            'class_names': ['a', 'b'], 'tile_size': 64, 'dtype': 'float32'}
+
+
+def converted(path, bands, wavelengths_nm=None, **flags):
+    """A public file brought to those bands -> path of the last.pt beside it"""
+    out = f'{path}.last.pt'
+    save_checkpoint(out, convert(str(path), meta_of(bands, wavelengths_nm), **flags))
+    return out
+
+
 TINY_MAE = dict(D=64, depth=2, patch=16, side=14)
 TINY_DINO = dict(D=64, depth=2, patch=14, side=37, dinov2=True, wrapped=False)
 
@@ -79,9 +99,9 @@ LARGE = [(BASE, 0, 'mlp', 200), (dict(D=1024, depth=24, patch=16, side=14), 0, '
                          + [pytest.param(*kind, marks=pytest.mark.slow) for kind in LARGE])
 def test_a_public_file_loads_into_64_px_patches_of_8_and_any_bands(kwargs, registers, ffn, bands, tmp_path):
     state = synthetic(tmp_path / 'public.pth', **kwargs)
-    encoder = load_encoder(str(tmp_path / 'public.pth'), 64, 8, bands, list(np.linspace(450, 2400, bands)), whiten=3)
+    encoder = load_encoder(converted(tmp_path / 'public.pth', bands, np.linspace(450, 2400, bands).tolist(), whiten=3))
     assert (encoder.embed_dim, len(encoder.blocks), encoder.num_prefix_tokens) == (kwargs['D'], kwargs['depth'], 1 + registers)
-    assert encoder.blocks[0].attn.num_heads == kwargs['D'] // 64 and encoder.config['whiten'] == 3 and not encoder.training
+    assert encoder.blocks[0].attn.num_heads == kwargs['D'] // 64 and encoder.whiten == 3 and not encoder.training
     assert type(encoder.blocks[0].mlp).__name__ == {'mlp': 'Mlp', 'swiglu': 'SwiGLU'}[ffn]
     got = encoder.state_dict()
     for name, value in got.items():
@@ -99,9 +119,9 @@ def test_a_public_file_loads_into_64_px_patches_of_8_and_any_bands(kwargs, regis
     again.load_state_dict(got, strict=True)
 
 
-def test_without_arguments_the_file_is_taken_as_it_is(tmp_path):
+def test_where_window_patch_and_bands_are_the_same_the_file_is_taken_as_it_is(tmp_path):
     state = synthetic(tmp_path / 'public.pth', **{**TINY_MAE, 'side': 4})
-    encoder = load_encoder(str(tmp_path / 'public.pth'))
+    encoder = load_encoder(converted(tmp_path / 'public.pth', 3, patch_size=16))
     assert (encoder.img_size, encoder.patch_size, encoder.in_chans) == (64, 16, 3)
     assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items() if name != 'patch_embed.proj.weight')
     torch.testing.assert_close(encoder.patch_embed.proj.weight, state['patch_embed.proj.weight'], rtol=1e-6, atol=0)
@@ -172,12 +192,13 @@ def test_bands_take_the_kernels_nearest_in_wavelength():
     torch.testing.assert_close(spread_bands(kernel, 3, None, 'repeat')[:, :, 0, 0], torch.full((3, 3), 1 / 3))
 
 
-def test_fresh_keeps_the_networks_own_projection_and_a_typing_error_is_told(tmp_path):
-    weights, like = synthetic(tmp_path / 'p.pth', **TINY_MAE), ViT(64, 8, 7, 64, 2, 1).state_dict()
-    adapted = adapt_patch_embed(weights, like, None, 'fresh')
-    assert all(torch.equal(adapted[name], like[name]) for name in like if name.startswith('patch_embed'))
-    with pytest.raises(UserError, match='--rgb_kernels=mean: choose'):
-        load_encoder(str(tmp_path / 'p.pth'), 64, 8, 7, None, 'mean')
+def test_fresh_takes_a_random_projection(tmp_path):
+    state = synthetic(tmp_path / 'p.pth', **TINY_MAE)
+    fresh = load_checkpoint(converted(tmp_path / 'p.pth', 7, rgb_kernels='fresh'))['model']
+    expected = 1 / math.sqrt(3 * 8 * 8 * 7)  # of Xavier's uniform numbers, about
+    assert expected / 3 < fresh['encoder.patch_embed.proj.weight'].std() < 3 * expected
+    assert not torch.equal(fresh['encoder.patch_embed.proj.bias'], state['patch_embed.proj.bias'])
+    assert torch.equal(fresh['encoder.norm.bias'], state['norm.bias'])
 
 
 def test_foreign_names_and_shapes_are_an_error_that_names_them(tmp_path):
@@ -191,13 +212,28 @@ def test_foreign_names_and_shapes_are_an_error_that_names_them(tmp_path):
                'resnet': ({'conv1.weight': torch.zeros(64, 3, 7, 7)}, ['no encoder', 'conv1.weight']),
                'prefixed': ({f'module.{k}': v for k, v in state.items()}, ['no encoder', 'module.blocks.0.']),
                'numbers': ({'model': 3}, ['no encoder']), 'list': ([1, 2], ['list'])}
-    model = MaskedAutoencoder(16, 8, 4, 64, 2, 1, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     for content, words in foreign.values():
         torch.save(content, path)
-        for read in (load_encoder, lambda file: start_from(file, model)):
-            with pytest.raises(UserError) as caught:
-                read(path)
-            assert all(word in str(caught.value) for word in [path, *words]), str(caught.value)
+        with pytest.raises(UserError) as caught:
+            convert(path, meta_of(4))
+        assert all(word in str(caught.value) for word in [path, *words]), str(caught.value)
+
+
+def test_a_public_file_is_no_run_and_the_sentence_names_the_tool(tmp_path):
+    synthetic(tmp_path / 'public.pth', **TINY_MAE)
+    path = str(tmp_path / 'public.pth')
+    model = MaskedAutoencoder(16, 8, 4, 64, 2, 1, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    for read in (load_encoder, encoder_shape, lambda file: start_from(file, model)):
+        with pytest.raises(UserError, match=f'python tools/convert_weights.py --weights={path}'):
+            read(path)
+
+
+def test_what_a_run_has_to_share_with_the_encoder_it_starts_from(tmp_path):
+    synthetic(tmp_path / 'p.pth', **TINY_DINO, ffn=SWIGLU, registers=4)
+    shape = encoder_shape(converted(tmp_path / 'p.pth', 4))
+    assert shape == {'embed_dim': 64, 'depth': 2, 'num_heads': 1, 'mlp_ratio': pytest.approx(4.125), 'ffn': 'swiglu', 'num_register_tokens': 4,
+                     'init_values': 1.0}
+    assert encoder_shape('') == {}
 
 
 def test_a_whole_masked_autoencoder_gives_its_decoder_where_it_fits(tmp_path):
@@ -205,9 +241,12 @@ def test_a_whole_masked_autoencoder_gives_its_decoder_where_it_fits(tmp_path):
     state = synthetic(path, **TINY_MAE, decoder=(32, 1))
     build = lambda depth, patch, bands: MaskedAutoencoder(4 * patch, patch, bands, 64, 2, 1, decoder_embed_dim=32, decoder_depth=depth, decoder_num_heads=2)
     same, other, deep = build(1, 16, 3), build(1, 8, 5), build(2, 16, 3)
-    assert 'starts fresh: nothing' in start_from(path, same)
-    assert 'starts fresh: decoder_pred' in start_from(path, other)
-    assert 'starts fresh: decoder, decoder_pred, mask_token' in start_from(path, deep)
+    last = converted(path, 3, patch_size=16)
+    assert 'starts fresh: nothing' in start_from(last, same)
+    assert 'starts fresh: decoder, decoder_pred, mask_token' in start_from(last, deep)
+    with pytest.raises(UserError, match='encoder.patch_embed.proj.weight'):
+        start_from(last, other)
+    assert 'starts fresh: decoder_pred' in start_from(converted(path, 5), other)
     torch.testing.assert_close(same.decoder_pred.weight.data, state['decoder_pred.weight'])
     assert torch.equal(other.decoder_blocks[0].mlp.fc1.weight, state['decoder_blocks.0.mlp.fc1.weight']) and torch.equal(other.mask_token, state['mask_token'])
     assert not torch.equal(deep.decoder_blocks[0].mlp.fc1.weight, state['decoder_blocks.0.mlp.fc1.weight'])
@@ -227,7 +266,14 @@ def test_a_frozen_encoder_has_no_gradient_and_no_dropout():
 
 # ---- the scripts
 
-TINY_RUN = [*MAE_TINY, '--whiten=0', '--log_every=1', '--max_steps=3', '--eval_every=0']
+TINY_RUN = [*MAE_TINY, '--whiten=0', '--log_every=1', '--max_steps=3', '--eval_every=100']
+
+
+def bring(path, data, *flags):
+    """tools/convert_weights.py as a user runs it: writes last.pt beside `path` for windows of 16 px and patches of 4"""
+    done = run('tools/convert_weights.py', f'--weights={path}', f'--data={data}', f'--out={os.path.dirname(path)}/last.pt', '--img_size=16',
+               '--patch_size=4', *flags)
+    assert f'{path}: a public ViT of width 64, depth' in done.stdout
 
 
 def weights_of(out):
@@ -237,9 +283,10 @@ def weights_of(out):
 @pytest.mark.parametrize('processes', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_frozen_encoder_keeps_its_bits_while_the_decoder_moves(processes, scene_data, tmp_path):
     state = synthetic(tmp_path / 'mae.pth', **TINY_MAE)
-    flags = [f'--data={scene_data}', f'--init_from={tmp_path}/mae.pth', '--freeze_encoder', f'--out_dir={tmp_path}/run']
+    bring(tmp_path / 'mae.pth', scene_data)
+    flags = [f'--data={scene_data}', f'--init_from={tmp_path}/last.pt', '--freeze_encoder=true', f'--out_dir={tmp_path}/run']
     done = run('pretrain_mae.py', *TINY_RUN, *flags, '--max_steps=1', processes=processes)
-    assert 'mae.pth: a public ViT of width 64, depth 2' in done.stdout and 'starts fresh: decoder, decoder_pred, mask_token' in done.stdout
+    assert 'starts fresh: decoder, decoder_pred, mask_token' in done.stdout
     first = weights_of(tmp_path / 'run')
     run('pretrain_mae.py', *TINY_RUN, *flags, processes=processes)  # goes on
     last = weights_of(tmp_path / 'run')
@@ -254,11 +301,13 @@ def test_a_frozen_encoder_keeps_its_bits_while_the_decoder_moves(processes, scen
 
 def test_an_encoder_that_is_not_frozen_learns_on_and_dinov2_is_refused_where_it_does_not_fit(scene_data, tmp_path):
     synthetic(tmp_path / 'mae.pth', **TINY_MAE)
-    run('pretrain_mae.py', *TINY_RUN, f'--data={scene_data}', f'--init_from={tmp_path}/mae.pth', f'--out_dir={tmp_path}/one')
+    bring(tmp_path / 'mae.pth', scene_data)
+    run('pretrain_mae.py', *TINY_RUN, f'--data={scene_data}', f'--init_from={tmp_path}/last.pt', f'--out_dir={tmp_path}/one')
     one = weights_of(tmp_path / 'one')
     assert not torch.equal(one['encoder.norm.bias'], load_checkpoint(str(tmp_path / 'mae.pth'))['model']['norm.bias'])  # it learns
     synthetic(tmp_path / 'dino.pth', **TINY_DINO)
-    done = run('pretrain_mae.py', *TINY_RUN, f'--data={scene_data}', f'--init_from={tmp_path}/dino.pth', f'--out_dir={tmp_path}/three', check=False)
+    bring(tmp_path / 'dino.pth', scene_data)
+    done = run('pretrain_mae.py', *TINY_RUN, f'--data={scene_data}', f'--init_from={tmp_path}/last.pt', f'--out_dir={tmp_path}/three', check=False)
     assert done.returncode == 1 and 'has registers, LayerScale or SwiGLU' in done.stderr and 'Traceback' not in done.stderr
 
 
@@ -271,16 +320,17 @@ def test_a_masked_autoencoder_starts_from_a_run_of_ours(scene_data, tmp_path):
     assert all(torch.equal(two[name], value) for name, value in ours.items())
 
 
-DINO_RUN = ['--size=tiny', '--img_size=16', '--local_crops_size=8', '--patch_size=4', '--batch_size=8', '--local_crops_number=1', '--out_dim=32',
-            '--whiten=0', '--probe_tiles=2', '--max_steps=1', '--eval_every=0', '--base_lr=0', '--min_lr=0', '--momentum_teacher=1']
+DINO_RUN = ['--batch_size=8', '--local_crops_number=1', '--out_dim=32', '--whiten=0', '--probe_tiles=2', '--max_steps=1', '--eval_every=100',
+            '--base_lr=0', '--momentum_teacher=1']
 
 
 @pytest.mark.parametrize('script, kwargs', [('pretrain_dino.py', {**TINY_DINO, 'registers': 4}), ('pretrain_dino_hsi.py', TINY_MAE),
                                             pytest.param('pretrain_dino_hsi.py', {**TINY_DINO, 'ffn': SWIGLU}, marks=pytest.mark.slow)])
 def test_dino_starts_student_and_teacher_from_a_public_file(script, kwargs, scene_data, tmp_path):
     state = synthetic(tmp_path / 'public.pth', **kwargs)
-    done = run(script, *DINO_RUN, f'--data={scene_data}', f'--init_from={tmp_path}/public.pth', f'--out_dir={tmp_path}/run')
-    assert 'a public ViT of width 64, depth 2' in done.stdout
+    bring(tmp_path / 'public.pth', scene_data)
+    done = run(script, *DINO_RUN, f'--data={scene_data}', f'--init_from={tmp_path}/last.pt', f'--out_dir={tmp_path}/run')
+    assert 'starts fresh: ' in done.stdout and 'head' in done.stdout
     model = weights_of(tmp_path / 'run')
     for branch in ('student', 'teacher'):
         for name, value in state.items():
@@ -292,13 +342,89 @@ def test_dino_starts_student_and_teacher_from_a_public_file(script, kwargs, scen
 @pytest.mark.parametrize('kwargs', [pytest.param(TINY_MAE, marks=pytest.mark.slow), {**TINY_DINO, 'registers': 4}])
 def test_a_public_file_is_judged_and_looked_at(kwargs, scene_data, tmp_path):
     synthetic(tmp_path / 'my_vit.pth', **{**kwargs, 'depth': 4})  # segment.py reads four blocks
-    public = [f'--data={scene_data}', '--patch_size=4', '--whiten=0']
-    done = run('segment.py', *public, f'--encoder={tmp_path}/my_vit.pth', '--img_size=16', '--decoder=logistic', f'--out_dir={tmp_path}/run',
-               f'--results={tmp_path}/r.csv')
-    assert 'my_vit.pth + logistic' in done.stdout
-    run('segment.py', f'--out_dir={tmp_path}/run', f'--compare={tmp_path}/run')  # builds the run again from its checkpoint
-    run('viz_attention.py', *public, f'--encoders={tmp_path}/my_vit.pth', f'--out_dir={tmp_path}/out', '--tiles=0')
-    assert os.path.exists(tmp_path / 'run' / 'comparison.png') and os.path.exists(tmp_path / 'out' / 'attention_tile0.png')
+    bring(tmp_path / 'my_vit.pth', scene_data)
+    run('segment.py', f'--encoder={tmp_path}/last.pt', f'--data={scene_data}', f'--out_dir={tmp_path}/run')
+    run('viz_attention.py', f'--encoders={tmp_path}/last.pt', f'--data={scene_data}', f'--out_dir={tmp_path}/out', '--tiles=0')
+    assert os.path.exists(tmp_path / 'run' / 'report.json') and os.path.exists(tmp_path / 'out' / 'attention_tile0.png')
+
+
+def test_a_resnet_of_torchvision_reaches_the_cnn(tmp_path):
+    source = DeepLabV3Plus(3, 5, stem='seven')
+    state = {name: 0.1 * torch.randn_like(value) if value.ndim else value for name, value in source.state_dict().items()
+             if name.startswith(('layer', 'conv1', 'bn1'))}
+    old = {name: value for name, value in state.items() if not name.endswith('num_batches_tracked')}  # as the oldest file
+    model = DeepLabV3Plus(32, 24, stem='seven')
+    for content in (state, old):
+        torch.save({**content, 'fc.weight': torch.zeros(1000, 2048), 'fc.bias': torch.zeros(1000)}, tmp_path / 'resnet50.pth')
+        last = converted(tmp_path / 'resnet50.pth', 32)
+        assert 'starts fresh: aspp, auxiliary, bottleneck, classifier, low_level, merge, pool' in start_from(last, model)
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items() if name != 'conv1.weight')
+        grey = torch.randn(1, 1, 16, 16)
+        torch.testing.assert_close(model.conv1(grey.expand(-1, 32, -1, -1)), F.conv2d(grey.expand(-1, 3, -1, -1), state['conv1.weight'], None, 2, 3),
+                                   rtol=1e-4, atol=1e-4)
+    assert 'stem' in start_from(last, DeepLabV3Plus(32, 24, stem='three'))
+    with pytest.raises(UserError, match='holds no encoder'):
+        load_encoder(last)
+    for other in (DeepLabV3Plus(32, 24, stem='seven', width=16), MaskedAutoencoder(16, 8, 32, 48, 1, 3)):
+        with pytest.raises(UserError, match='does not fit this network'):
+            start_from(last, other)
+
+
+# ---- other bands by their wavelengths
+
+@pytest.mark.parametrize('nm', [np.arange(460, 946, 7.0), np.arange(470, 940, 18.0), np.array(OHS_NM[::-1], float)])
+def test_a_spatial_spectral_encoder_takes_other_bands_by_their_wavelengths(nm):
+    torch.manual_seed(0)
+    args = dict(img_size=16, patch_size=4, in_chans=32, embed_dim=64, depth=3, num_heads=4, wavelengths_nm=list(OHS_NM), num_register_tokens=2,
+                fusion='channel')
+    encoder = SpatialSpectralViT(**args).eval()
+    for parameter in encoder.fuse.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    ramp = torch.linspace(0.5, 1.5, 16)
+
+    def images(nm):  # three smooth spectra, brighter to the right: (3, C, 16, 16)
+        return torch.stack([torch.sin((torch.tensor(nm) - 400) / 150 + k)[:, None, None] * ramp.expand(16, 16) for k in range(3)]).float()
+
+    def at(nm):
+        other_args, weights = at_wavelengths(args, encoder.state_dict(), nm)
+        other = SpatialSpectralViT(**other_args).eval()
+        other.load_state_dict(weights)
+        return other
+    other = at(nm.tolist())
+    with torch.no_grad():
+        expected, got = encoder(images(np.array(OHS_NM, float)))[0], other(images(nm))[0]
+        same = at(list(OHS_NM))(images(np.array(OHS_NM, float)))
+    error, spread = (got - expected).norm() / expected.norm(), (expected[0] - expected[2]).norm() / expected.norm()
+    assert error < 0.05 < 0.3 < spread
+    assert all(torch.equal(a, b) for a, b in zip(same, encoder(images(np.array(OHS_NM, float)))))
+    assert other.num_groups == -(-len(nm) // 2) and encoder.in_chans == 32  # the encoder itself stays
+
+
+def test_a_run_is_brought_to_other_bands_or_refused_in_a_sentence(scene_data, tmp_path):
+    own = np.linspace(440, 960, 20).tolist()
+    args = dict(img_size=16, patch_size=4, in_chans=20, embed_dim=48, depth=4, num_heads=3, fusion='channel', wavelengths_nm=own)
+
+    def save(args, build):
+        model = {f'teacher.encoder.{name}': value for name, value in build(**args).state_dict().items()}
+        torch.save({'script': 'pretrain_dino_hsi.py', 'config': {'whiten': 3}, 'encoder_args': args, 'model': model, 'meta': meta_of(20, own)},
+                   tmp_path / 'hsi.pt')
+    flags = [f'--weights={tmp_path}/hsi.pt', f'--data={scene_data}', f'--out={tmp_path}/last.pt']
+    save(args, SpatialSpectralViT)
+    run('tools/convert_weights.py', *flags)
+    encoder = load_encoder(str(tmp_path / 'last.pt'))
+    meta = Tiles(scene_data, 'tr').meta
+    assert (encoder.in_chans, encoder.whiten, encoder.wavelengths_nm) == (7, 3, meta['wavelengths_nm'])
+    run('segment.py', f'--encoder={tmp_path}/last.pt', f'--data={scene_data}', f'--out_dir={tmp_path}/judged')
+    save({**args, 'fusion': 'token', 'depth': 1}, SpatialSpectralViT)
+    done = run('tools/convert_weights.py', *flags, check=False)
+    assert done.returncode == 1 and 'with channel fusion' in done.stderr and 'Traceback' not in done.stderr
+    save({**args, 'wavelengths_nm': None}, SpatialSpectralViT)
+    done = run('tools/convert_weights.py', *flags, check=False)
+    assert done.returncode == 1 and 'known wavelengths' in done.stderr
+    args.pop('fusion'), args.pop('wavelengths_nm')
+    save(args, ViT)
+    done = run('tools/convert_weights.py', *flags, check=False)
+    assert done.returncode == 1 and 'data.py tile --bands' in done.stderr
 
 
 # ---- the way back
@@ -310,7 +436,7 @@ def our_run(path, **extra):
     encoder = ViT(**args)
     for parameter in encoder.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    torch.save({'script': 'pretrain_dino.py', 'config': {'whiten': 3}, 'encoder_args': args,
+    torch.save({'script': 'pretrain_dino.py', 'config': {'whiten': 3}, 'encoder_args': args, 'meta': meta_of(7),
                 'model': {f'teacher.encoder.{name}': value for name, value in encoder.state_dict().items()}}, path)
     return encoder.eval()
 
@@ -322,7 +448,7 @@ OURS = {'mae': dict(fixed_positions=True), 'dino': dict(num_register_tokens=4, f
 @pytest.mark.parametrize('kind', OURS)
 def test_what_is_exported_with_public_names_comes_back_bit_by_bit(kind, tmp_path):
     encoder = our_run(tmp_path / 'last.pt', **OURS[kind])
-    call = export_encoder(str(tmp_path / 'last.pt'), str(tmp_path / 'vit.pth'), 'dinov2')
+    call = export(str(tmp_path / 'last.pt'), str(tmp_path / 'vit.pth'), 'dinov2')
     assert 'DinoVisionTransformer(img_size=16, patch_size=4, in_chans=7' in call
     state = torch.load(tmp_path / 'vit.pth', weights_only=True)
     ffn = SWIGLU if 'swiglu' in OURS[kind].values() else MLP
@@ -336,18 +462,23 @@ def test_what_is_exported_with_public_names_comes_back_bit_by_bit(kind, tmp_path
 def test_heads_are_not_in_a_file_but_known_of_every_size_of_ours(tmp_path):
     for size in SIZES.values():
         encoder, x = our_run(tmp_path / 'last.pt', **{**size, 'depth': 1}), torch.randn(1, 7, 16, 16)
-        export_encoder(str(tmp_path / 'last.pt'), str(tmp_path / 'vit.pth'), 'dinov2')
+        export(str(tmp_path / 'last.pt'), str(tmp_path / 'vit.pth'), 'dinov2')
         with torch.no_grad():
-            torch.testing.assert_close(load_encoder(str(tmp_path / 'vit.pth'))(x), encoder(x), rtol=1e-5, atol=1e-5)
+            again = load_encoder(converted(tmp_path / 'vit.pth', 7, img_size=16, patch_size=4))
+            torch.testing.assert_close(again(x), encoder(x), rtol=1e-5, atol=1e-5)
 
 
 def test_the_command_exports_and_refuses_in_a_sentence(tmp_path):
-    our_run(tmp_path / 'last.pt')
-    done = run('models.py', f'--export={tmp_path}/last.pt', f'--out={tmp_path}/vit.pth')
-    assert 'timm.models.VisionTransformer(img_size=16' in done.stdout and sorted(os.listdir(tmp_path)) == ['last.pt', 'vit.pth']
-    for flags, words in ((['--form=jax'], 'choose timm or dinov2'), ([f'--export={tmp_path}/no.pt'], 'no such checkpoint')):
-        done = run('models.py', f'--export={tmp_path}/last.pt', *flags, check=False)
-        assert done.returncode == 1 and words in done.stderr and 'Traceback' not in done.stderr
+    encoder = our_run(tmp_path / 'last.pt')
+    done = run('tools/convert_weights.py', f'--export={tmp_path}/last.pt', f'--out={tmp_path}/new/vit.pth')
+    assert 'timm.models.VisionTransformer(img_size=16' in done.stdout and sorted(os.listdir(tmp_path / 'new')) == ['vit.npz', 'vit.pth']
+    statistics, raw = np.load(tmp_path / 'new' / 'vit.npz'), torch.randn(1, 7, 16, 16)
+    prepared = standardize(raw, torch.from_numpy(statistics['mean']), torch.from_numpy(statistics['matrix']))
+    assert torch.equal(prepared, load_encoder(str(tmp_path / 'last.pt')).prepare(raw)) and encoder(prepared).isfinite().all()
+    for flags, code, words in (([f'--export={tmp_path}/last.pt', '--form=jax'], 2, 'choose from'), ([f'--export={tmp_path}/no.pt'], 1, 'no such checkpoint'),
+                               ([f'--weights={tmp_path}/last.pt'], 2, 'needs --data'), ([], 2, 'required')):
+        done = run('tools/convert_weights.py', *flags, f'--out={tmp_path}/x.pth', check=False)
+        assert done.returncode == code and words in done.stderr and 'Traceback' not in done.stderr
 
 
 TIMM = r'''
@@ -389,7 +520,7 @@ def test_timm_loads_an_exported_encoder_strictly_and_sees_the_same(kind, tmp_pat
     if not __import__('importlib.util').util.find_spec('timm'):
         pytest.skip('timm is not installed')
     encoder, x = our_run(tmp_path / 'last.pt', **OURS[kind]), torch.randn(2, 7, 16, 16)
-    call = export_encoder(str(tmp_path / 'last.pt'), str(tmp_path / 'vit.pth'), 'timm')
+    call = export(str(tmp_path / 'last.pt'), str(tmp_path / 'vit.pth'), 'timm')
     torch.save(x, tmp_path / 'x.pt')
     done = subprocess.run([sys.executable, '-c', TIMM, call, *(str(tmp_path / name) for name in ('vit.pth', 'x.pt', 'y.pt'))], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,489 @@
+"""The tools: maps of whole scenes, the data set doctor, runs side by side."""
+import json
+import os
+import re
+import shutil
+import tracemalloc
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from matplotlib.figure import Figure
+
+import data
+from conftest import MAE_TINY, make_scene, run
+from data import Tiles
+from models import load_segmenter
+from scenes import Scene, envi_geotags, read_scene
+from tools import check_data, compare, map_scene
+
+TINY = ['--size=tiny', '--img_size=16', '--patch_size=4', '--whiten=3']
+
+
+# ============ maps ============
+
+@pytest.fixture(scope='module')
+def mapped(scene_data, tmp_path_factory):
+    """A run, and a georeferenced scene of odd size with missing pixels, written as GeoTIFF."""
+    folder = tmp_path_factory.mktemp('map')
+    run('segment.py', *TINY, f'--data={scene_data}', f'--out_dir={folder / "run"}')
+    scene = make_scene(folder / 's.npz', height=45, width=61, seed=3)
+    cube = np.moveaxis(read_scene(scene).cube, 0, 2)
+    np.savez(folder / 'plain.npz', cube=cube)
+    cube[:6, :9] = 65535
+    keys = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32632)  # UTM, zone 32 north
+    tags = [(33550, 'd', 3, (30.0, 30.0, 0.0), True),
+            (33922, 'd', 6, (0, 0, 0, 600000.0, 5000000.0, 0), True),
+            (34735, 'H', 16, keys, True), (42113, 's', 0, '65535', True)]
+    tifffile.imwrite(folder / 'scene.tif', cube, planarconfig='contig', photometric='minisblack',
+                     extratags=tags)
+    return folder
+
+
+def tags_of(path, codes=(33550, 33922, 34735)):
+    with tifffile.TiffFile(path) as tif:
+        found = tif.pages[0].tags
+        return {code: found[code].value for code in codes if code in found}
+
+
+def test_a_map_lies_where_the_scene_lies(mapped):
+    done = run('tools/map_scene.py', f'--run={mapped}/run', f'--scene={mapped}/scene.tif',
+               f'--out={mapped}/map.tif', f'--probabilities={mapped}/p.tif', pictures=True)
+    assert '45 x 61 pixels' in done.stdout and 'georeference' not in done.stdout
+    assert json.load(open(mapped / 'map.json')) == {'1': 'class 1', '2': 'class 2', '3': 'class 3'}
+    assert (mapped / 'map.png').stat().st_size > 5000
+    again = read_scene(str(mapped / 'map.tif'))
+    assert again.cube.shape == (1, 45, 61) and again.cube.dtype == np.uint8 and again.nodata == 0
+    assert (again.cube[0, :6, :9] == 0).all() and again.cube.max() <= 3
+    assert (again.cube[0, 6:] > 0).all()
+    place = tags_of(mapped / 'scene.tif')
+    assert len(place) == 3 and tags_of(mapped / 'map.tif') == tags_of(mapped / 'p.tif') == place
+    shares = read_scene(str(mapped / 'p.tif')).cube
+    known = again.cube[0] > 0
+    assert shares.shape == (3, 45, 61)
+    likeliest = shares.argmax(0) + 1
+    assert (likeliest == again.cube[0])[known].mean() > 0.97  # rounded ones can tie
+
+
+UTM_NORTH = ['UTM', 3, 2, 600000, 5000000, 30, 30, 32, 'North', 'WGS-84', 'units=Meters']
+UTM_SOUTH = ['UTM', 1, 1, 300000, 8000000, 10, 20, 23, 'South', 'WGS-84', 'units=Meters']
+DEGREES = ['Geographic Lat/Lon', 1.5, 1.5, 13.1, 52.4, 0.001, 0.002, 'WGS-84', 'units=Degrees']
+
+
+def map_envi(info, folder):
+    """a.hdr, a.img with this "map info", and map.tif of it"""
+    spectral = pytest.importorskip('spectral')
+    cube = np.arange(60, dtype=np.int16).reshape(4, 5, 3)
+    spectral.envi.save_image(str(folder / 'a.hdr'), cube, metadata={'map info': info},
+                             interleave='bsq')
+    meta = {'num_bands': 3, 'num_classes': 2, 'class_names': ['a', 'b'], 'wavelengths_nm': None,
+            'nodata': None, 'mean': [30.0] * 3, 'std': [20.0] * 3}
+    map_scene.map_scene(lambda x: torch.full((len(x), 2, 4, 4), 0.5), str(folder / 'a.hdr'), meta,
+                        4, 0.5, str(folder / 'map.tif'))
+
+
+@pytest.mark.parametrize('info, epsg', [(UTM_NORTH, 32632), (UTM_SOUTH, 32723), (DEGREES, 4326)])
+def test_a_map_of_an_envi_scene_lies_where_the_scene_lies(info, epsg, tmp_path):
+    map_envi(info, tmp_path)
+    place = tags_of(tmp_path / 'map.tif')
+    column, row, x, y, width, height = info[1:7]
+    assert place[33550] == (width, height, 0) and place[33922] == (column - 1, row - 1, 0, x, y, 0)
+    keys = place[34735]  # readers forgive a wrong model
+    expected = (2, 2048, 4326) if epsg == 4326 else (1, 3072, epsg)
+    assert (keys[7], keys[12], keys[15]) == expected
+
+    def codes(*words):
+        return [tag[0] for tag in envi_geotags([*info[:-1], *words])]
+    assert len(codes()) == 3 and codes('rotation=0.0') == codes()
+    assert [tag[0] for tag in envi_geotags(['Arbitrary', *info[1:]])] == [33550, 33922]
+    assert envi_geotags([]) == ()  # a place without a system; nothing
+
+
+def test_gdal_finds_a_map_where_it_finds_the_scene(mapped):
+    rasterio = pytest.importorskip('rasterio')  # reads the formats on its own
+    run('tools/map_scene.py', f'--run={mapped}/run', f'--scene={mapped}/scene.tif',
+        f'--out={mapped}/gdal.tif', f'--probabilities={mapped}/gdal_p.tif')
+    names = ('scene.tif', 'gdal.tif', 'gdal_p.tif')
+    scene, written, probabilities = [rasterio.open(mapped / name) for name in names]
+    assert written.crs == scene.crs == 'EPSG:32632'
+    assert written.transform == scene.transform == probabilities.transform
+    assert (written.width, written.height, written.count, written.nodata) == (61, 45, 1, 0)
+    assert written.colormap(1)[1][:3] == (230, 159, 0) and probabilities.count == 3
+
+
+@pytest.mark.parametrize('info, epsg', [(UTM_NORTH, 32632), (UTM_SOUTH, 32723), (DEGREES, 4326)])
+def test_gdal_finds_the_map_of_an_envi_scene_where_it_finds_the_scene(info, epsg, tmp_path):
+    rasterio = pytest.importorskip('rasterio')
+    map_envi(info, tmp_path)
+    with rasterio.open(tmp_path / 'a.img') as scene, rasterio.open(tmp_path / 'map.tif') as written:
+        assert written.crs.to_epsg() == epsg
+        assert scene.crs.is_geographic == written.crs.is_geographic
+        np.testing.assert_allclose(written.transform, scene.transform, rtol=1e-12)
+
+
+def test_the_picture_of_a_map_reads_few_pixels_of_a_large_scene(tmp_path):
+    bands, H, W = 60, 3000, 2500  # 0.9 GB, on disk only
+    cube = np.memmap(tmp_path / 'cube', np.int16, 'w+', shape=(bands, H, W))
+    scene = Scene(cube, None, None, None, None)
+    step = map_scene.picture_step(scene)
+    classes = np.zeros((H, W), np.uint8)[::step, ::step]
+    classes[:, 250:] = 1
+    tracemalloc.start()
+    map_scene.save_picture(str(tmp_path / 'map.png'), scene, classes,
+                           {'class_names': ['a', 'b'], 'wavelengths_nm': None})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60e6 and (tmp_path / 'map.png').exists()
+
+
+def test_memory_does_not_grow_with_the_height_of_a_scene(tmp_path):
+    meta = {'num_bands': 8, 'num_classes': 2, 'class_names': ['a', 'b'], 'wavelengths_nm': None,
+            'nodata': None, 'mean': [0.0] * 8, 'std': [1.0] * 8}
+    peaks = []
+    for rows in (1500, 15_000):  # the larger one has 15 MB
+        np.save(tmp_path / 'scene.npy', np.ones((rows, 64, 8), np.int16))
+        tracemalloc.start()
+        map_scene.map_scene(lambda x: x[:, :2], str(tmp_path / 'scene.npy'), meta, 64, 0,
+                            str(tmp_path / 'map.tif'))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert read_scene(str(tmp_path / 'map.tif')).cube.shape == (1, 15_000, 64)
+    assert peaks[1] < peaks[0] + 2e6, peaks
+
+
+def test_a_picture_of_many_classes_numbers_their_areas_rightly():
+    classes, step = np.zeros((60, 80), np.uint8), 3
+    classes[5:25, 5:30], classes[30:58, 2:50], classes[5:28, 40:78] = 1, 9, 16
+    classes[50, 60:79] = 7  # too thin for a number
+    names = [f'name {k}' for k in range(1, 17)]
+    figure = Figure()
+    axis = figure.subplots()
+    data.show_classes(axis, classes, names, step)
+    places = {text.get_text(): tuple(int(v // step) for v in text.get_position()[::-1])
+              for text in axis.texts}
+    assert {int(number): classes[place] for number, place in places.items()} == {1: 1, 9: 9, 16: 16}
+    data.class_legend(figure, names, {0, 1, 9})
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words == ['1 name 1', '9 name 9', 'no label, no data']
+    few = figure.add_subplot()
+    data.show_classes(few, classes % 3, ['a', 'b', 'c'])
+    assert not few.texts  # up to 8 the colours do
+
+
+def test_a_map_without_overlap_is_tile_wise_prediction(mapped):
+    network = load_segmenter(str(mapped / 'run' / 'best.pt'))
+
+    @torch.no_grad()
+    def predict(raw):
+        return network(network.prepare(raw)).softmax(1)
+    map_scene.map_scene(predict, str(mapped / 'scene.tif'), network.meta, 16, 0.0,
+                        str(mapped / 'side.tif'))
+    got = read_scene(str(mapped / 'side.tif')).cube[0]
+    cube = read_scene(str(mapped / 'scene.tif')).cube
+    for top, left in ((16, 0), (16, 32), (0, 16)):
+        tile = torch.from_numpy(cube[None, :, top:top + 16, left:left + 16].copy())
+        same = predict(tile).argmax(1)[0].numpy() + 1 == got[top:top + 16, left:left + 16]
+        assert same[:13, :13].mean() > 0.99  # the last windows reach back into the ones before
+
+
+def test_scenes_unlike_the_training_data_work_or_are_refused_in_a_sentence(mapped, tmp_path):
+    base = ['tools/map_scene.py', f'--run={mapped}/run', f'--out={tmp_path}/map.tif']
+    done = run(*base, f'--scene={mapped}/plain.npz')  # no wavelengths, the same number of bands
+    assert 'no georeference' in done.stdout and 'WARNING' not in done.stdout
+    make_scene(tmp_path / 'fine.npz', bands=21)  # other bands, with wavelengths: resampled
+    done = run(*base, f'--scene={tmp_path}/fine.npz')
+    assert '21 bands are resampled to the 7' in done.stdout
+    np.save(tmp_path / 'float.npy', np.random.default_rng(0).normal(0.2, 0.02, (9, 30, 7)))
+    done = run(*base, f'--scene={tmp_path}/float.npy')  # reflectance, where the model knows 0..3000
+    assert re.search(r'WARNING: in 7 of 7 bands .* mean is 0\.(2|199)', done.stdout)
+    np.save(tmp_path / 'five.npy', np.zeros((20, 20, 5), np.int16))
+    make_scene(tmp_path / 'swir.npz', wavelengths_nm=np.linspace(2000, 2400, 7))
+    before = open(mapped / 'scene.tif', 'rb').read()
+    plain = f'--scene={mapped}/plain.npz'
+    for flags, words in (
+            ([f'--scene={mapped}/scene.tif', f'--out={mapped}/scene.tif'], 'names of their own'),
+            ([f'--scene={tmp_path}/five.npy'], 'has 5 bands'),
+            ([f'--scene={tmp_path}/swir.npz'], 'none near 450'),
+            ([f'--scene={tmp_path}/none.tif'], 'no such file'),
+            ([plain, '--overlap=1'], '--overlap=1'), ([plain, f'--out={tmp_path}/map.png'], '.tif'),
+            ([plain, f'--run={tmp_path}'], 'no such checkpoint')):
+        done = run(*base, *flags, check=False)
+        assert done.returncode == 1 and words in done.stderr, done.stderr
+        assert 'Traceback' not in done.stderr
+    assert not [name for name in os.listdir(tmp_path) if name.endswith('.tmp')]
+    assert open(mapped / 'scene.tif', 'rb').read() == before
+
+
+def test_other_units_than_the_training_datas_are_told_and_no_more(tmp_path):
+    rng = np.random.default_rng(0)
+    cube = rng.normal(3000, 900, (5, 40, 50))
+    nm = [500.0, 550, 600, 650, 700]
+    meta = {'mean': [3000.0] * 5, 'std': [1000.0] * 5, 'num_bands': 5, 'nodata': -1,
+            'wavelengths_nm': nm}
+
+    def warning(cube, **more):
+        np.savez(tmp_path / 's.npz', cube=np.moveaxis(cube, 0, 2).astype(np.float32), **more)
+        scene, to_model = map_scene.open_scene(str(tmp_path / 's.npz'), meta)
+        return map_scene.units_warning(scene, to_model, meta)
+    assert warning(cube) == warning(0.8 * cube + 500) == ''
+    for factor in (10_000, 10, 0.1, 1e-4):
+        words = warning(factor * cube)
+        assert '5 of 5 bands' in words and f'{3000 * factor:.1g}'[:1] in words
+        assert '3000 (deviation 1000)' in words
+    assert '5 of 5 bands' in warning(cube + 8000)
+    missing = cube.copy()
+    missing[:, :30] = -1  # says nothing
+    assert warning(missing) == '' and warning(np.full((5, 9, 9), -1.0)) == ''
+    one_band = cube.copy()
+    one_band[2] *= 100  # a fault of that band, not of the units
+    assert warning(one_band) == ''
+    other_nm = np.linspace(480, 720, 9)  # resampled first
+    assert warning(np.full((9, 30, 30), 0.3), wavelengths_nm=other_nm).count('5 of 5 bands') == 1
+
+
+@pytest.mark.parametrize('flags', [[], ['--bands=landsat'], ['--normalize=scene'], ['--pca=3'],
+                                   ['--bands=500:40,620:20,900', '--normalize=scene', '--pca=2']])
+def test_a_scene_reaches_the_model_as_the_tiler_brought_it_to_training(flags, tmp_path):
+    nm = np.concatenate([np.linspace(450, 900, 40), np.linspace(1600, 1700, 6), [2200, 2230]])
+    path = make_scene(tmp_path / 's.npz', bands=48, wavelengths_nm=nm, nodata=0)
+    with np.load(path) as file:
+        fields = dict(file)
+    fields['cube'][3:9, :20] = 0
+    np.savez(path, **fields)
+    run('data.py', 'tile', f'--root={path}', f'--out={tmp_path}/tiles', '--tile_size=16', *flags)
+    tiles = Tiles(str(tmp_path / 'tiles'), 'tr')
+    scene, to_model = map_scene.open_scene(path, tiles.meta)
+    for image, (_, row, col) in zip(tiles.images, tiles.meta['tiles']['tr']):
+        got = to_model(scene.cube[None, :, row:row + 16, col:col + 16])[0]
+        missing = (scene.cube[:, row:row + 16, col:col + 16] == 0).all(0)
+        assert np.isnan(got[:, missing]).all() and np.isfinite(got[:, ~missing]).all()
+        np.testing.assert_allclose(got[:, ~missing], image[:, ~missing], rtol=1e-4, atol=2e-4)
+    assert map_scene.units_warning(scene, to_model, tiles.meta) == ''
+
+
+def test_a_run_on_normalized_and_resampled_tiles_maps_the_raw_scene(tmp_path):
+    scene = make_scene(tmp_path / 's.npz', bands=40)
+    run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path}/tiles', '--tile_size=16',
+        '--bands=460,520:30,640,700,900', '--normalize=scene', '--split_block=8')
+    run('segment.py', *TINY, f'--data={tmp_path}/tiles', f'--out_dir={tmp_path}/run')
+    done = run('tools/map_scene.py', f'--run={tmp_path}/run', f'--scene={scene}',
+               f'--out={tmp_path}/map.tif')
+    assert '40 bands are resampled to the 5' in done.stdout and 'WARNING' not in done.stdout
+    labels = read_scene(scene).labels
+    same = read_scene(f'{tmp_path}/map.tif').cube[0] == labels
+    assert same[labels > 0].mean() > 0.95
+
+
+def test_the_baseline_maps_too_in_windows_of_its_crops(scene_data, tmp_path):
+    run('baseline_deeplab.py', f'--data={scene_data}', '--crop_size=8', '--width=8', '--steps=2',
+        '--batch_size=4', f'--out_dir={tmp_path}/run')
+    scene = make_scene(tmp_path / 's.npz', height=20, width=30)
+    run('tools/map_scene.py', f'--run={tmp_path}/run', f'--scene={scene}',
+        f'--out={tmp_path}/m.tif')
+    assert read_scene(f'{tmp_path}/m.tif').cube.shape == (1, 20, 30)
+    assert (tmp_path / 'm.png').exists() and load_segmenter(f'{tmp_path}/run/best.pt').window == 8
+
+
+# ============ the doctor ============
+
+def change_tiles(folder, name, change):
+    """Apply change(array) to a file of tiles"""
+    array = np.load(folder / name)
+    change(array)
+    np.save(folder / name, array)
+
+
+def test_check_says_what_a_directory_holds_and_draws_it(scene_data, tmp_path):
+    shutil.copytree(scene_data, tmp_path / 'tiles')
+    done = run('tools/check_data.py', f'--data={tmp_path}/tiles', pictures=True)
+    for words in ('7 bands of uint16', 'nothing wrong found', 'window', 'check.png'):
+        assert words in done.stdout
+    assert (tmp_path / 'tiles' / 'check.png').stat().st_size > 5000
+
+
+def test_check_finds_labels_shared_by_two_splits(scene_data, tmp_path):
+    shutil.copytree(scene_data, tmp_path / 'out')
+    folder = tmp_path / 'out'
+    image = np.load(folder / 'tr_images.npy')[0]
+    labels = np.load(folder / 'tr_labels.npy')[0]
+
+    def repeat(array):
+        array[0] = image if array.ndim == 4 else labels
+    change_tiles(folder, 'ts_images.npy', repeat)
+    change_tiles(folder, 'ts_labels.npy', repeat)
+    os.makedirs(folder / 'check.png.tmp')  # nothing can be written there, as in a read-only folder
+    done = run('tools/check_data.py', f'--data={folder}', check=False)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert f'{np.count_nonzero(labels)} pixels are labelled in two splits' in done.stderr
+    assert 'window' in done.stdout and 'no picture' in done.stdout  # the floors, all the same
+
+
+def test_check_of_healthy_data_in_a_read_only_directory_succeeds(scene_data, tmp_path):
+    shutil.copytree(scene_data, tmp_path / 'out')
+    os.makedirs(tmp_path / 'out' / 'check.png.tmp')
+    done = run('tools/check_data.py', f'--data={tmp_path}/out')
+    assert 'nothing wrong found' in done.stdout and 'no picture' in done.stdout
+
+
+def test_check_names_every_fault(scene_data, tmp_path):
+    folder = tmp_path / 'tiles'
+    shutil.copytree(scene_data, folder)
+
+    def without_class_2(labels):
+        labels[labels == 2] = 0
+
+    def with_label_9(labels):
+        labels[tuple(np.argwhere(labels == 1)[0])] = 9
+
+    def quantised(images):
+        images[:, 4] = images[:, 4] // 1000
+    change_tiles(folder, 'tr_labels.npy', without_class_2)
+    change_tiles(folder, 'val_labels.npy', with_label_9)
+    change_tiles(folder, 'tr_images.npy', quantised)
+    meta = json.load(open(folder / 'meta.json'))
+    meta['std'][2] = 0
+    tiles = {split: Tiles(str(folder), split) for split in data.SPLITS}
+    faults = check_data.find_faults(check_data.read_facts(tiles), meta)
+    for words in ('class 2 (class 2) has labels but none in tr',
+                  'val: label values above 3 (up to 9)',
+                  '1 bands have one value only (counted from 1: [3])', 'quantised'):
+        assert sum(words in fault for fault in faults) == 1, faults
+    assert len(faults) == 4
+
+
+def test_the_doctors_spectra_are_those_of_the_classes(scene_data):
+    tiles = Tiles(scene_data, 'tr')
+    facts = check_data.read_facts({'tr': tiles})
+    for k in (0, 2):
+        x = np.moveaxis(tiles.images, 1, 3)[tiles.labels == k].astype(float)
+        np.testing.assert_allclose(facts.sums[0, k], len(x))
+        np.testing.assert_allclose(facts.sums[1, k] / len(x), x.mean(0))
+        np.testing.assert_allclose(facts.sums[2, k], (x ** 2).sum(0))
+
+
+def test_check_of_tiles_without_labels(tmp_path):
+    scene = make_scene(tmp_path / 's.npz', labels=None)
+    run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path}/tiles', '--tile_size=16')
+    done = run('tools/check_data.py', f'--data={tmp_path}/tiles', pictures=True)
+    assert 'nothing wrong found' in done.stdout and 'floors' not in done.stdout
+    assert (tmp_path / 'tiles' / 'check.png').stat().st_size > 5000
+    done = run('tools/check_data.py', f'--data={tmp_path}/none', check=False)
+    assert done.returncode == 1 and 'no tiles here' in done.stderr
+
+
+# ============ runs side by side ============
+
+RESULT = {key: 0.5 for key in ('oa', 'mean_acc', 'miou', 'miou_all', 'kappa', 'mean_f1')}
+CONFIG = {'data': 'data/a_0', 'encoder': 'runs/m_0/last.pt', 'decoder': 'logistic', 'pixel': True,
+          'label_share': 1.0, 'seed': 0, 'steps': 10, 'log_every': 20, 'out_dir': 'runs/s_0'}
+
+
+def write_report(folder, miou=0.5, name='MAE + logistic', **changes):
+    """The report.json of a run of segment.py whose flags are CONFIG and these"""
+    os.makedirs(folder)
+    floor = 0.3 + 0.1 * ('_1' in changes.get('data', ''))
+    floors = {name: {**RESULT, 'miou': floor} for name in ('pixel', 'window')}
+    content = {'name': name, 'config': {**CONFIG, **changes}, 'floors': floors, 'warning': '',
+               'scores': {**RESULT, 'miou': miou}}
+    json.dump(content, open(folder / 'report.json', 'w'))
+    return str(folder)
+
+
+def tables(runs, capsys):
+    """The tables of these runs as compare.py prints them: dict title -> dict name of a row -> its
+    cells OA, mean acc, mIoU, mIoU all, seeds"""
+    read = [compare.read_run(run) for run in runs]
+    for (where, label_share), table in compare.group_runs(read).items():
+        compare.print_table(where, label_share, table)
+    row = re.compile(r'(\S.*?)((?: +[\d.]+ ± +[\d.-]+){4}) +(\d+)')
+    found = {}
+    for block in capsys.readouterr().out.strip().split('\n\n'):
+        title, _, *lines = block.splitlines()
+        cells = [row.fullmatch(line) for line in lines]
+        found[title] = {cell[1].strip(): [*re.findall(r'[\d.]+ ± +[\d.-]+', cell[2]), cell[3]]
+                        for cell in cells}
+    return found
+
+
+def test_the_table_averages_seeds_and_nothing_else(tmp_path, capsys):
+    second = dict(seed=1, data='data/a_1/', encoder='runs/m_1/last.pt', out_dir='b', log_every=99)
+    runs = [write_report(tmp_path / 's_0'), write_report(tmp_path / 's_1', 0.7, **second),
+            write_report(tmp_path / 't', steps=99),
+            write_report(tmp_path / 'u', data='data/scene_2013'),
+            write_report(tmp_path / 'v', data='data/scene_2018'),
+            write_report(tmp_path / 'w', 0.6, data='data/scene_2018')]
+    # one encoder on three splits, one of them twice
+    runs += [write_report(tmp_path / f'b_{i}', seed=n, data=f'data/b_{n}')
+             for i, n in enumerate((0, 1, 2, 2))]
+    found = tables(runs, capsys)
+    methods = {title: {name: (cells[2], cells[-1]) for name, cells in rows.items()
+                       if 'floor' not in name} for title, rows in found.items()}
+    share = ', 100 % of the labels'
+    assert methods == {
+        'data/a' + share: {'MAE + logistic steps=10': ('60.0 ± 14.1', '2'),
+                           'MAE + logistic steps=99': ('50.0 ±    -', '1')},
+        'data/scene_2013' + share: {'MAE + logistic': ('50.0 ±    -', '1')},
+        'data/scene_2018' + share: {'MAE + logistic': ('60.0 ±    -', '1')},  # the last one counts
+        'data/b' + share: {'MAE + logistic': ('50.0 ±  0.0', '3')}}
+    # floors of two data sets: 0.3 and 0.4
+    assert found['data/a' + share]['window floor'][2] == '35.0 ±  7.1'
+
+
+def test_the_table_names_rows_by_what_differs_and_sorts_them(tmp_path, capsys):
+    cnn = {'data': 'data/a_0', 'width': 64, 'label_share': 1.0, 'seed': 0, 'out_dir': 'runs/cnn'}
+    runs = [write_report(tmp_path / 'untrained', 0.4, 'MAE untrained + logistic'),
+            write_report(tmp_path / 'no_pixel', 0.45, pixel=False),
+            write_report(tmp_path / 'best', 0.6), write_report(tmp_path / 'cnn', 0.5, 'DeepLabV3+'),
+            write_report(tmp_path / 'few', label_share=0.02)]
+    report = json.load(open(tmp_path / 'cnn' / 'report.json'))
+    json.dump({**report, 'config': cnn}, open(tmp_path / 'cnn' / 'report.json', 'w'))
+    found = tables(runs, capsys)
+    assert list(found['data/a, 100 % of the labels']) == [
+        'MAE + logistic pixel=True', 'DeepLabV3+', 'MAE + logistic pixel=False',
+        'MAE untrained + logistic', 'window floor', 'pixel floor']
+    few = found['data/a, 2 % of the labels']
+    assert list(few) == ['MAE + logistic', 'window floor', 'pixel floor']
+
+
+def test_runs_are_drawn_side_by_side(scene_data, tmp_path):
+    for n in ('1', '2'):
+        run('segment.py', *TINY, f'--data={scene_data}', f'--seed={n}', f'--out_dir={tmp_path / n}')
+    run('segment.py', *TINY, f'--data={scene_data}', '--decoder=linear', '--steps=2',
+        '--eval_every=1', f'--out_dir={tmp_path}/linear')
+    run('pretrain_mae.py', *MAE_TINY, '--whiten=3', '--max_steps=1', f'--data={scene_data}',
+        f'--out_dir={tmp_path}/mae')
+    runs = [f'{tmp_path}/{name}' for name in ('1', '2', 'linear', 'mae')]
+    done = run('tools/compare.py', *runs, f'--out_dir={tmp_path}/all', pictures=True)
+    assert 'random ViT + logistic' in done.stdout and 'random ViT + linear' in done.stdout
+    assert 'window floor' in done.stdout
+    assert sorted(os.listdir(tmp_path / 'all')) == ['comparison.png', 'curves.png']
+    for name in os.listdir(tmp_path / 'all'):
+        assert (tmp_path / 'all' / name).stat().st_size > 5000
+    done = run('tools/compare.py', runs[0], f'{tmp_path}/3', f'--out_dir={tmp_path}/all',
+               check=False)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert f'{tmp_path}/3: holds no report.json and no log.jsonl' in done.stderr
+
+
+def test_what_is_drawn_side_by_side_is_what_was_scored(scene_data, tmp_path, monkeypatch):
+    run('segment.py', *TINY, f'--data={scene_data}', '--crop_size=8', '--img_size=8',
+        '--pixel=false', f'--out_dir={tmp_path}/run')
+    drawn = []
+    monkeypatch.setattr(compare, 'show_classes', lambda axis, classes, names: drawn.append(classes))
+    judged = compare.read_run(f'{tmp_path}/run')
+    compare.save_maps(f'{tmp_path}/maps.png', [judged])
+    labels, maps = drawn[:3], drawn[3:]
+    network, tiles = load_segmenter(f'{tmp_path}/run/best.pt'), Tiles(scene_data, 'ts')
+
+    @torch.no_grad()
+    def predict(raw):
+        return network(network.prepare(raw)).softmax(1)
+
+    def classes(raw):
+        return data.predict_tile(predict, raw, network.window, 3).argmax(1)
+    cm = data.evaluate(classes, tiles)
+    assert network.window == 8 and cm.tolist() == judged.report['confusion_matrix']
+    for label, classes_drawn in zip(labels, maps):
+        i = next(i for i in range(len(tiles)) if (tiles.labels[i] == label).all())
+        np.testing.assert_array_equal(classes(tiles.batch([i])[0])[0] + 1, classes_drawn)

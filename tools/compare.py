@@ -1,0 +1,214 @@
+"""Runs side by side: a table over seeds, curves on one axis, maps of the same tiles.
+
+    python tools/compare.py runs/mae_seg runs/dino_seg_0 runs/dino_seg_1 --out_dir=runs/compared
+
+A row of the table is a method: mean and standard deviation (n - 1) over its seeds. Runs are one
+method when they differ only in --seed, --out_dir and the number of the seed in the paths of data
+and encoder (data/ip_0, data/ip_1). Methods of one name are told apart by the flags that differ.
+
+Writes out_dir: curves.png (mIoU over the steps, of pre-training runs the probe's) and
+comparison.png (a map of each method on up to three test tiles of the first run's data).
+"""
+import argparse
+import json
+import os
+import re
+import sys
+import textwrap
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from data import (Tiles, class_colors, class_legend, false_color, plain_errors, predict_tile,
+                  read_json, save_figure, show_classes)
+from models import load_segmenter
+from scenes import UserError
+
+# flags that do not make a method; data sets and label shares have tables of their own
+NOT_THE_METHOD = ('seed', 'out_dir', 'log_every', 'eval_every', 'save_every', 'compile',
+                  'wandb_log', 'encoder_crc32', 'data', 'label_share')
+
+
+class Run(NamedTuple):
+    path: str  # the run directory
+    log: list  # dicts of log.jsonl
+    report: dict  # report.json: name, config, scores, floors; {} of a pre-training run
+    config: dict  # the flags of a run with a report
+
+
+def read_run(path):
+    log_path = os.path.join(path, 'log.jsonl')
+    report_path = os.path.join(path, 'report.json')
+    log, report = [], {}
+    if os.path.exists(log_path):
+        with open(log_path, encoding='utf-8') as file:
+            log = [json.loads(line) for line in file if line.endswith('\n')]  # half a line waits
+    if os.path.exists(report_path):
+        report = read_json(report_path)
+    elif not log:
+        raise UserError(f'{path}: holds no report.json and no log.jsonl: give directories of runs')
+    return Run(path, log, report, report.get('config', {}))
+
+
+def short_name(run):
+    return os.path.basename(os.path.abspath(run.path))
+
+
+# ============ the table ============
+
+def without_seed(path, seed):
+    """'runs/mae_3/last.pt' of seed 3 -> 'runs/mae/last.pt'"""
+    return re.sub(rf'_{seed}(?=[/\\]|$)', '', path)
+
+
+def data_of(run):
+    return without_seed(os.path.normpath(run.config['data']), run.config['seed'])
+
+
+def method_of(run, runs):
+    """-> what makes its method: its name, and flags as pairs (flag, value)"""
+    flags = {name: str(value) for name, value in run.config.items()
+             if name not in NOT_THE_METHOD}
+
+    # runs/mae_0 that is judged with seed 0 only is seed 0 of runs/mae; with more seeds, itself
+    encoder = flags.get('encoder')
+    seeds = {other.config['seed'] for other in runs
+             if other.config.get('encoder') == encoder and data_of(other) == data_of(run)}
+    if encoder and len(seeds) == 1:
+        flags['encoder'] = without_seed(encoder, run.config['seed'])
+    return run.report['name'], *flags.items()
+
+
+def group_runs(runs):
+    """-> dict (data, label share) -> dict method -> its runs, one for each seed and data set"""
+    tables = {}
+    for run in runs:
+        table = tables.setdefault((data_of(run), run.config['label_share']), {})
+        seeds = table.setdefault(method_of(run, runs), {})
+        seeds[run.config['data'], run.config['seed']] = run  # the last one, of a run made twice
+    return {group: {method: list(seeds.values()) for method, seeds in table.items()}
+            for group, table in tables.items()}
+
+
+def row_name(method, methods):
+    """Its name, and the flags in which it differs from other methods of this name"""
+    name, *flags = method
+    alike = [dict(other[1:]) for other in methods if other[0] == name]
+    differ = [f'{flag}={value}' for flag, value in flags
+              if any(other.get(flag) != value for other in alike)]
+    return ' '.join([name, *differ])
+
+
+def print_table(data, label_share, table):
+    width = max(len(row_name(method, table)) for method in table)
+    width = max(width, len('window floor'))
+    columns = {'OA': 'oa', 'mean acc': 'mean_acc', 'mIoU': 'miou', 'mIoU all': 'miou_all'}
+
+    def print_row(name, scores):
+        line = f'{name:{width}s}'
+        for key in columns.values():
+            values = np.array([100 * score[key] for score in scores])
+            deviation = f'{values.std(ddof=1):4.1f}' if len(values) > 1 else '   -'
+            line += f'{values.mean():6.1f} ± {deviation}'
+        print(f'{line}{len(scores):7d}')
+
+    print(f'\n{data}, {100 * label_share:g} % of the labels')
+    print(' ' * width + ''.join(f'{title:>13s}' for title in columns) + '  seeds')
+    rows = {row_name(method, table): [run.report['scores'] for run in runs]
+            for method, runs in table.items()}
+    for name in sorted(rows, key=lambda name: -np.mean([score['miou'] for score in rows[name]])):
+        print_row(name, rows[name])
+
+    # floors go with the data, and with the seed where it draws the labels
+    floors = {}
+    for run in sum(table.values(), []):
+        seed = run.config['seed'] if label_share < 1 else ''
+        floors[run.config['data'], seed] = run.report['floors']
+    for floor in ('window', 'pixel'):
+        print_row(f'{floor} floor', [scores[floor] for scores in floors.values()])
+
+
+# ============ the pictures ============
+
+def save_curves(path, runs):
+    """mIoU on val over the steps: of the decoder, or of the probe while pre-training"""
+    figure = Figure(figsize=(8, 3.8), layout='constrained')
+    axis = figure.subplots()
+    safe_colors = class_colors(['run'] * 8)[[5, 6, 3, 7, 1, 2, 8]] / 255  # for colour-blind eyes
+    axis.set_prop_cycle(color=safe_colors, marker=list('os^Dv*P'))
+    for run in runs:
+        scored = [entry for entry in run.log if 'val_miou' in entry or 'probe_miou' in entry]
+        if scored:  # a solved decoder has no curve
+            miou = [100 * entry.get('val_miou', entry.get('probe_miou')) for entry in scored]
+            axis.plot([entry['step'] for entry in scored], miou, label=short_name(run))
+    axis.set(xlabel='step', ylabel='mIoU on val (of the probe, while pre-training), %')
+    if axis.lines:
+        axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def save_maps(path, runs):
+    """False colour, labels and each run's map of up to three test tiles of their data set"""
+    tiles = Tiles(runs[0].config['data'], 'ts')
+    names = tiles.meta['class_names']
+    labelled = [np.count_nonzero(labels) for labels in tiles.labels[:500]]
+    chosen = np.argsort(-np.array(labelled), kind='stable')[:3]
+    columns = [('test labels', [np.asarray(tiles.labels[i]) for i in chosen])]
+    for run in runs:
+        network = load_segmenter(os.path.join(run.path, 'best.pt'))
+
+        def predict(raw):
+            return network(network.prepare(raw)).softmax(1)
+        maps = [predict_tile(predict, tiles.batch([i])[0], network.window, len(names))
+                for i in chosen]
+        title = textwrap.fill(short_name(run), 18)
+        title += f'\nmIoU {100 * run.report["scores"]["miou"]:.1f}'
+        columns.append((title, [one.argmax(1)[0].numpy() + 1 for one in maps]))
+
+    side = min(9 / (1 + len(columns)), 2.5)
+    figure = Figure(figsize=(9, (side + 0.1) * len(chosen) + 1.3), layout='constrained')
+    axes = figure.subplots(len(chosen), 1 + len(columns), squeeze=False)
+    axes[0, 0].set_title('false colour', fontsize=9)
+    for axis, i in zip(axes[:, 0], chosen):
+        axis.imshow(false_color(tiles.images[i], tiles.meta), interpolation='nearest')
+        axis.set_ylabel(f'tile {i}, {tiles.meta["tile_size"]} px', fontsize=8)
+    for column, (title, maps) in zip(axes[:, 1:].T, columns):
+        column[0].set_title(title, fontsize=9)
+        for axis, classes in zip(column, maps):
+            show_classes(axis, classes, names)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    drawn = np.concatenate([maps for _, maps in columns])
+    class_legend(figure, names, set(np.unique(drawn).tolist()))
+    save_figure(figure, path)
+
+
+if __name__ == '__main__':
+    plain_errors()
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('runs', nargs='+', help='run directories')
+    parser.add_argument('--out_dir', default='runs/compared', help='where the pictures go')
+    flags = parser.parse_args()
+    runs = [read_run(path) for path in flags.runs]
+    judged = [run for run in runs if run.report]
+
+    tables = group_runs(judged)
+    for (data, label_share), table in tables.items():
+        print_table(data, label_share, table)
+    for run in judged:
+        if run.report['warning']:
+            print(f'{run.path}: {run.report["warning"]}')
+
+    os.makedirs(flags.out_dir, exist_ok=True)
+    save_curves(os.path.join(flags.out_dir, 'curves.png'), runs)
+    side_by_side = []  # one run of each method, on the data of the first
+    for table in tables.values():
+        for seeds in table.values():
+            same_data = [run for run in seeds if run.config['data'] == judged[0].config['data']]
+            side_by_side += same_data[:1]
+    if side_by_side:
+        save_maps(os.path.join(flags.out_dir, 'comparison.png'), side_by_side)
+    print(f'pictures: {flags.out_dir}')
