@@ -552,15 +552,16 @@ def write_tiles(inputs, plan, meta, args):
         for region in regions_of(scene, by_name[name], args):
             split = region.split
             places = plan['tiles'][split]
-            slot = bisect.bisect_left(places, [number])  # the first one of this scene
-            for row, col, tile_labels in cut(scene, region, plan['labelled'], args):
-                if places[slot:slot + 1] != [[number, row, col]]:
-                    raise UserError(f'{name}: has changed since its tiles were counted: delete '
-                                    f'{args.out} and tile again')
+            first = bisect.bisect_left(places, [number])  # slots of this scene
+            last = bisect.bisect_left(places, [number + 1])
+            tiles = list(cut(scene, region, plan['labelled'], args))
+            if places[first:last] != [[number, row, col] for row, col, _ in tiles]:
+                raise UserError(f'{name}: has changed since its tiles were counted: delete '
+                                f'{args.out} and tile again')
+            for slot, (row, col, tile_labels) in enumerate(tiles, first):
                 images[split][slot] = cube[:, row:row + size, col:col + size]
                 if plan['labelled']:
                     labels[split][slot] = tile_labels
-                slot += 1
         plan['written'] += 1
         if plan['written'] == len(plan['scenes']) or time.time() - saved_at > SAVE_EVERY:
             for slots in (*images.values(), *labels.values()):

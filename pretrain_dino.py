@@ -360,6 +360,17 @@ def crop_by_crop(mask, here):
     return mask, rows if ibot_weight else rows[:0]
 
 
+def to_device(batch, device):
+    """Batch -> the same on the device
+
+    The number of masked tokens changes from step to step. torch.compile is told so beforehand, or
+    it would compile everything again at the second step.
+    """
+    batch = Batch(*(t.to(device, non_blocking=True) for t in batch))
+    torch._dynamo.maybe_mark_dynamic(batch.rows, 0)
+    return batch
+
+
 def crops_per_epoch(tiles):
     """An epoch is one window for every img_size x img_size pixels stored."""
     return len(tiles) * max(1, round((tiles.meta['tile_size'] / img_size) ** 2))
@@ -617,6 +628,7 @@ if __name__ == '__main__':
             if wandb_log:
                 wandb.log(entry, step=entry['step'])
 
+    # ---- what this run is
     epochs = steps * batch_size / crops_per_epoch(train)
     print(f'{sum(p.numel() for p in model.parameters()):,} parameters; '
           f'{meta["num_bands"]} bands, {num_patches} patches of {patch_size} px a crop; '
@@ -675,7 +687,7 @@ if __name__ == '__main__':
         set_schedules(optimizer, step)
 
         # one step: two global crops of each tile and some local ones
-        batch = Batch(*(t.to(device, non_blocking=True) for t in batch))
+        batch = to_device(batch, device)
         big, small = make_crops(batch, statistics, meta['nodata'], step)
         # the teacher sees the global crops whole
         with torch.no_grad(), autocast:
@@ -727,8 +739,9 @@ if __name__ == '__main__':
                           '--base_lr, or more --koleo_weight')
 
         # ---- shell: save, and leave if told to (when one rank was told, all leave together)
-        told = torch.tensor(stop_signal, device=device)
+        told = stop_signal
         if world > 1:
+            told = torch.tensor(stop_signal, device=device)
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
         if main_process and (told or step == last_step or step % save_every == 0):
             save_checkpoint(last_path, {

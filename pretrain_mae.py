@@ -316,6 +316,7 @@ if __name__ == '__main__':
             if wandb_log:
                 wandb.log(entry, step=entry['step'])
 
+    # ---- what this run is
     epochs = steps * batch_size / crops_per_epoch(train)
     print(f'{sum(p.numel() for p in model.parameters()):,} parameters; '
           f'{meta["num_bands"]} bands, {num_patches} patches of {patch_size} px a crop; '
@@ -404,8 +405,9 @@ if __name__ == '__main__':
             bar.set_postfix(loss=f'{mean_loss.item():.4f}')
 
         # ---- shell: save, and leave if told to (when one rank was told, all leave together)
-        told = torch.tensor(stop_signal, device=device)
+        told = stop_signal
         if world > 1:
+            told = torch.tensor(stop_signal, device=device)
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
         if main_process and (told or step == last_step or step % save_every == 0):
             save_checkpoint(last_path, {

@@ -497,8 +497,9 @@ if __name__ == '__main__':
             bar.set_postfix(loss=f'{mean_loss.item():.4f}')
 
         # ---- shell: save, and leave if told to (when one rank was told, all leave together)
-        told = torch.tensor(stop_signal, device=device)
+        told = stop_signal
         if world > 1:
+            told = torch.tensor(stop_signal, device=device)
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
         if main_process and (told or step == last_step or step % save_every == 0):
             save_checkpoint(last_path, {

@@ -493,9 +493,10 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(limit, tmp_pat
     assert arrays(tmp_path / 'whole') == arrays(tmp_path / 'out') and facts(tmp_path / 'whole') == facts(tmp_path / 'out')
 
 
-def test_a_scene_that_changes_between_the_passes_is_told(tmp_path, monkeypatch):
+@pytest.mark.parametrize('height', [32, 60])
+def test_a_scene_that_changes_between_the_passes_is_told(height, tmp_path, monkeypatch):
     path = make_scene(tmp_path / 's.npz')
-    monkeypatch.setattr(data, 'make_meta', lambda *arguments, make=data.make_meta: (make_scene(path, height=60), make(*arguments))[1])
+    monkeypatch.setattr(data, 'make_meta', lambda *arguments, make=data.make_meta: (make_scene(path, height=height), make(*arguments))[1])
     with pytest.raises(UserError, match='has changed since'):
         data.tile(tile_args(root=path, out=tmp_path / 'out', tile_size=16))
     assert not os.path.exists(tmp_path / 'out' / 'meta.json')

@@ -284,6 +284,23 @@ def test_compiles_without_graph_breaks_for_both_crop_sizes(script, flags):
     assert counter.frame_count == 1 and again.frame_count == 2  # a graph for each crop size, none for the third call
 
 
+@each_variant
+def test_another_number_of_masked_tokens_compiles_nothing_again(script, flags):
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = small_model(script, **flags)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    big, masks, rows, small = inputs(script)
+    for fewer in (0, 1, 3):
+        numbers = [row[:len(row) - fewer] for row in ([rows] if script is pretrain_dino else rows)]
+        names = ['rows', 'band_rows'][:len(numbers)]
+        batch = script.Batch(**{name: torch.zeros(1) for name in script.Batch._fields})._replace(**dict(zip(names, numbers)))
+        batch = script.to_device(batch, 'cpu')
+        compiled(big, masks, batch.rows if script is pretrain_dino else (batch.rows, batch.band_rows), small)
+    assert counter.frame_count == 1
+
+
 def test_token_fusion_refuses_other_sizes_and_channel_fusion_takes_them():
     args = dict(img_size=16, patch_size=4, in_chans=7, embed_dim=48, depth=2, num_heads=3)
     with pytest.raises(UserError, match='works at 16 and 8 px only'):

@@ -13,7 +13,7 @@ from conftest import MAE_TINY, ROOT, run
 
 # The constants of the scripts' first form, so that the losses are still comparable with those of then
 AT_ONCE = ['--batch_size=8', '--warmup=0', '--base_lr=1e-2', '--steps=5760']  # no warm-up: ten steps of it would hardly move a weight
-DINO = [*AT_ONCE, '--out_dim=64', '--freeze_last_layer=0', '--momentum_teacher=0.9', '--ibot_weight=1', '--koleo_weight=0.02', '--global_scale_min=0.4',
+DINO = [*AT_ONCE[:-1], '--steps=19200', '--out_dim=64', '--freeze_last_layer=0', '--momentum_teacher=0.9', '--ibot_weight=1', '--koleo_weight=0.02', '--global_scale_min=0.4',
         '--local_scale_min=0.15']
 FLAGS = {'pretrain_mae.py': [*AT_ONCE, '--dropout=0.1'], 'pretrain_dino.py': DINO, 'pretrain_dino_hsi.py': DINO,
          'segment.py': ['--batch_size=4', '--steps=10', '--decoder=conv', '--pixel=false', '--eval_every=10'],

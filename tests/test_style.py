@@ -24,7 +24,7 @@ HEADING = r'^ *# (?:----|====)'  # where a block ends
 
 def shell(text):
     """heading -> text of each block headed `shell`, up to the next heading"""
-    found = re.findall(rf'^( *# (?:----|=+) shell: .*)\n(.*?)(?={HEADING}|\Z)', text, re.S | re.M)
+    found = re.findall(rf'^( *# (?:----|=+) shell: [^\n]*)\n(.*?)(?={HEADING}|\Z)', text, re.S | re.M)
     return {re.sub(r'[\s#=-]+', ' ', heading): block for heading, block in found}
 
 
@@ -69,8 +69,10 @@ def test_scripts_import_only_data_models_and_the_five_packages():
     more = {'scenes.py': {'scipy', 'spectral'}, 'data.py': {'scenes'}, 'models.py': {'data'}}
     for name in SOURCES:
         allowed = packages | more.get(name, {'data', 'models', 'wandb'} | ({'scenes'} if name in TOOLS else set()))
-        for module in re.findall(r'^\s*(?:from|import) (\w+)', read(name), re.M):
-            assert module in allowed or module in sys.stdlib_module_names, f'{name} imports {module}'
+        for node in ast.walk(ast.parse(read(name))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in (full.split('.')[0] for full in names):
+                assert module in allowed or module in sys.stdlib_module_names, f'{name} imports {module}'
 
 
 def calls():
@@ -83,7 +85,7 @@ def calls():
 
 def test_text_files_are_utf8_on_every_system():
     texts = [(name, node) for name, function, node in calls() if function == 'open' and not re.search(r"'[rw]\+?b'", ast.unparse(node))]
-    assert len(texts) > 20
+    assert len(texts) > 15
     for name, node in texts:
         assert 'encoding' in {keyword.arg for keyword in node.keywords}, f'{name}, line {node.lineno}: pass encoding= to open()'
 
