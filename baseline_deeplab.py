@@ -206,8 +206,8 @@ if __name__ == '__main__':
 
     # ---- shell: tiles with labels
     if not 0 < label_share <= 1 or crop_size < 0:
-        raise UserError(f'--label_share={label_share} lies between 0 and 1, '
-                        f'--crop_size={crop_size} starts at 0')
+        raise UserError(f'--label_share={label_share} --crop_size={crop_size}: choose a share '
+                        'above 0 and up to 1, and a side in pixels, or 0 for whole tiles')
     train = Tiles(data, 'tr', on_gpu, label_share, seed)
     val = Tiles(data, 'val', False, label_share, seed)
     test = Tiles(data, 'ts')
@@ -317,6 +317,7 @@ if __name__ == '__main__':
             if wandb_log:
                 wandb.log(entry, step=entry['step'])
 
+    # ---- what this run is
     # ---- what this run is
     epochs = steps * batch_size / len(labelled)
     print(f'{name}, {sum(p.numel() for p in model.parameters()):,} parameters; '

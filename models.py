@@ -11,6 +11,7 @@ hd = D / nh, L visible patches, G groups of bands, K classes (in DINOHead: proto
 Parameters have the names and shapes of the public MAE and DINOv2 checkpoints, so that weights can
 travel (tools/convert_weights.py).
 """
+import contextlib
 import inspect
 import math
 import os
@@ -1066,7 +1067,7 @@ def load_checkpoint(path):
 def resume_from(path, config, free):
     """The checkpoint at `path`, or None. Refuses that of a run with other constants than `config`;
     those named in `free` may change."""
-    if os.path.exists(path + '.tmp'):
+    with contextlib.suppress(FileNotFoundError):
         os.remove(path + '.tmp')  # of a save that was cut off
     if not os.path.exists(path):
         return None

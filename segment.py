@@ -219,9 +219,6 @@ if __name__ == '__main__':
     if not data:  # where the encoder learned
         data = load_encoder(encoder).config['data'] if encoder else 'data/demo'
     config['data'] = data
-    if encoder:
-        with open(encoder, 'rb') as file:  # a run on another state of the encoder is another run
-            config['encoder_crc32'] = zlib.crc32(file.read())
 
     # ---- shell: processes and device (torchrun sets the variables; without it there is one)
     rank = int(os.environ.get('RANK', 0))
@@ -258,8 +255,8 @@ if __name__ == '__main__':
 
     # ---- shell: tiles with labels
     if not 0 < label_share <= 1 or crop_size < 0:
-        raise UserError(f'--label_share={label_share} lies between 0 and 1, '
-                        f'--crop_size={crop_size} starts at 0')
+        raise UserError(f'--label_share={label_share} --crop_size={crop_size}: choose a share '
+                        'above 0 and up to 1, and a side in pixels, or 0 for whole tiles')
     train = Tiles(data, 'tr', on_gpu, label_share, seed)
     val = Tiles(data, 'val', False, label_share, seed)
     test = Tiles(data, 'ts')
@@ -279,6 +276,9 @@ if __name__ == '__main__':
     vit, method = get_encoder(meta)
     encoder_args = vit.args
     whiten = config['whiten'] = vit.whiten
+    if encoder:
+        with open(encoder, 'rb') as file:  # a run on another state of the encoder is another run
+            config['encoder_crc32'] = zlib.crc32(file.read())
     name = f'{method} + {decoder}'
     if crop_size % vit.patch_size or tile_size % vit.patch_size:
         raise UserError(f'tiles of {tile_size} px and crops of {crop_size} px do not divide into '
@@ -427,6 +427,7 @@ if __name__ == '__main__':
             if wandb_log:
                 wandb.log(entry, step=entry['step'])
 
+    # ---- what this run is
     # ---- what this run is
     epochs = steps * batch_size / len(labelled)
     print(f'steps {step} to {last_step} of {steps} ({epochs:.1f} epochs)')

@@ -15,16 +15,14 @@ from matplotlib.image import imread
 
 from conftest import ROOT, SERVER, run, run_in_child
 from models import load_checkpoint
-from pretrain_mae import read_log
 from test_train import FLAGS, JUDGES, SCRIPTS, equal, losses, weights
 
 
 def command(script, data, out, steps):
     """Flags of a run of so many steps that saves each third one, so that many kills fall into a save."""
     flags = {name: value for name, value in (flag.split('=', 1) for flag in FLAGS[script])} | {'--save_every': '3', '--eval_every': '20'}
-    flags['--steps' if script in JUDGES else '--epochs'] = str(steps)  # more epochs than steps
-    more = [f'--results={out}.csv'] if script in JUDGES else []
-    return [f'{name}={value}' for name, value in flags.items()] + more + [f'--data={data}', f'--out_dir={out}', f'--max_steps={steps}']
+    flags['--steps'] = str(steps)
+    return [f'{name}={value}' for name, value in flags.items()] + [f'--data={data}', f'--out_dir={out}']
 
 
 def small_disk(limit):
@@ -34,13 +32,15 @@ def small_disk(limit):
 
 
 def some_limit(out, luck):
-    """Now and then too small for config.json, else for the checkpoint"""
+    """Now and then too small for anything, else for the checkpoint"""
     size = os.path.getsize(f'{out}/last.pt') if os.path.exists(f'{out}/last.pt') else 200_000
     return luck.choice([100, int(luck.uniform(0.01, 0.99) * size)])
 
 
 def step_reached(out):
-    return max((entry['step'] for entry in read_log(f'{out}/log.jsonl', 10 ** 9)), default=0)
+    if not os.path.exists(f'{out}/log.jsonl'):
+        return 0
+    return max((json.loads(line)['step'] for line in open(f'{out}/log.jsonl') if line.endswith('}\n')), default=0)
 
 
 def wait_for_step(out, step, alive):
@@ -57,18 +57,16 @@ def every_file_under_a_final_name_can_be_read(out):
             json.load(open(path))
         elif ending == '.png':
             imread(path)
-        elif ending == '.py':
-            assert open(path).read() == open(os.path.join(ROOT, os.path.basename(path))).read()
         else:
             assert ending == '.tmp' or os.path.basename(path) == 'log.jsonl', path
 
 
 def same_end(script, quiet, out, steps):
-    """The run in `out` ended as the one in `quiet`: weights, every logged loss, and for the judges the best state, the report and one row."""
+    """The run in `out` ended as the one in `quiet`: weights, every logged loss, and for the judges the best state and the report."""
     assert load_checkpoint(f'{out}/last.pt')['step'] == steps and equal(weights(quiet), weights(out)) and losses(quiet) == losses(out)
     assert not glob.glob(f'{out}/*.tmp')
     if script in JUDGES:
-        assert equal(weights(quiet, 'best.pt'), weights(out, 'best.pt')) and len(open(f'{out}.csv').readlines()) == 2
+        assert equal(weights(quiet, 'best.pt'), weights(out, 'best.pt'))
         assert len({str(json.load(open(f'{run}/report.json'))['confusion_matrix']) for run in (quiet, out)}) == 1
 
 
