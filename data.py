@@ -442,10 +442,12 @@ def check_fits(path, scene, first):
     for name, value in facts.items():
         unknown = name in ('wavelengths_nm', 'class_names') and None in (value, first[name])
         if value != first[name] and not unknown:
+            advice = ('tile scenes of one sensor together; others at common --bands= with '
+                      '--normalize=scene, or into a directory of their own')
+            if name == 'class_names':
+                advice = 'give both the same classes, or save them without labels to pre-train'
             raise UserError(f'{path}: its {name} ({str(value)[:60]}) differ from the first '
-                            f'scene\'s ({str(first[name])[:60]}): tile scenes of one sensor '
-                            'together; others at common --bands= with --normalize=scene, or into '
-                            'a directory of their own')
+                            f'scene\'s ({str(first[name])[:60]}): {advice}')
     if not valid_pixels(scene.cube, scene.nodata).any():
         raise UserError(f'{path}: no valid pixel, all are NaN or nodata: remove the file')
     return first
@@ -608,6 +610,9 @@ def read_meta(directory):
     if os.path.exists(half_made):
         raise UserError(f'{directory}: is half-made: finish it with\n'
                         f'  {read_json(half_made)["command"]}')
+    if ',' in directory:
+        raise UserError(f'--data={directory}: name one directory; python data.py tile --root=a,b '
+                        'brings several scenes into one')
     raise UserError(f'{directory}: no tiles here: make them with `python data.py tile --root=... '
                     f'--out={directory}`')
 
@@ -914,7 +919,6 @@ class Statistics(NamedTuple):
     mean: torch.Tensor  # (C,) of each band
     std: torch.Tensor  # (C,)
     matrix: torch.Tensor  # (C,) or (C, C) of standardization()
-    wavelengths_nm: list  # of length C, or None; for a light that differs between bands
 
 
 class Light(NamedTuple):
@@ -940,9 +944,9 @@ def standardize_rows(x, mean, matrix, nodata=None):
     return rows
 
 
-def augment_spectra(x, draws, field, statistics, light, out=None):
+def augment_spectra(x, draws, field, statistics, light):
     """x (B, C + 1, H, W), crops of standardize_rows -> (B, C, H, W) standardised, each sample in
-    a light of its own; invalid pixels are 0. Into `out`, if given.
+    a light of its own; invalid pixels are 0.
 
     draws (B, 11) are uniform in 0..1. field (C, F, S) is standard normal, F >= H, S >= W: runs of
     its rows are the noise of all samples, so that it need not be drawn for each.
@@ -950,7 +954,7 @@ def augment_spectra(x, draws, field, statistics, light, out=None):
     C = x.shape[1] - 1
     H, W = x.shape[2:]
     x, valid = x[:, :C], x[:, C:]
-    mean, std, matrix = statistics[:3]
+    mean, std, matrix = statistics
     signed = 2 * draws - 1
     gain = light.gain * signed[:, :1]  # (B, 1)
     offset = light.offset * signed[:, 2:3]
@@ -958,7 +962,7 @@ def augment_spectra(x, draws, field, statistics, light, out=None):
     # standardising is linear: a change of the sensor's values is one of the standardised ones
     shift = gain * mean + offset * std  # (B, C)
     shift = shift * matrix if matrix.ndim == 1 else shift @ matrix.T
-    y = torch.mul(x, 1 + gain[..., None, None], out=out)
+    y = x * (1 + gain[..., None, None])
     y.add_(shift[..., None, None])
     if light.noise:
         first_row = (draws[:, 3:4] * (field.shape[1] - H + 1)).long()
@@ -1065,6 +1069,24 @@ def probe(features, splits, max_tiles, device='cpu'):
         blocks.append(block)
     num_classes = splits[0].meta['num_classes']
     return ridge_probe(torch.cat(xs), torch.cat(ys), torch.cat(blocks), num_classes)['miou']
+
+
+def probe_splits(directory):
+    """The Tiles that the probe looks at, of tr and val; none where one of them has no labels"""
+    counts = read_meta(directory)['class_counts']
+    if not all(sum(counts[split]) for split in ('tr', 'val')):
+        print(f'{directory}: tr and val do not both have labels, so no probe watches')
+        return []
+    return [Tiles(directory, split) for split in ('tr', 'val')]
+
+
+def probe_floors(splits, max_tiles, device='cpu'):
+    """What the probe has to beat: its mIoU on spectra instead of features -> {'pixel floor': ...}"""
+    floors = {}
+    for name, windows in FLOORS.items() if splits else ():
+        features = spectrum_features(splits[0].meta, windows, device)
+        floors[f'{name} floor'] = probe(features, splits, max_tiles, device)
+    return floors
 
 
 def draw_probe(axis, log):

@@ -41,10 +41,10 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (FLOORS, Light, Statistics, Tiles, UserError, augment_spectra, crop_by,
-                  crop_weights, demo_if_missing, draw_crops, draw_probe, epoch_ids, false_color,
-                  kept_meta, plain_errors, principal_colors, probe, save_figure,
-                  spectrum_features, standardization, standardize, standardize_rows)
+from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by, crop_weights,
+                  demo_if_missing, draw_crops, draw_probe, epoch_ids, false_color, kept_meta,
+                  plain_errors, principal_colors, probe, probe_floors, probe_splits, save_figure,
+                  standardization, standardize, standardize_rows)
 from models import (SIZES, DINOHead, ViT, check_bands, dense_features,
                     encoder_shape, load_encoder, native_bfloat16, parameter_groups, resume_from,
                     save_checkpoint, start_from)
@@ -458,6 +458,8 @@ def check_constants(meta):
     shares = (mask_probability, mask_ratio_min, mask_ratio_max)
     if min(shares) < 0 or max(shares) > 1:
         raise UserError('--mask_probability and the mask ratios are shares, from 0 to 1')
+    if not max(warmup, freeze_last_layer) < 1:
+        raise UserError('--warmup and --freeze_last_layer are shares of the run, below 1')
     if ibot_weight and round(2 * batch_size * mask_probability) < 1:
         raise UserError('nothing is masked, of which iBOT could learn: pass --ibot_weight=0, '
                         'or a larger --mask_probability')
@@ -588,7 +590,7 @@ if __name__ == '__main__':
     num_patches = (img_size // patch_size) ** 2
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
     std = torch.tensor(meta['std'], dtype=torch.float32, device=device)
-    statistics = Statistics(mean, std, matrix, meta['wavelengths_nm'])
+    statistics = Statistics(mean, std, matrix)
 
     def prepare(raw):
         """Raw values, any type -> whitened or standardised (B, C, H, W) float32"""
@@ -637,15 +639,8 @@ if __name__ == '__main__':
 
     # ---- what is watched
     if main_process:
-        # what the probe has to beat; tiles of its own, since a batch waits in the buffers of train
-        labelled = [Tiles(data, split) for split in ('tr', 'val')]
-        if any(tiles.labels is None for tiles in labelled):
-            labelled = []
-            print(f'{data}: no labels in tr and val, so no probe watches')
-        floors = {}
-        for name, windows in FLOORS.items() if labelled else ():
-            spectra = spectrum_features(meta, windows, device)
-            floors[f'{name} floor'] = probe(spectra, labelled, probe_tiles, device)
+        labelled = probe_splits(data)
+        floors = probe_floors(labelled, probe_tiles, device)  # what the probe has to beat
 
     def features(raw):
         return dense_features(model.teacher.encoder, prepare(raw))
@@ -708,9 +703,9 @@ if __name__ == '__main__':
             # float16's scaler skips such a step and halves its scale: in order, for a while
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
                 raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g}).'
-                                f' The weights were left as they were, and {last_path} is of an '
-                                'earlier step. Look for huge values in the data (python '
-                                f'tools/check_data.py --data={data}), or lower the learning rate')
+                                ' The weights were left as they were. Look for huge values in the '
+                                f'data (python tools/check_data.py --data={data}), or lower the '
+                                'learning rate')
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

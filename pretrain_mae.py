@@ -35,9 +35,9 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (FLOORS, UserError, Tiles, demo_if_missing, draw_crops, draw_probe, epoch_ids,
-                  false_color, kept_meta, plain_errors, probe, resized_crop, save_figure,
-                  spectrum_features, standardization, standardize)
+from data import (Tiles, UserError, demo_if_missing, draw_crops, draw_probe, epoch_ids, false_color,
+                  kept_meta, plain_errors, probe, probe_floors, probe_splits, resized_crop,
+                  save_figure, standardization, standardize)
 from models import (SIZES, MaskedAutoencoder, check_bands, dense_features, encoder_shape,
                     load_encoder, native_bfloat16, parameter_groups, patchify, resume_from,
                     save_checkpoint, start_from, unpatchify)
@@ -271,6 +271,8 @@ if __name__ == '__main__':
     if not 0 < round(num_patches * mask_ratio) < num_patches:
         raise UserError(f'--mask_ratio={mask_ratio} of {num_patches} patches: hide one at least, '
                         'and leave one')
+    if not 0 <= warmup < 1:
+        raise UserError(f'--warmup={warmup} is a share of the run, below 1')
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
 
     def prepare(raw):
@@ -325,15 +327,8 @@ if __name__ == '__main__':
 
     # ---- what is watched
     if main_process:
-        # what the probe has to beat; tiles of its own, since a batch waits in the buffers of train
-        labelled = [Tiles(data, split) for split in ('tr', 'val')]
-        if any(tiles.labels is None for tiles in labelled):
-            labelled = []
-            print(f'{data}: no labels in tr and val, so no probe watches')
-        floors = {}
-        for name, windows in FLOORS.items() if labelled else ():
-            spectra = spectrum_features(meta, windows, device)
-            floors[f'{name} floor'] = probe(spectra, labelled, probe_tiles, device)
+        labelled = probe_splits(data)
+        floors = probe_floors(labelled, probe_tiles, device)  # what the probe has to beat
 
     def features(raw):
         return dense_features(model.encoder, prepare(raw))
@@ -386,9 +381,9 @@ if __name__ == '__main__':
             # float16's scaler skips such a step and halves its scale: in order, for a while
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
                 raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g}).'
-                                f' The weights were left as they were, and {last_path} is of an '
-                                'earlier step. Look for huge values in the data (python '
-                                f'tools/check_data.py --data={data}), or lower the learning rate')
+                                ' The weights were left as they were. Look for huge values in the '
+                                f'data (python tools/check_data.py --data={data}), or lower the '
+                                'learning rate')
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

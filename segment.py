@@ -428,7 +428,6 @@ if __name__ == '__main__':
                 wandb.log(entry, step=entry['step'])
 
     # ---- what this run is
-    # ---- what this run is
     epochs = steps * batch_size / len(labelled)
     print(f'steps {step} to {last_step} of {steps} ({epochs:.1f} epochs)')
 
@@ -479,9 +478,9 @@ if __name__ == '__main__':
             # float16's scaler skips such a step and halves its scale: in order, for a while
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
                 raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g}).'
-                                f' The weights were left as they were, and {last_path} is of an '
-                                'earlier step. Look for huge values in the data (python '
-                                f'tools/check_data.py --data={data}), or lower the learning rate')
+                                ' The weights were left as they were. Look for huge values in the '
+                                f'data (python tools/check_data.py --data={data}), or lower the '
+                                'learning rate')
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

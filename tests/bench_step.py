@@ -124,7 +124,7 @@ def augmentation(rounds=5):
     gauss = torch.exp(-torch.linspace(-2, 2, 5).square())
     kernel = (gauss[:, None] * gauss / gauss.sum() ** 2).expand(33, 1, 5, 5).contiguous()
     mean, matrix = torch.full((32,), 1500.0), torch.eye(32) / 900
-    values = Statistics(mean, torch.full((32,), 900.0), matrix, None)
+    values = Statistics(mean, torch.full((32,), 900.0), matrix)
     no_mask, no_rows = torch.zeros(64, 64, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
     batch = pretrain_dino.Batch(raw, boxes, flips, softness, draws, no_mask, no_rows)
 

@@ -623,7 +623,7 @@ def light_on(x, light, bands, matrix=None):
     generator = torch.Generator().manual_seed(0)
     draws, field = torch.rand(len(x), 11, generator=generator), torch.randn(bands, 64, x.shape[-1], generator=generator)
     ones = torch.ones(bands)
-    statistics = data.Statistics(ones, ones, ones if matrix is None else matrix, torch.arange(bands))
+    statistics = data.Statistics(ones, ones, ones if matrix is None else matrix)
     return data.augment_spectra(x, draws, field, statistics, light)
 
 

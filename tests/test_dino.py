@@ -433,7 +433,7 @@ def test_all_crops_of_a_tile_lie_in_one_window(script, constants, tmp_path):
     assert raw.shape[-1] == 16 and (batch.softness == 1).all()
     assert len({tuple(window[:, 0, 0].tolist()) for window in raw}) > 4  # and the windows move over the tile
     mean, matrix = standardization(tiles.meta)
-    big, small = script.make_crops(batch, Statistics(mean, 1 / matrix, matrix, None), None, 3)
+    big, small = script.make_crops(batch, Statistics(mean, 1 / matrix, matrix), None, 3)
     assert big.shape == (16, 2, 16, 16) and small.shape == (24, 2, 8, 8)
     back = lambda x: x / matrix[:, None, None] + mean[:, None, None]
     for i in range(8):
@@ -455,7 +455,7 @@ def augmented(whiten=0, value=0.25, **strengths):
     matrix = torch.diag(1 / std) + 0.01 * torch.randn(5, 5) if whiten else 1 / std
     draws = torch.full((3, 11), value)
     x = standardize_rows(raw, mean, matrix)
-    return augment_spectra(x, draws, torch.randn(5, 32, 8), Statistics(mean, std, matrix, None), Light(**strengths)), raw, mean, std, matrix
+    return augment_spectra(x, draws, torch.randn(5, 32, 8), Statistics(mean, std, matrix), Light(**strengths)), raw, mean, std, matrix
 
 
 @pytest.mark.parametrize('whiten', [0, 1])

@@ -196,6 +196,19 @@ def test_a_directory_with_another_run_is_refused(scene_data, whole, tmp_path):
     assert losses(tmp_path / 'run') == losses(whole('pretrain_mae.py'))
 
 
+@pytest.mark.parametrize('script', [slow_unless([('pretrain_mae.py',)], s) for s in PRETRAINERS])
+def test_pre_training_needs_no_labels(script, tmp_path):
+    for name, labels in (('without', None), ('with', 'in one tile of tr only')):
+        scene = make_scene(tmp_path / f'{name}.npz', height=32, width=64, labels=None)
+        run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path / name}', '--tile_size=16')
+        if labels:  # as a folder whose val has none
+            meta = json.load(open(tmp_path / name / 'meta.json'))
+            meta['class_counts']['tr'] = [5]
+            json.dump(meta, open(tmp_path / name / 'meta.json', 'w'))
+        done = train(script, tmp_path / name, tmp_path / f'run_{name}', '--max_steps=2', '--batch_size=4')
+        assert 'no probe watches' in done.stdout and len(losses(tmp_path / f'run_{name}')) == 2
+
+
 MISTAKES = [
     (['--no_such_flag=1'], 2, 'unrecognized arguments'), (['--batch_siz=8'], 2, 'unrecognized'), (['--seed=one'], 2, 'invalid int'),
     (['--size=huge'], 2, 'invalid choice'), (['--data=nowhere'], 1, 'data.py tile'), (['--seed=-1'], 1, 'start at'), (['--log_every=0'], 1, 'start at'),
