@@ -1081,7 +1081,7 @@ def probe_splits(directory):
 
 
 def probe_floors(splits, max_tiles, device='cpu'):
-    """What the probe has to beat: its mIoU on spectra instead of features -> {'pixel floor': ...}"""
+    """What the probe has to beat: its mIoU on spectra instead of features -> name: mIoU"""
     floors = {}
     for name, windows in FLOORS.items() if splits else ():
         features = spectrum_features(splits[0].meta, windows, device)

@@ -1,24 +1,31 @@
 """Self-distillation of a ViT on hyperspectral tiles: DINOv2 (arXiv 2304.07193).
 
-A student sees crops of a tile, some with patches masked; a teacher, its running average, sees
-the large crops whole. The student learns to say what the teacher says: of the image (DINO) and
-of each masked patch (iBOT), as probabilities of learned prototypes. Sinkhorn-Knopp spreads
-that over all prototypes: the teacher cannot say the same of every image. No label is used,
-except by the probe that watches.
+A student and a teacher have the same network: a Vision Transformer (ViT), and a head that makes
+a distribution over K learned prototypes of a token. The student sees two large ("global") crops of
+a tile, most with some patches masked, and small ("local") ones. The teacher, a running average of
+the student, sees the two large crops whole. The student learns to predict the teacher's
+distribution: of the other crop as a whole (DINO), and of each masked patch (iBOT; off in `tiny`).
+
+What keeps all images from getting the same output ("collapse"): Sinkhorn-Knopp spreads the
+teacher's targets over all prototypes, KoLeo pushes the features of different tiles apart, and no
+gradient reaches the teacher. Labels are used by the probe only, which watches.
 
     python pretrain_dino.py                                     # demo data, minutes on a CPU
-    python pretrain_dino.py --size=base --data=data/mine        # your tiles, on one GPU
-    torchrun --nproc_per_node=4 pretrain_dino.py --size=base --data=data/mine
+    python pretrain_dino.py --size=base --data=data/mine --out_dir=runs/mine        # on one GPU
+    torchrun --nproc_per_node=4 pretrain_dino.py --size=base --data=data/mine \\
+        --out_dir=runs/mine
 
-Writes out_dir: last.pt (weights, optimizer, step, log, constants), log.jsonl, curves.png and
-features.png. The same command again goes on where the last one stopped.
+Writes into out_dir: last.pt (all that a resumed run, or a user of the encoder, needs), log.jsonl,
+curves.png and features.png. The same command again resumes a run that was stopped.
 
-Where to start: the training loop at the end says how a step goes, stream_loss() what is
-learned, get_batch() what is cropped and masked. Blocks headed `shell` are the same text in
-every script: skip them. `diff pretrain_dino.py pretrain_dino_hsi.py` is the second stream.
+Where to start: "one step" in the training loop says how a step goes, stream_loss() what is
+learned, get_batch() what is cropped and masked. Blocks headed `shell` are the same text in every
+script: skip them at first. What a checkpoint holds stands at the last of them. The second stream
+is what `diff pretrain_dino.py pretrain_dino_hsi.py` shows.
 
-Shapes: B tiles, C bands, S side of a global and s of a local crop, L local crops of each tile,
-N patches of a global crop, M masked tokens, D width, K prototypes.
+Shapes: B tiles, C bands, S side of a global and s of a local crop, V views (crops) of a tile,
+L local crops of a tile, N patches of a global crop, M masked tokens of a batch, T tokens of a
+crop, D width, K prototypes.
 """
 import argparse
 import copy
@@ -49,19 +56,20 @@ from models import (SIZES, DINOHead, ViT, check_bands, dense_features,
                     encoder_shape, load_encoder, native_bfloat16, parameter_groups, resume_from,
                     save_checkpoint, start_from)
 
+# Each line `name = value  # help` is a flag: --name=other replaces the value. Functions read them.
 # ---- data
 data = 'data/demo'  # tile directory (python data.py tile); the demo is made on first use
 img_size = 16  # side of the global crops, px
 local_crops_size = 8  # side of the local crops, px
 local_crops_number = 2  # local crops of a tile
-global_scale_min = 0.7  # smallest global crop, share of a window (0.32 in DINOv2)
+global_scale_min = 0.7  # smallest global crop, share of the window read (0.32 in DINOv2)
 local_scale_min = 0.3  # smallest local crop (0.05 in DINOv2)
 local_scale_max = 0.4  # largest local crop: it should see less than the teacher does
-whiten = 16  # ZCA of this many leading components; 0: each band to mean 0 and std 1
+whiten = 16  # ZCA-whiten the bands by so many principal components; 0: standardise each band
 turns = True  # random flips and quarter turns
 blur = 0.3  # probability that a crop is blurred
-gain = 0.02  # all bands times 1 +- this: illumination
-offset = 0.1  # all bands plus +- this many standard deviations: path radiance
+gain = 0.02  # all bands times a factor of 1 +- this: illumination
+offset = 0.1  # all bands plus +- this many standard deviations: haze
 noise = 0.5  # largest standard deviation of white noise, on standardised values
 band_dropout = 0.3  # probability that a crop lacks a run of neighbouring bands
 jitter = 0.0  # of contrast and brightness; 0.4 in the dissertation
@@ -69,35 +77,35 @@ solarize = 0.0  # probability that values above the mean are mirrored; dissertat
 # ---- model
 size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)
 patch_size = 4  # side of a patch, px
-ffn = 'swiglu'  # swiglu | mlp: layers between attentions; swiglu in DINOv2
-drop_path_rate = 0.1  # probability that a residual branch skips a sample
-init_from = ''  # last.pt to start from, of a run or of tools/convert_weights.py
+ffn = 'swiglu'  # swiglu | mlp: layers between attentions (DINOv2 has swiglu)
+drop_path_rate = 0.1  # probability that a sample skips a residual branch
+init_from = ''  # last.pt to start from (or tools/convert_weights.py's): sets the encoder's size
 # ---- method
 out_dim = 256  # prototypes K; 65,536 in DINOv2, for 100 million images
-ibot_weight = 0.0  # of the loss on masked tokens; 1 for many different scenes
-koleo_weight = 1.0  # of the loss that spreads cls features; 0.1 in DINOv2
-mask_probability = 0.8  # share of global crops the student sees masked, iBOT or not
+ibot_weight = 0.0  # weight of the loss on masked tokens; use 1 for many different scenes
+koleo_weight = 1.0  # weight of the loss that spreads cls features; 0.1 in DINOv2
+mask_probability = 0.8  # share of global crops the student sees masked, also without iBOT
 mask_ratio_min = 0.3  # smallest share of masked tokens in such a crop
 mask_ratio_max = 0.7  # largest share of masked patches
 teacher_temp = 0.05  # temperature of the teacher's softmax, rising from 0.04
-momentum_teacher = 0.98  # what the teacher keeps of itself, rising to 1 by a cosine
+momentum_teacher = 0.98  # of the running average, rising to 1 by a cosine
 # ---- optimizer
 steps = 400  # length of the run
 warmup = 0.1  # share of the steps in which the learning rate rises
 teacher_temp_warmup = 0.3  # share of the steps in which the temperature rises
-freeze_last_layer = 0.03  # share of the steps in which the prototypes stand still
+freeze_last_layer = 0.03  # share of the steps in which the prototypes are frozen
 batch_size = 16  # tiles per step, over all processes
 base_lr = 1e-2  # per 1,024 tiles: lr = base_lr * sqrt(batch_size / 1024)
-weight_decay = 0.04  # on matrices only, rising to ten times this by a cosine
+weight_decay = 0.04  # not on biases, norms, tokens; rising to ten times this by a cosine
 # ---- run
 out_dir = 'runs/dino'  # one directory a run
-max_steps = 0  # stop here, to go on later; 0: at the end
+max_steps = 0  # stop at this step, to resume later; 0: run to the end
 seed = 0  # of weights, crops, masks and order
-log_every = 20  # steps
+log_every = 20  # steps between entries of the log
 eval_every = 100  # steps between probes
 save_every = 100  # steps between checkpoints
 probe_tiles = 64  # tiles of each split that the probe looks at
-dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 where hardware has it
+dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 if native, else float32
 compile = True  # torch.compile, on a GPU
 wandb_log = False  # send the log to wandb.ai as well
 
@@ -113,12 +121,12 @@ PRESETS = {
 
 # ============ method: student and teacher ============
 
-class Said(NamedTuple):
-    """What a network says"""
-    cls: torch.Tensor  # (2B, D) cls tokens of all first global crops, then all second
-    crops: torch.Tensor  # (2B, K) logits of these
-    masked: torch.Tensor  # (M, K) logits of the masked tokens
-    local: torch.Tensor  # (L * B, K) logits of the local crops' cls tokens
+class Output(NamedTuple):
+    """What a network gives"""
+    cls_features: torch.Tensor  # (2B, D) cls tokens of all first global crops, then all second
+    global_logits: torch.Tensor  # (2B, K) of these
+    masked_logits: torch.Tensor  # (M, K) of the masked tokens
+    local_logits: torch.Tensor  # (L * B, K) of the local crops' cls tokens
 
 
 class Branch(nn.Module):
@@ -128,26 +136,27 @@ class Branch(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
 
-    def forward(self, big, mask, rows, small=None):
-        """Global crops (2B, C, S, S), local (L * B, C, s, s) or None -> Said.
+    def forward(self, big, mask, masked_ids, small=None):
+        """Global crops (2B, C, S, S), local (L * B, C, s, s) or None -> Output.
 
-        mask: (2B, N), True = masked, or None. rows: (M,) numbers of the masked patches
+        mask: (2B, N), True = masked, or None. masked_ids: (M,) numbers of the masked patches
         among all 2B * N: only these go through the head.
         """
         tokens = self.encoder(big, mask)
         local_tokens = None if small is None else self.encoder(small)
-        return self.project(tokens, rows, local_tokens)
+        return self.project(tokens, masked_ids, local_tokens)
 
-    def project(self, tokens, rows, local_tokens):
-        """Tokens of global crops (2B, T, D), local ones (L * B, t, D) or None -> Said"""
+    def project(self, tokens, masked_ids, local_tokens):
+        """Tokens of global crops (2B, T, D), local ones (L * B, t, D) or None -> Output"""
         cls = tokens[:, 0]
         patches = tokens[:, self.encoder.num_prefix_tokens:].flatten(0, 1)
-        masked = patches.index_select(0, rows)
+        masked = patches.index_select(0, masked_ids)
         local = cls[:0] if local_tokens is None else local_tokens[:, 0]
-        # all in one pass, because the head normalises its prototypes in each
+        # one call of the head for all, because each call normalises the prototypes
         logits = self.head(torch.cat([cls, local, masked]))
-        crops, local, masked = logits.split([len(cls), len(local), len(masked)])
-        return Said(cls, crops, masked, local)
+        global_logits, local_logits, masked_logits = logits.split(
+            [len(cls), len(local), len(masked)])
+        return Output(cls, global_logits, masked_logits, local_logits)
 
 
 class SelfDistillation(nn.Module):
@@ -169,8 +178,8 @@ class SelfDistillation(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum):
         """teacher = momentum * teacher + (1 - momentum) * student"""
-        taught, learned = list(self.teacher.parameters()), list(self.student.parameters())
-        torch._foreach_lerp_(taught, learned, 1 - momentum)
+        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        torch._foreach_lerp_(teacher, student, 1 - momentum)  # all parameters in few kernels
 
 
 # ============ method: targets and losses ============
@@ -201,20 +210,21 @@ def total_logsumexp(x):
     return value
 
 
-def stream_loss(said, taught, mask, rows, temp):
-    """What student and teacher said of one stream -> loss, its terms for the log
+def stream_loss(student_out, teacher_out, mask, masked_ids, temp):
+    """Output of student and teacher for one stream -> loss, its terms for the log
 
-    mask (2B, N), rows (M,): what was masked. temp: the teacher's temperature.
+    mask (2B, N), masked_ids (M,): what was masked. temp: the teacher's temperature.
     """
-    dino = dino_loss(said, sinkhorn_knopp(taught.crops, temp))
+    dino = dino_loss(student_out, sinkhorn_knopp(teacher_out.global_logits, temp))
     loss = dino
     terms = {'dino': dino.detach()}
     if ibot_weight:
-        ibot = ibot_loss(said, sinkhorn_knopp(taught.masked, temp), mask, rows)
+        target = sinkhorn_knopp(teacher_out.masked_logits, temp)
+        ibot = ibot_loss(student_out, target, mask, masked_ids)
         loss = loss + ibot_weight * ibot
         terms['ibot'] = ibot.detach()
     if koleo_weight:
-        first, second = said.cls.chunk(2)  # crops of one tile may be near
+        first, second = student_out.cls_features.chunk(2)  # two crops of a tile should be near
         koleo = koleo_loss(first) + koleo_loss(second)
         loss = loss + koleo_weight * koleo
         terms['koleo'] = koleo.detach()
@@ -226,26 +236,26 @@ def cross_entropy(logits, target):
     return -(target * F.log_softmax(logits.float() / 0.1, dim=-1)).sum(-1)
 
 
-def dino_loss(said, target):
+def dino_loss(student_out, target):
     """Each student crop against the teacher's view of the *other* global crop: 2 + 2L pairs.
 
     target (2B, K). A local crop meets both: cross-entropy is linear, so it takes their mean.
     """
     B = len(target) // 2
-    L = len(said.local) // B
+    L = len(student_out.local_logits) // B
     first, second = target[:B], target[B:]
-    global_loss = cross_entropy(said.crops, torch.cat([second, first])).mean()
-    local = said.local.reshape(L, B, -1)
+    global_loss = cross_entropy(student_out.global_logits, torch.cat([second, first])).mean()
+    local = student_out.local_logits.reshape(L, B, -1)
     local_loss = cross_entropy(local, (first + second) / 2).mean()
     return (global_loss + L * local_loss) / (1 + L)
 
 
-def ibot_loss(said, target, mask, rows):
+def ibot_loss(student_out, target, mask, masked_ids):
     """The same of each masked token (arXiv 2111.07832), target (M, K): the mean over
     a crop's tokens, then over all 2B crops. A crop without a mask counts as 0."""
     per_crop = mask.sum(1, keepdim=True).expand_as(mask).flatten()
-    weight = 1 / per_crop.index_select(0, rows)  # (M,)
-    return (cross_entropy(said.masked, target) * weight).sum() / len(mask)
+    weight = 1 / per_crop.index_select(0, masked_ids)  # (M,)
+    return (cross_entropy(student_out.masked_logits, target) * weight).sum() / len(mask)
 
 
 def koleo_loss(features, eps=1e-8):
@@ -267,18 +277,18 @@ def koleo_loss(features, eps=1e-8):
 
 
 @torch.no_grad()
-def signs_of_collapse(said, taught, temp):
+def signs_of_collapse(student_out, teacher_out, temp):
     """For the log: entropy of targets (ln K: they say nothing), spread of cls features
     (0: all the same, 1: as random vectors), prototypes that are some crop's first choice"""
     def entropy(target):
         return -(target * target.clamp(min=1e-30).log()).sum(1).mean()
-    target = sinkhorn_knopp(taught.crops, temp)
-    features = F.normalize(said.cls.float(), dim=-1)
+    target = sinkhorn_knopp(teacher_out.global_logits, temp)
+    features = F.normalize(student_out.cls_features.float(), dim=-1)
     signs = {'teacher_entropy': entropy(target),
              'feature_std': features.std(0).mean() * math.sqrt(features.shape[1]),
              'prototypes_used': target.argmax(1).unique().numel()}
     if ibot_weight:
-        signs['patch_entropy'] = entropy(sinkhorn_knopp(taught.masked, temp))
+        signs['patch_entropy'] = entropy(sinkhorn_knopp(teacher_out.masked_logits, temp))
     return signs
 
 
@@ -299,13 +309,13 @@ def block_masks(n, h, w, rng):
         while mask.sum() < wanted:
             area = rng.uniform(0.3, 1) * (wanted - mask.sum())
             aspect = np.exp(rng.uniform(-1.2, 1.2))
-            rows = int(np.clip(round(math.sqrt(area * aspect)), 1, h))
-            cols = int(np.clip(round(math.sqrt(area / aspect)), 1, w))
-            top = rng.integers(h - rows + 1)
-            left = rng.integers(w - cols + 1)
-            mask[top:top + rows, left:left + cols] = True
-        surplus = np.flatnonzero(mask)
-        mask.flat[rng.permutation(surplus)[:len(surplus) - wanted]] = False
+            height = int(np.clip(round(math.sqrt(area * aspect)), 1, h))
+            width = int(np.clip(round(math.sqrt(area / aspect)), 1, w))
+            top = rng.integers(h - height + 1)
+            left = rng.integers(w - width + 1)
+            mask[top:top + height, left:left + width] = True
+        masked = np.flatnonzero(mask)
+        mask.flat[rng.permutation(masked)[:len(masked) - wanted]] = False
     return torch.from_numpy(masks.reshape(n, h * w))
 
 
@@ -317,7 +327,7 @@ class Batch(NamedTuple):
     softness: torch.Tensor  # (B, V) 1 = sharp, 2 = a resize filter twice as wide
     draws: torch.Tensor  # (B, V, 11) uniform numbers for augment_spectra
     mask: torch.Tensor  # (2B, N) True = masked; all first global crops, then all second
-    rows: torch.Tensor  # (M,) masked tokens among all 2B * N; none at ibot_weight=0
+    masked_ids: torch.Tensor  # (M,) masked tokens among all 2B * N; none at ibot_weight=0
 
 
 def get_batch(tiles, step, rank=0, world=1):
@@ -347,27 +357,27 @@ def get_batch(tiles, step, rank=0, world=1):
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
     return Batch(raw, boxes[here], flips[here], softness[here], draws[here, :, 2:],
-                 *crop_by_crop(mask, here))
+                 *masks_of_rank(mask, here))
 
 
-def crop_by_crop(mask, here):
-    """Masks of all tiles (2 * batch_size, N) -> mask (2B, N) of those `here`, rows (M,)
+def masks_of_rank(mask, here):
+    """Masks of all tiles (2 * batch_size, N) -> mask (2B, N) of those `here`, masked_ids (M,)
 
-    Rows are counted on the host, so that no GPU has to wait for their number.
+    These are found on the host, so that no GPU has to wait for their number.
     """
     mask = mask.reshape(batch_size, 2, -1)[here].transpose(0, 1).flatten(0, 1)
-    rows = mask.flatten().nonzero()[:, 0]
-    return mask, rows if ibot_weight else rows[:0]
+    masked_ids = mask.flatten().nonzero()[:, 0]
+    return mask, masked_ids if ibot_weight else masked_ids[:0]
 
 
 def to_device(batch, device):
     """Batch -> the same on the device
 
-    The number of masked tokens changes from step to step. torch.compile is told so beforehand, or
-    it would compile everything again at the second step.
+    The number of masked tokens changes from step to step. torch.compile is told in advance, or it
+    would compile everything again at the second step.
     """
     batch = Batch(*(t.to(device, non_blocking=True) for t in batch))
-    torch._dynamo.maybe_mark_dynamic(batch.rows, 0)
+    torch._dynamo.maybe_mark_dynamic(batch.masked_ids, 0)
     return batch
 
 
@@ -443,7 +453,7 @@ def build_model(meta):
 
 
 def check_constants(meta):
-    """Constants that cannot go together are told before the first step"""
+    """Constants that cannot go together are told before the first step."""
     sides = f'--img_size={img_size} and --local_crops_size={local_crops_size}'
     if not 0 < local_crops_size <= img_size <= meta['tile_size']:
         raise UserError(f'{sides}: local crops can be no larger than global ones, '
@@ -472,7 +482,7 @@ MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', '
 
 
 def read_flags():
-    """--name=value replaces a constant above; the comment behind it is the help text."""
+    """--name=value replaces a constant above; the comment after it is the help text."""
     def truth(text):
         return bool(('false', 'true').index(text.lower()))
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -498,7 +508,7 @@ stop_signal = 0
 
 
 def note_signal(number, frame):
-    """SIGTERM or Ctrl-C: the loop saves and leaves; a second one ends the program at once."""
+    """SIGTERM or Ctrl-C: the loop saves and exits; a second one ends the program at once."""
     global stop_signal
     stop_signal = number
     signal.signal(number, signal.SIG_DFL)
@@ -533,7 +543,7 @@ def save_curves(path, log):
     for axis, name, highest in (
             (left, 'dino', 1), (left, 'ibot', 1),
             (middle, 'teacher_entropy', ln_k), (middle, 'patch_entropy', ln_k),
-            (middle, 'feature_std', 1), (middle, 'prototypes_used', out_dim)):
+            (middle, 'feature_std', 1), (middle, 'prototypes_used', min(out_dim, 2 * batch_size))):
         if trained and name in trained[0]:
             axis.plot(at, [entry[name] / highest for entry in trained], label=name)
     left.axhline(ln_k, color='gray', linestyle=':', label='ln K: nothing learned')
@@ -550,7 +560,7 @@ if __name__ == '__main__':
     plain_errors()
     config = read_flags()
 
-    # ---- shell: processes and device (torchrun sets the variables; without it there is one)
+    # ---- shell: processes and device (torchrun sets these variables, else there is one process)
     rank = int(os.environ.get('RANK', 0))
     world = int(os.environ.get('WORLD_SIZE', 1))
     main_process = rank == 0
@@ -562,9 +572,9 @@ if __name__ == '__main__':
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 where something stays in float32
-    if world > 1:  # with patience: rank 0 alone computes floors and draws pictures
-        patience = datetime.timedelta(hours=6)
-        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=patience)
+    if world > 1:  # a long time-out, since rank 0 alone computes floors and draws pictures
+        hours = datetime.timedelta(hours=6)
+        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=hours)
     if batch_size < 1 or batch_size % world:
         raise UserError(f'--batch_size={batch_size} does not divide over {world} process(es)')
     if min(steps, log_every, eval_every, save_every) < 1 or min(seed, max_steps) < 0:
@@ -601,7 +611,8 @@ if __name__ == '__main__':
     model.to(device).train()
     if init_from:
         check_bands(load_encoder(init_from), meta, init_from)
-        print(start_from(init_from, model))
+        sentence = start_from(init_from, model)
+        print(sentence)
     groups = parameter_groups(model, weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
@@ -616,6 +627,7 @@ if __name__ == '__main__':
         step, log = checkpoint['step'], checkpoint['log']
     last_step = min(max_steps or steps, steps)
     if main_process:
+        # written anew: entries after the last checkpoint are of steps that are made again
         log_file = open(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8', buffering=1)
         log_file.writelines(json.dumps(entry) + '\n' for entry in log)
         if wandb_log:
@@ -646,13 +658,13 @@ if __name__ == '__main__':
         return dense_features(model.teacher.encoder, prepare(raw))
 
     def watch():
-        """The teacher as it is now: probe, features, curves. At step 0 it is random."""
+        """The teacher as it is now: probe, features, curves."""
         model.eval()
         if labelled:
             with autocast:
                 miou = probe(features, labelled, probe_tiles, device)
             record({'step': step, 'probe_miou': miou, **floors})
-            bar.write(f'step {step}: probe mIoU {100 * miou:.1f} %')
+            tqdm.write(f'step {step}: probe mIoU {100 * miou:.1f} %')
         raw = torch.from_numpy(train.images[:4].copy())
         features_path = os.path.join(out_dir, 'features.png')
         save_features(features_path, model.teacher.encoder, raw, prepare, meta)
@@ -668,17 +680,15 @@ if __name__ == '__main__':
 
     # ---- training loop
     if compile and on_gpu:
-        model.teacher.compile()
+        model.teacher.compile()  # model.compile() above is of forward(), the student's
     batch = get_batch(train, step, rank, world)
     bar = tqdm(total=last_step, initial=step, disable=not main_process)
     started = time.time()
     warned = False
-    while True:
-        if main_process and (step % eval_every == 0 or step == last_step):
-            watch()
-        if step == last_step:
-            break
-        torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # of drop path
+    if main_process and step == 0:
+        watch()
+    while step < last_step:
+        torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # drop path, on each rank
         set_schedules(optimizer, step)
 
         # one step: two global crops of each tile and some local ones
@@ -686,21 +696,21 @@ if __name__ == '__main__':
         big, small = make_crops(batch, statistics, meta['nodata'], step)
         # the teacher sees the global crops whole
         with torch.no_grad(), autocast:
-            taught = model.teacher(big, None, batch.rows)
+            teacher_out = model.teacher(big, None, batch.masked_ids)
         # the student sees them masked, and the local crops
         with autocast:
-            said = net(big, batch.mask, batch.rows, small)
+            student_out = net(big, batch.mask, batch.masked_ids, small)
         # and learns to say what the teacher says
         temp = teacher_temperature(step)
-        loss, terms = stream_loss(said, taught, batch.mask, batch.rows, temp)
+        loss, terms = stream_loss(student_out, teacher_out, batch.mask, batch.masked_ids, temp)
         scaler.scale(loss).backward()
         batch = get_batch(train, step + 1, rank, world)  # read while the GPU is still at work
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
 
-        # ---- shell: update the weights, unless the gradient is not finite
+        # ---- shell: update the weights; stop if the gradient is not finite
         if not torch.isfinite(norm):
-            # float16's scaler skips such a step and halves its scale: in order, for a while
+            # float16's scaler skips such a step and halves its scale, which is normal at first
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
                 raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g}).'
                                 ' The weights were left as they were. Look for huge values in the '
@@ -717,10 +727,10 @@ if __name__ == '__main__':
         step += 1
         bar.update()
         if step % log_every == 0 or step == last_step:
-            mean_loss = loss.detach() / world
+            mean_loss = loss.detach() / world  # this rank's share of the mean
             if world > 1:
                 dist.all_reduce(mean_loss)
-            terms |= signs_of_collapse(said, taught, temp)
+            terms |= signs_of_collapse(student_out, teacher_out, temp)
             record({'step': step, 'loss': mean_loss.item(), 'lr': optimizer.param_groups[0]['lr'],
                     'grad_norm': norm.item(), 'seconds': time.time() - started,
                     **{name: float(value) for name, value in terms.items()}})
@@ -732,6 +742,8 @@ if __name__ == '__main__':
                 bar.write(f'step {step}: WARNING: the features are collapsing (see curves.png; '
                           f'ln K is {math.log(out_dim):.2f}): try a lower --teacher_temp or '
                           '--base_lr, or more --koleo_weight')
+        if main_process and (step % eval_every == 0 or step == last_step):
+            watch()
 
         # ---- shell: save, and leave if told to (when one rank was told, all leave together)
         told = stop_signal
@@ -740,9 +752,13 @@ if __name__ == '__main__':
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
         if main_process and (told or step == last_step or step % save_every == 0):
             save_checkpoint(last_path, {
-                'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
-                'scaler': scaler.state_dict(), 'step': step, 'log': log, 'config': config,
-                'encoder_args': encoder_args, 'meta': kept_meta(meta),
+                'model': model.state_dict(),  # all networks, teacher and decoder too
+                'optimizer': optimizer.state_dict(),
+                'scaler': scaler.state_dict(),  # of float16
+                'step': step, 'log': log,
+                'config': config,  # the constants above
+                'encoder_args': encoder_args,  # they build the encoder again
+                'meta': kept_meta(meta),  # statistics, wavelengths and classes of the data
                 'script': os.path.basename(__file__)})
         if told:
             bar.write(f'interrupted by signal {int(told)}: saved step {step} of {steps} in '

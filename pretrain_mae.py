@@ -1,21 +1,23 @@
 """Masked-autoencoder pre-training (He et al. 2021, arXiv 2111.06377) on hyperspectral tiles.
 
-Three quarters of an image's patches are hidden. A ViT encodes the visible ones, and a small decoder
-predicts the pixels of the rest. The target is the image itself, so nothing can collapse to a
-constant. No label is used, except by the probe that watches.
+Three quarters of a crop's patches are hidden. A Vision Transformer (ViT) encodes the visible ones,
+and a small decoder predicts the pixels of the hidden ones. The target is the crop itself, whitened:
+it comes from the data and not from a network, so the encoder cannot win by saying the same of every
+image ("collapse"). Labels are used by the probe only, which watches.
 
     python pretrain_mae.py                                     # demo data, minutes on a CPU
-    python pretrain_mae.py --size=base --data=data/mine        # your tiles, on one GPU
-    torchrun --nproc_per_node=4 pretrain_mae.py --size=base --data=data/mine
+    python pretrain_mae.py --size=base --data=data/mine --out_dir=runs/mine        # on one GPU
+    torchrun --nproc_per_node=4 pretrain_mae.py --size=base --data=data/mine --out_dir=runs/mine
 
-Writes out_dir: last.pt (weights, optimizer, step, log, constants), log.jsonl, curves.png and
-reconstruction.png. The same command again goes on where the last one stopped.
+Writes into out_dir: last.pt (all that a resumed run, or a user of the encoder, needs), log.jsonl,
+curves.png and reconstruction.png. The same command again resumes a run that was stopped.
 
-Where to start: get_batch() says what is cropped and hidden, the training loop at the end how a step
-goes, models.MaskedAutoencoder holds the network and the loss. Blocks headed `shell` are the same
-text in every script: skip them at first.
+Where to start: get_batch() says what is cropped and hidden, "one step" in the training loop what
+happens with it, models.MaskedAutoencoder.forward_loss() is the loss. Blocks headed `shell` are the
+same text in every script: skip them at first. What a checkpoint holds stands at the last of them.
+pretrain_dino.py learns in another way with the same shell.
 
-Shapes: B crops, C bands, P patch side, N patches of a crop.
+Shapes: B crops, C bands, H W pixels of a window, N patches of a crop.
 """
 import argparse
 import datetime
@@ -42,36 +44,37 @@ from models import (SIZES, MaskedAutoencoder, check_bands, dense_features, encod
                     load_encoder, native_bfloat16, parameter_groups, patchify, resume_from,
                     save_checkpoint, start_from, unpatchify)
 
+# Each line `name = value  # help` is a flag: --name=other replaces the value. Functions read them.
 # ---- data
 data = 'data/demo'  # tile directory (python data.py tile); the demo is made on first use
 img_size = 16  # side of a crop, px
-whiten = 16  # ZCA of this many leading components; 0: each band to mean 0 and std 1
+whiten = 16  # ZCA-whiten the bands by so many principal components; 0: standardise each band
 scale_min = 0.4  # smallest crop, as a share of img_size x img_size (0.2 in MAE)
 turns = True  # random flips and quarter turns
 # ---- model
 size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)
 patch_size = 4  # side of a patch, px
-dropout = 0.0  # 0 in MAE, 0.1 in the dissertation
+dropout = 0.0  # 0 in MAE, 0.1 in the dissertation (README)
 mask_ratio = 0.75  # share of the patches that is hidden (MAE, Table 1a)
 norm_pix_loss = False  # targets of mean 0 and std 1 in each patch (MAE, Table 1d)
-init_from = ''  # last.pt to start from, of a run or of tools/convert_weights.py
+init_from = ''  # last.pt to start from (or tools/convert_weights.py's): sets the encoder's size
 freeze_encoder = False  # only the decoder learns (the dissertation's proof of concept)
 # ---- optimizer
 steps = 400  # length of the run
 warmup = 0.1  # share of the steps in which the learning rate rises
 batch_size = 64  # crops per step, over all processes
 base_lr = 6e-3  # per 256 crops: lr = base_lr * batch_size / 256
-weight_decay = 0.05  # on matrices only
-beta2 = 0.95  # of AdamW; 0.95 in MAE
+weight_decay = 0.05  # not on biases, norms and tokens
+beta2 = 0.95  # of AdamW (MAE; AdamW's usual 0.999 forgets more slowly)
 # ---- run
 out_dir = 'runs/mae'  # one directory a run
-max_steps = 0  # stop here, to go on later; 0: at the end
+max_steps = 0  # stop at this step, to resume later; 0: run to the end
 seed = 0  # of weights, crops, masks and order
-log_every = 20  # steps
+log_every = 20  # steps between entries of the log
 eval_every = 100  # steps between probes
 save_every = 100  # steps between checkpoints
 probe_tiles = 64  # tiles of each split that the probe looks at
-dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 where hardware has it
+dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 if native, else float32
 compile = True  # torch.compile, on a GPU
 wandb_log = False  # send the log to wandb.ai as well
 
@@ -81,45 +84,6 @@ PRESETS = {
     'small': {**LARGE, 'steps': 20_000},
     'base': {**LARGE, 'steps': 241_100},  # the dissertation's: 100 epochs of WHU-OHS
 }
-
-
-# ============ shell: flags and signals ============
-
-MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
-              'wandb_log')
-
-
-def read_flags():
-    """--name=value replaces a constant above; the comment behind it is the help text."""
-    def truth(text):
-        return bool(('false', 'true').index(text.lower()))
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    with open(__file__, encoding='utf-8') as file:
-        constants = re.findall(r'^(\w+) = .*?  # (.*)$', file.read(), re.M)
-    for name, comment in constants:
-        value = globals()[name]
-        words = comment.split(':')[0].split(' | ')
-        kind = dict(type=type(value), choices=words if len(words) > 1 else None)
-        if isinstance(value, bool):
-            kind = dict(type=truth, nargs='?', const=True)
-        parser.add_argument(f'--{name}', default=value, metavar=repr(value),
-                            help=comment.replace('%', '%%'), **kind)
-    size = parser.parse_known_args()[0].size
-    parser.set_defaults(**PRESETS[size])  # what is on the command line wins over the preset
-    config = vars(parser.parse_args())
-    globals().update(config)
-    return config
-
-
-stop_signal = 0
-
-
-def note_signal(number, frame):
-    """SIGTERM or Ctrl-C: the loop saves and leaves; a second one ends the program at once."""
-    global stop_signal
-    stop_signal = number
-    signal.signal(number, signal.SIG_DFL)
 
 
 # ============ method ============
@@ -135,12 +99,14 @@ class Batch(NamedTuple):
 def get_batch(tiles, step, rank=0, world=1):
     """What is cropped and hidden at `step` -> Batch.
 
-    All of it is drawn for the whole batch from (seed, step). So one process and four see the same
-    crops, and a resumed run needs no generator's state.
+    A window is read from a tile, and a box in it is resized to the crop. All of it is drawn for the
+    whole batch from (seed, step). So one process and four see the same crops, and a resumed run
+    needs no generator's state.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     tile_size = tiles.meta['tile_size']
-    ids = epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
+    crop_ids = epoch_ids(crops_per_epoch(tiles), batch_size, step, seed)
+    ids = crop_ids % len(tiles)  # several crops of a tile in each epoch
     corners, side, boxes, flips = draw_crops(batch_size, tile_size, img_size, scale_min, 1.0,
                                              generator, turns)
     num_patches = (img_size // patch_size) ** 2
@@ -173,8 +139,8 @@ def build_model(num_bands):
     shape = SIZES[size]
     if init_from:
         shape = encoder_shape(init_from)
-        more = [shape.pop(name) for name in ('num_register_tokens', 'init_values', 'ffn')]
-        if more != [0, 0.0, 'mlp']:
+        extras = [shape.pop(name) for name in ('num_register_tokens', 'init_values', 'ffn')]
+        if extras != [0, 0.0, 'mlp']:
             raise UserError(f'{init_from}: has registers, LayerScale or SwiGLU, which a masked '
                             'autoencoder has not: start pretrain_dino.py from it')
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=num_bands,
@@ -182,7 +148,59 @@ def build_model(num_bands):
     model = MaskedAutoencoder(**encoder_args, decoder_embed_dim=decoder_dim,
                               decoder_depth=decoder_depth, decoder_num_heads=decoder_heads,
                               norm_pix_loss=norm_pix_loss, freeze_encoder=freeze_encoder)
-    return model, {**encoder_args, 'fixed_positions': True}
+    return model, {**encoder_args, 'fixed_positions': True}  # sine-cosine positions, not learned
+
+
+def check_constants(meta):
+    """Constants that cannot go together are told before the first step."""
+    if img_size > meta['tile_size']:
+        raise UserError(f'--img_size={img_size}: the tiles of {data} have {meta["tile_size"]} px: '
+                        'choose at most that')
+    num_patches = (img_size // patch_size) ** 2
+    if not 0 < round(num_patches * mask_ratio) < num_patches:
+        raise UserError(f'--mask_ratio={mask_ratio} of {num_patches} patches: hide one at least, '
+                        'and leave one')
+    if not 0 <= warmup < 1:
+        raise UserError(f'--warmup={warmup} is a share of the run, below 1')
+
+
+# ============ shell: flags and signals ============
+
+MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
+              'wandb_log')
+
+
+def read_flags():
+    """--name=value replaces a constant above; the comment after it is the help text."""
+    def truth(text):
+        return bool(('false', 'true').index(text.lower()))
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    with open(__file__, encoding='utf-8') as file:
+        constants = re.findall(r'^(\w+) = .*?  # (.*)$', file.read(), re.M)
+    for name, comment in constants:
+        value = globals()[name]
+        words = comment.split(':')[0].split(' | ')
+        kind = dict(type=type(value), choices=words if len(words) > 1 else None)
+        if isinstance(value, bool):
+            kind = dict(type=truth, nargs='?', const=True)
+        parser.add_argument(f'--{name}', default=value, metavar=repr(value),
+                            help=comment.replace('%', '%%'), **kind)
+    size = parser.parse_known_args()[0].size
+    parser.set_defaults(**PRESETS[size])  # what is on the command line wins over the preset
+    config = vars(parser.parse_args())
+    globals().update(config)
+    return config
+
+
+stop_signal = 0
+
+
+def note_signal(number, frame):
+    """SIGTERM or Ctrl-C: the loop saves and exits; a second one ends the program at once."""
+    global stop_signal
+    stop_signal = number
+    signal.signal(number, signal.SIG_DFL)
 
 
 # ============ what is watched ============
@@ -192,15 +210,15 @@ def save_reconstruction(path, model, x, to_raw, meta):
     """False colour of four crops: the input, what the encoder saw, what the decoder made of it"""
     h = img_size // patch_size
     noise = torch.rand(len(x), h * h, generator=torch.Generator().manual_seed(0))
-    # forward() itself is never compiled: this batch has another size than those of training
+    # forward() is never compiled: model(...) would compile again for a batch of this size
     _, pred, mask = model.forward(x, mask_ratio, noise.to(x.device))
     patches, hidden = patchify(x, patch_size), mask[..., None].bool()
-    if norm_pix_loss:  # predictions have no mean and scale of their own: those of the input
+    if norm_pix_loss:  # normalised patches are predicted: give them the input's mean and std
         std = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
         pred = pred * std + patches.mean(-1, keepdim=True)
     columns = {'input': patches,
                f'visible ({1 - mask_ratio:.0%})': patches.masked_fill(hidden, torch.nan),
-               'predicted': torch.where(hidden, pred.float(), patches)}
+               'with predictions': torch.where(hidden, pred.float(), patches)}
     figure = Figure(figsize=(7, 2.4 * len(x)), layout='constrained')
     axes = figure.subplots(len(x), 3, squeeze=False)
     for column, (title, tokens) in enumerate(columns.items()):
@@ -214,7 +232,7 @@ def save_reconstruction(path, model, x, to_raw, meta):
 
 
 def save_curves(path, log):
-    """Loss and probe over the steps; the probe at step 0 is that of the random encoder"""
+    """Loss and probe over the steps; at step 0 the probe is of an encoder before any training"""
     figure = Figure(figsize=(10, 3.6), layout='constrained')
     left, right = figure.subplots(1, 2)
     trained = [entry for entry in log if 'loss' in entry]
@@ -228,7 +246,7 @@ if __name__ == '__main__':
     plain_errors()
     config = read_flags()
 
-    # ---- shell: processes and device (torchrun sets the variables; without it there is one)
+    # ---- shell: processes and device (torchrun sets these variables, else there is one process)
     rank = int(os.environ.get('RANK', 0))
     world = int(os.environ.get('WORLD_SIZE', 1))
     main_process = rank == 0
@@ -240,9 +258,9 @@ if __name__ == '__main__':
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 where something stays in float32
-    if world > 1:  # with patience: rank 0 alone computes floors and draws pictures
-        patience = datetime.timedelta(hours=6)
-        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=patience)
+    if world > 1:  # a long time-out, since rank 0 alone computes floors and draws pictures
+        hours = datetime.timedelta(hours=6)
+        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=hours)
     if batch_size < 1 or batch_size % world:
         raise UserError(f'--batch_size={batch_size} does not divide over {world} process(es)')
     if min(steps, log_every, eval_every, save_every) < 1 or min(seed, max_steps) < 0:
@@ -264,15 +282,7 @@ if __name__ == '__main__':
     # ---- data
     train = Tiles(data, 'tr', pin_memory=on_gpu)
     meta = train.meta
-    if img_size > meta['tile_size']:
-        raise UserError(f'--img_size={img_size}: the tiles of {data} have {meta["tile_size"]} px: '
-                        'choose at most that')
-    num_patches = (img_size // patch_size) ** 2
-    if not 0 < round(num_patches * mask_ratio) < num_patches:
-        raise UserError(f'--mask_ratio={mask_ratio} of {num_patches} patches: hide one at least, '
-                        'and leave one')
-    if not 0 <= warmup < 1:
-        raise UserError(f'--warmup={warmup} is a share of the run, below 1')
+    check_constants(meta)
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
 
     def prepare(raw):
@@ -280,7 +290,7 @@ if __name__ == '__main__':
         return standardize(raw.to(device, non_blocking=True), mean, matrix, meta['nodata'])
 
     def to_raw(x):
-        """The way back, for pictures"""
+        """Roughly the way back, for pictures"""
         back = torch.linalg.pinv(matrix) if matrix.ndim == 2 else torch.diag(1 / matrix)
         return torch.einsum('kc,bchw->bkhw', back, x) + mean[:, None, None]
 
@@ -289,7 +299,8 @@ if __name__ == '__main__':
     model.to(device)
     if init_from:
         check_bands(load_encoder(init_from), meta, init_from)
-        print(start_from(init_from, model))
+        sentence = start_from(init_from, model)
+        print(sentence)
     groups = parameter_groups(model, weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
 
@@ -304,6 +315,7 @@ if __name__ == '__main__':
         step, log = checkpoint['step'], checkpoint['log']
     last_step = min(max_steps or steps, steps)
     if main_process:
+        # written anew: entries after the last checkpoint are of steps that are made again
         log_file = open(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8', buffering=1)
         log_file.writelines(json.dumps(entry) + '\n' for entry in log)
         if wandb_log:
@@ -321,7 +333,7 @@ if __name__ == '__main__':
     # ---- what this run is
     epochs = steps * batch_size / crops_per_epoch(train)
     print(f'{sum(p.numel() for p in model.parameters()):,} parameters; '
-          f'{meta["num_bands"]} bands, {num_patches} patches of {patch_size} px a crop; '
+          f'{meta["num_bands"]} bands, crops of {img_size} px, patches of {patch_size} px; '
           f'steps {step} to {last_step} of {steps} ({epochs:.1f} epochs); '
           f'{device}, {dtype}, {world} process(es); {out_dir}')
 
@@ -334,13 +346,13 @@ if __name__ == '__main__':
         return dense_features(model.encoder, prepare(raw))
 
     def watch():
-        """The encoder as it is now: probe, reconstruction, curves. At step 0 it is random."""
+        """The encoder as it is now: probe, reconstruction, curves."""
         model.eval()
         if labelled:
             with autocast:
                 miou = probe(features, labelled, probe_tiles, device)
             record({'step': step, 'probe_miou': miou, **floors})
-            bar.write(f'step {step}: probe mIoU {100 * miou:.1f} %')
+            tqdm.write(f'step {step}: probe mIoU {100 * miou:.1f} %')
         crops = prepare(torch.from_numpy(train.images[:4, :, :img_size, :img_size].copy()))
         save_reconstruction(os.path.join(out_dir, 'reconstruction.png'), model, crops, to_raw, meta)
         save_curves(os.path.join(out_dir, 'curves.png'), log)
@@ -357,16 +369,15 @@ if __name__ == '__main__':
     batch = get_batch(train, step, rank, world)
     bar = tqdm(total=last_step, initial=step, disable=not main_process)
     started = time.time()
-    while True:
-        if main_process and (step % eval_every == 0 or step == last_step):
-            watch()
-        if step == last_step:
-            break
-        torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # of dropout
+    if main_process and step == 0:
+        watch()
+    while step < last_step:
+        torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # dropout, on each rank
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step)
 
-        # one step: the crop is the input, and its hidden patches are the target
+        # one step: the crop is the input, and its hidden patches are the target. The network hides
+        # patches, encodes the others, decodes, and compares (mean squared error, in models.py)
         x = resized_crop(prepare(batch.raw), batch.boxes, batch.flips, img_size)
         mask_noise = batch.mask_noise.to(device)
         with autocast:
@@ -376,9 +387,9 @@ if __name__ == '__main__':
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # only measured
 
-        # ---- shell: update the weights, unless the gradient is not finite
+        # ---- shell: update the weights; stop if the gradient is not finite
         if not torch.isfinite(norm):
-            # float16's scaler skips such a step and halves its scale: in order, for a while
+            # float16's scaler skips such a step and halves its scale, which is normal at first
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
                 raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g}).'
                                 ' The weights were left as they were. Look for huge values in the '
@@ -392,12 +403,14 @@ if __name__ == '__main__':
         step += 1
         bar.update()
         if step % log_every == 0 or step == last_step:
-            mean_loss = loss.detach() / world
+            mean_loss = loss.detach() / world  # this rank's share of the mean
             if world > 1:
                 dist.all_reduce(mean_loss)
             record({'step': step, 'loss': mean_loss.item(), 'lr': optimizer.param_groups[0]['lr'],
                     'grad_norm': norm.item(), 'seconds': time.time() - started})
             bar.set_postfix(loss=f'{mean_loss.item():.4f}')
+        if main_process and (step % eval_every == 0 or step == last_step):
+            watch()
 
         # ---- shell: save, and leave if told to (when one rank was told, all leave together)
         told = stop_signal
@@ -406,9 +419,13 @@ if __name__ == '__main__':
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
         if main_process and (told or step == last_step or step % save_every == 0):
             save_checkpoint(last_path, {
-                'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
-                'scaler': scaler.state_dict(), 'step': step, 'log': log, 'config': config,
-                'encoder_args': encoder_args, 'meta': kept_meta(meta),
+                'model': model.state_dict(),  # all networks, teacher and decoder too
+                'optimizer': optimizer.state_dict(),
+                'scaler': scaler.state_dict(),  # of float16
+                'step': step, 'log': log,
+                'config': config,  # the constants above
+                'encoder_args': encoder_args,  # they build the encoder again
+                'meta': kept_meta(meta),  # statistics, wavelengths and classes of the data
                 'script': os.path.basename(__file__)})
         if told:
             bar.write(f'interrupted by signal {int(told)}: saved step {step} of {steps} in '

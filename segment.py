@@ -97,7 +97,7 @@ MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', '
 
 
 def read_flags():
-    """--name=value replaces a constant above; the comment behind it is the help text."""
+    """--name=value replaces a constant above; the comment after it is the help text."""
     def truth(text):
         return bool(('false', 'true').index(text.lower()))
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -123,7 +123,7 @@ stop_signal = 0
 
 
 def note_signal(number, frame):
-    """SIGTERM or Ctrl-C: the loop saves and leaves; a second one ends the program at once."""
+    """SIGTERM or Ctrl-C: the loop saves and exits; a second one ends the program at once."""
     global stop_signal
     stop_signal = number
     signal.signal(number, signal.SIG_DFL)
@@ -220,7 +220,7 @@ if __name__ == '__main__':
         data = load_encoder(encoder).config['data'] if encoder else 'data/demo'
     config['data'] = data
 
-    # ---- shell: processes and device (torchrun sets the variables; without it there is one)
+    # ---- shell: processes and device (torchrun sets these variables, else there is one process)
     rank = int(os.environ.get('RANK', 0))
     world = int(os.environ.get('WORLD_SIZE', 1))
     main_process = rank == 0
@@ -232,9 +232,9 @@ if __name__ == '__main__':
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 where something stays in float32
-    if world > 1:  # with patience: rank 0 alone computes floors and draws pictures
-        patience = datetime.timedelta(hours=6)
-        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=patience)
+    if world > 1:  # a long time-out, since rank 0 alone computes floors and draws pictures
+        hours = datetime.timedelta(hours=6)
+        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=hours)
     if batch_size < 1 or batch_size % world:
         raise UserError(f'--batch_size={batch_size} does not divide over {world} process(es)')
     if min(steps, log_every, eval_every, save_every) < 1 or min(seed, max_steps) < 0:
@@ -413,6 +413,7 @@ if __name__ == '__main__':
         step, log = checkpoint['step'], checkpoint['log']
     last_step = min(max_steps or steps, steps)
     if main_process:
+        # written anew: entries after the last checkpoint are of steps that are made again
         log_file = open(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8', buffering=1)
         log_file.writelines(json.dumps(entry) + '\n' for entry in log)
         if wandb_log:
@@ -473,9 +474,9 @@ if __name__ == '__main__':
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # only measured
 
-        # ---- shell: update the weights, unless the gradient is not finite
+        # ---- shell: update the weights; stop if the gradient is not finite
         if not torch.isfinite(norm):
-            # float16's scaler skips such a step and halves its scale: in order, for a while
+            # float16's scaler skips such a step and halves its scale, which is normal at first
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
                 raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g}).'
                                 ' The weights were left as they were. Look for huge values in the '
@@ -503,9 +504,13 @@ if __name__ == '__main__':
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
         if main_process and (told or step == last_step or step % save_every == 0):
             save_checkpoint(last_path, {
-                'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
-                'scaler': scaler.state_dict(), 'step': step, 'log': log, 'config': config,
-                'encoder_args': encoder_args, 'meta': kept_meta(meta),
+                'model': model.state_dict(),  # all networks, teacher and decoder too
+                'optimizer': optimizer.state_dict(),
+                'scaler': scaler.state_dict(),  # of float16
+                'step': step, 'log': log,
+                'config': config,  # the constants above
+                'encoder_args': encoder_args,  # they build the encoder again
+                'meta': kept_meta(meta),  # statistics, wavelengths and classes of the data
                 'script': os.path.basename(__file__)})
         if told:
             bar.write(f'interrupted by signal {int(told)}: saved step {step} of {steps} in '

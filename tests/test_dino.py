@@ -69,7 +69,7 @@ def plain_cross_entropy(student, probs):
 
 def said(script, cls=torch.randn(4, 5), crops=torch.zeros(0, 8), masked=torch.zeros(0, 8), local=torch.zeros(0, 8)):
     """What a network says of one stream, arrays as tensors"""
-    return script.Said(*(torch.as_tensor(value) for value in (cls, crops, masked, local)))
+    return script.Output(*(torch.as_tensor(value) for value in (cls, crops, masked, local)))
 
 
 @each_script
@@ -132,9 +132,9 @@ def test_a_streams_loss_is_the_weighted_sum_of_its_terms(script, constants):
     student, teacher = (said(script, torch.randn(6, 5), torch.randn(6, 8), torch.randn(len(rows), 8), torch.randn(9, 8)) for _ in range(2))
     constants(script, ibot_weight=0.5, koleo_weight=0.1)
     loss, terms = script.stream_loss(student, teacher, mask, rows, 0.05)
-    dino, ibot = script.dino_loss(student, script.sinkhorn_knopp(teacher.crops, 0.05)), script.ibot_loss(student, script.sinkhorn_knopp(teacher.masked, 0.05),
+    dino, ibot = script.dino_loss(student, script.sinkhorn_knopp(teacher.global_logits, 0.05)), script.ibot_loss(student, script.sinkhorn_knopp(teacher.masked_logits, 0.05),
                                                                                                          mask, rows)
-    koleo = script.koleo_loss(student.cls[:3]) + script.koleo_loss(student.cls[3:])
+    koleo = script.koleo_loss(student.cls_features[:3]) + script.koleo_loss(student.cls_features[3:])
     torch.testing.assert_close(terms, {'dino': dino, 'ibot': ibot, 'koleo': koleo})
     torch.testing.assert_close(loss, dino + 0.5 * ibot + 0.1 * koleo)
     constants(script, ibot_weight=0.0, koleo_weight=0.0)
@@ -294,10 +294,10 @@ def test_another_number_of_masked_tokens_compiles_nothing_again(script, flags):
     big, masks, rows, small = inputs(script)
     for fewer in (0, 1, 3):
         numbers = [row[:len(row) - fewer] for row in ([rows] if script is pretrain_dino else rows)]
-        names = ['rows', 'band_rows'][:len(numbers)]
+        names = ['masked_ids', 'masked_band_ids'][:len(numbers)]
         batch = script.Batch(**{name: torch.zeros(1) for name in script.Batch._fields})._replace(**dict(zip(names, numbers)))
         batch = script.to_device(batch, 'cpu')
-        compiled(big, masks, batch.rows if script is pretrain_dino else (batch.rows, batch.band_rows), small)
+        compiled(big, masks, batch.masked_ids if script is pretrain_dino else (batch.masked_ids, batch.masked_band_ids), small)
     assert counter.frame_count == 1
 
 
@@ -383,7 +383,7 @@ def test_ranks_share_one_batch(script, constants, scene_data):
     halves = [batch_of(script, tiles, rank=rank, world=2) for rank in range(2)]
     for name in ('raw', 'boxes', 'flips', 'softness', 'draws'):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves])), name
-    for mask, rows in (('mask', 'rows'), ('band_mask', 'band_rows'))[:1 + (script is pretrain_dino_hsi)]:
+    for mask, rows in (('mask', 'masked_ids'), ('band_mask', 'masked_band_ids'))[:1 + (script is pretrain_dino_hsi)]:
         crop_by_crop = [getattr(half, mask).unflatten(0, (2, -1)) for half in halves]
         assert getattr(whole, mask).any() and torch.equal(getattr(whole, mask), torch.cat(crop_by_crop, 1).flatten(0, 1))
         for batch in (whole, *halves):
@@ -395,7 +395,7 @@ def test_without_ibot_masks_only_augment_and_without_masks_the_student_sees_all(
     tiles = Tiles(scene_data, 'tr')
     constants(script, **SMALL_BATCH | {'ibot_weight': 0.0})
     batch = batch_of(script, tiles)
-    assert batch.mask.any() and len(batch.rows) == 0  # no token is learned
+    assert batch.mask.any() and len(batch.masked_ids) == 0  # no token is learned
     constants(script, mask_probability=0.0)
     batch = batch_of(script, tiles)
     assert not batch.mask.any() and (script is pretrain_dino or not batch.band_mask.any())

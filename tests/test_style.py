@@ -45,8 +45,12 @@ def test_lines_are_as_wide_as_a_reader_takes_in(name):
     lines = read(name).splitlines()
     wide = [number for number, line in enumerate(lines, 1) if len(line) > 100]
     assert not wide, f'{name}: lines {wide} have over 100 characters'
-    code = [line for line in lines if line.strip() and not line.strip().startswith('#')]
-    assert sum(map(len, code)) / len(code) < 56, name
+    prose = set()  # numbers of the lines of docstrings
+    for node in ast.walk(ast.parse(read(name))):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            prose |= set(range(node.lineno, node.end_lineno + 1))
+    code = [line for number, line in enumerate(lines, 1) if number not in prose and line.strip() and not line.strip().startswith('#')]
+    assert sum(map(len, code)) / len(code) <= 55, name
 
 
 def test_the_second_stream_is_what_tells_the_two_dino_scripts_apart():
