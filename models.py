@@ -1089,6 +1089,10 @@ def load_run(path):
         raise UserError(f'{path}: was not written by these scripts (it has no {min(missing)}); to '
                         f'bring a public file into their form: python tools/convert_weights.py '
                         f'--weights={path} --data=...')
+    weights = checkpoint['model']
+    named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+    if not named:
+        raise UserError(f'{path}: its weights have no names: pass a file of these scripts')
     return checkpoint
 
 
