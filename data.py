@@ -1299,6 +1299,8 @@ def report(out_dir, name, cm, floors, meta, about):
         print(f'  IoU {percent}  {class_name} ({pixels} px)')
     if warning:
         print(warning)
+    if result['miou'] < floors['window']['miou']:
+        print('below the window floor: averaged spectra alone do better')
     write_json(os.path.join(out_dir, 'report.json'), {
         'split': 'ts', 'how_split': meta['split'], 'scores': result, 'floors': floors,
         'class_names': meta['class_names'], 'confusion_matrix': cm.tolist(), 'warning': warning,

@@ -702,8 +702,10 @@ def test_a_report_prints_the_name_beside_its_floors_and_keeps_all_numbers(tmp_pa
     assert kept['class_names'] == meta['class_names'] and kept['how_split'] == 'made up' and kept['warning'] == '' and kept['split'] == 'ts'
     for words in ('my network', 'window', 'majority', '90.0', 'IoU absent  c (0 px)', '83.3  a (50 px)'):
         assert words in said, words
+    assert ('below the window floor' in said) == (result['miou'] < floor['window']['miou'])
     data.report(str(tmp_path), 'chance', torch.full((3, 3), 9), floor, meta, {})
-    assert 'not clearly above chance' in capsys.readouterr().out
+    poor = capsys.readouterr().out
+    assert 'not clearly above chance' in poor and 'below the window floor' in poor
 
 
 def test_pictures_of_a_judge_show_matrix_and_tiles(tmp_path, monkeypatch):
