@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import MAE_TINY, ROOT, run
-from data import UserError, Tiles, standardization, standardize
+from data import UserError, Tiles, standardize
 from models import (SIZES, DeepLabV3Plus, MaskedAutoencoder, SpatialSpectralViT, ViT, encoder_shape, load_checkpoint, load_encoder, save_checkpoint,
                     start_from)
 from scenes import OHS_NM
