@@ -34,9 +34,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (UserError, Tiles, demo_if_missing, draw_crops, epoch_ids, evaluate, floors,
-                  kept_meta, label_to_class, plain_errors, predict_tile, report, resized_crop,
-                  resized_crop_labels, save_confusion, save_examples, save_figure, scores,
-                  standardization, standardize)
+                  kept_meta, label_to_class, lock_directory, next_command, plain_errors,
+                  predict_tile, report, resized_crop, resized_crop_labels, save_confusion,
+                  save_examples, save_figure, scene_of, scores, standardization, standardize)
 from models import (DeepLabV3Plus, load_checkpoint, loss_count, native_bfloat16, parameter_groups,
                     resume_from, save_checkpoint, segmentation_loss, start_from)
 
@@ -82,8 +82,9 @@ PRESETS = {
 
 # ============ shell: flags and signals ============
 
+# what a resumed run may have otherwise (of data and encoder, their contents are compared)
 MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
-              'wandb_log')
+              'wandb_log', 'data', 'encoder')
 
 
 def read_flags():
@@ -199,7 +200,7 @@ if __name__ == '__main__':
         signal.signal(number, note_signal)
     torch.manual_seed(seed)  # the same weights on every rank
     if main_process:
-        os.makedirs(out_dir, exist_ok=True)
+        lock = lock_directory(out_dir)  # until this process ends
         demo_if_missing(data)
     if world > 1:
         dist.barrier()
@@ -209,13 +210,16 @@ if __name__ == '__main__':
         raise UserError(f'--label_share={label_share} --crop_size={crop_size}: choose a share '
                         'above 0 and up to 1, and a side in pixels, or 0 for whole tiles')
     train = Tiles(data, 'tr', on_gpu, label_share, seed)
-    val = Tiles(data, 'val', False, label_share, seed)
     test = Tiles(data, 'ts')
-    if train.labels is None or not train.labels.any():
-        raise UserError(f'{data}: its training tiles have no labels, and a segmentation needs '
-                        'them: tile scenes that have some')
-    labelled = np.flatnonzero(train.labels.any(axis=(1, 2)))  # the tiles that have some
     meta = train.meta
+    for split in ('tr', 'ts'):
+        if not sum(meta['class_counts'][split]):
+            raise UserError(f'{data}: its tiles of "{split}" have no labels, and a segmentation '
+                            'needs them: tile scenes that have some')
+    if meta['num_classes'] < 2:
+        raise UserError(f'{data}: its labels know one class, and 0 means unlabelled: store a mask '
+                        'of 0 and 1 as 1 and 2, and tile again')
+    labelled = np.flatnonzero(train.labels.any(axis=(1, 2)))  # the tiles that have some
     tile_size = meta['tile_size']
     crop_size = min(crop_size or tile_size, tile_size)
 
@@ -225,7 +229,7 @@ if __name__ == '__main__':
     name = 'DeepLabV3+'
     model = DeepLabV3Plus(**encoder_args)
     if init_from:
-        print(start_from(init_from, model))
+        print(start_from(init_from, model, __file__))
     if world > 1 and on_gpu:
         # it has no CPU form: there the norms see the crops of their own process only
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -236,7 +240,7 @@ if __name__ == '__main__':
     # ---- shell: scores
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
     best_path = os.path.join(out_dir, 'best.pt')
-    resume_from(best_path, config, MAY_CHANGE)  # refuses the directory of another run
+    resume_from(best_path, __file__, config, meta, MAY_CHANGE)  # refuses that of another run
     facts = {'config': config, 'encoder_args': encoder_args, 'whiten': whiten, 'window': crop_size,
              'meta': kept_meta(meta), 'script': os.path.basename(__file__)}
 
@@ -279,14 +283,19 @@ if __name__ == '__main__':
             report(out_dir, name, cm, {**floor, **rows}, meta, about)
             save_confusion(os.path.join(out_dir, 'confusion.png'), cm, meta['class_names'])
             save_examples(os.path.join(out_dir, 'examples.png'), predict, test)
-            print('to map a scene:\n'
-                  f'python tools/map_scene.py --run={out_dir} --scene=scene.tif --out=map.tif')
+            map_path = os.path.join(out_dir, 'map.tif')
+            print('to map a scene:\n' + next_command('tools/map_scene.py', run=out_dir,
+                                                     scene=scene_of(meta), out=map_path))
         if world > 1:
             dist.barrier()  # rank 0 may still be at its last pictures: leave together
             dist.destroy_process_group()
         sys.exit()
 
-    # ---- shell: weights of the classes in the loss
+    # ---- shell: validation split, weights of the classes in the loss
+    val = Tiles(data, 'val', False, label_share, seed)
+    if not sum(meta['class_counts']['val']):
+        raise UserError(f'{data}: its tiles of "val" have no labels, and the best state is chosen '
+                        'by them: tile again with other --shares')
     exponent = {'none': 0.0, 'sqrt': 0.5, 'inverse': 1.0}[class_weights]
     pixels = torch.tensor(meta['class_counts']['tr'], dtype=torch.float32, device=device)
     weight = pixels.clamp(min=1) ** -exponent
@@ -295,7 +304,7 @@ if __name__ == '__main__':
     # ---- shell: resume
     step, log = 0, []
     last_path = os.path.join(out_dir, 'last.pt')
-    checkpoint = resume_from(last_path, config, MAY_CHANGE)
+    checkpoint = resume_from(last_path, __file__, config, meta, MAY_CHANGE)
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])

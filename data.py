@@ -36,6 +36,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from tqdm import tqdm
 
+if os.name == 'nt':
+    import msvcrt
+else:
+    import fcntl
+
 from scenes import (OHS_NM, READERS, UserError, band_matrix, mix_bands, one_line, parse_bands,
                     read_scene, valid_pixels)
 
@@ -587,6 +592,30 @@ def read_json(path):
         return json.load(file)
 
 
+def lock_directory(directory):
+    """Make a directory, and keep other processes from writing it while the file that is returned
+    is open. A process that ends, however it does, gives the lock back."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+        file = open(os.path.join(directory, '.lock'), 'w', encoding='utf-8')
+    except OSError as error:
+        raise UserError(f'{directory}: nothing can be written here ({one_line(error)}): choose '
+                        'another directory') from None
+    try:
+        if os.name == 'nt':
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            print(f'{directory}: this file system has no locks ({one_line(error)}): see to it that '
+                  'no other process writes here')
+            return file
+        raise UserError(f'{directory}: another process writes here: wait until it has ended, or '
+                        'choose another directory') from None
+    return file
+
+
 # ============ tiles in, batches out ============
 
 KEPT_META = ('num_bands', 'num_classes', 'class_names', 'class_counts', 'wavelengths_nm', 'nodata',
@@ -1089,16 +1118,16 @@ def probe_floors(splits, max_tiles, device='cpu'):
     return floors
 
 
-def draw_probe(axis, log):
+def draw_probe(axis, log, init_from=''):
     """The probe over the steps; as lines what it has to beat: itself at step 0, where the encoder
-    is random, and the floors"""
+    is random or that of the file `init_from`, and the floors"""
     probed = [entry for entry in log if 'probe_miou' in entry]
     if not probed:
         return
     steps = [entry['step'] for entry in probed]
     axis.plot(steps, [100 * entry['probe_miou'] for entry in probed], 'o-', label='frozen encoder')
     first = probed[0]
-    lines = {'random encoder': first['probe_miou'],
+    lines = {'the encoder it started from' if init_from else 'random encoder': first['probe_miou'],
              **{key: value for key, value in first.items() if key.endswith('floor')}}
     for (label, miou), style in zip(lines.items(), ('-.', ':', '--')):
         axis.axhline(100 * miou, color='gray', linestyle=style, label=label)
@@ -1587,7 +1616,8 @@ def demo(args):
 def demo_if_missing(directory):
     """The scripts' default data set is made on first use"""
     if directory == 'data/demo' and not os.path.exists(os.path.join(directory, 'meta.json')):
-        demo(parse(['demo', f'--out={directory}']))
+        with lock_directory(directory):
+            demo(parse(['demo', f'--out={directory}']))
 
 
 # ============ command line ============
@@ -1642,6 +1672,29 @@ def boolean(text):
     return bool(('false', 'true').index(text.lower()))
 
 
+def next_command(script, **flags):
+    """The line that runs a script of this project as this one was run, quoted for a shell"""
+    path = os.path.join(os.path.dirname(sys.argv[0]), script)
+    words = [f'--{name}={value}' for name, value in flags.items()]
+    return shlex.join(['python', path, *words])
+
+
+def scene_of(meta):
+    """The path of one of the scenes that the tiles of `meta` were cut from, the last one"""
+    root, name = meta['settings']['root'], meta['scenes'][-1]
+    if meta['split'] == 'as the folders say':
+        split, file = name.split('/')
+        name = os.path.join(root, split, 'image', file)
+    return name
+
+
+def check_shares(**shares):
+    """Refuses, by its name, a share or probability that is none."""
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise UserError(f'--{name}={value}: is a share: choose from 0 to 1')
+
+
 def plain_errors():
     """From here on a user's mistake ends the program with its sentence and exit code 1, not with a
     traceback."""
@@ -1659,4 +1712,5 @@ def plain_errors():
 if __name__ == '__main__':
     plain_errors()
     arguments = parse()
-    {'tile': tile, 'demo': demo}[arguments.command](arguments)
+    with lock_directory(arguments.out):
+        {'tile': tile, 'demo': demo}[arguments.command](arguments)

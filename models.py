@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import (IGNORE_INDEX, UserError, blend_weights, cut_positions, one_line,
-                  standardization, standardize)
+                  kept_meta, standardization, standardize)
 
 SIZES = {  # tiny is for laptops; small and base are ViT-S and ViT-B (arXiv 2012.12877, 2010.11929)
     'tiny': dict(embed_dim=128, depth=6, num_heads=4),
@@ -1039,8 +1039,9 @@ def save_checkpoint(path, content):
             os.fsync(file.fileno())
         os.replace(path + '.tmp', path)
     except (OSError, RuntimeError) as error:
-        raise UserError(f'{path}: could not be written ({one_line(error)}): make room and run the '
-                        'same command again; the checkpoint before is as it was') from None
+        raise UserError(f'{path}: could not be written ({one_line(error)}): make room, or choose '
+                        'another place, and run the same command again; the checkpoint before is '
+                        'as it was') from None
 
 
 def load_checkpoint(path):
@@ -1064,20 +1065,27 @@ def load_checkpoint(path):
                         'pass a file written by one of these scripts') from None
 
 
-def resume_from(path, config, free):
-    """The checkpoint at `path`, or None. Refuses that of a run with other constants than `config`;
-    those named in `free` may change."""
+def resume_from(path, script, config, meta, free):
+    """The checkpoint at `path`, or None. Refuses that of another script, of other constants than
+    `config` (but for those named in `free`), and of other data than `meta` tells of."""
     with contextlib.suppress(FileNotFoundError):
         os.remove(path + '.tmp')  # of a save that was cut off
     if not os.path.exists(path):
         return None
     checkpoint = load_run(path)
+    advice = 'pass another --out_dir'
+    if checkpoint['script'] != os.path.basename(script):
+        raise UserError(f'{path}: was written by {checkpoint["script"]}: {advice}')
     old = checkpoint['config']
     changed = [f'{name} ({old.get(name)} there, {value} now)' for name, value in config.items()
                if old.get(name) != value and name not in free]
     if changed:
-        raise UserError(f'{path}: is of a run with other constants: {", ".join(changed)}: pass '
-                        'another --out_dir')
+        raise UserError(f'{path}: is of a run with other constants: {", ".join(changed)}: {advice}')
+    old, now = checkpoint['meta'], kept_meta(meta)
+    changed = [name for name in old if name in now and old[name] != now[name]]
+    if changed:
+        raise UserError(f'{path}: is of a run on other data: {" and ".join(changed)} in meta.json '
+                        f'of {config["data"]} are not the same: {advice}')
     return checkpoint
 
 
@@ -1107,13 +1115,16 @@ def add_run(network, checkpoint, whiten):
     mean, matrix = standardization(meta, whiten)
 
     def prepare(raw):
-        """Raw values (B, C, H, W), tensor or array of any type -> standardised, float32, on the
-        network's device"""
+        """Raw values (B, C, H, W) or (C, H, W), tensor or array of any number type -> standardised
+        (B, C, H, W), float32, on the network's device. NaN and masked values are missing."""
         if not isinstance(raw, torch.Tensor):
-            raw = torch.from_numpy(np.array(raw, dtype=np.float32, order='C'))
-        if raw.ndim != 4 or raw.shape[1] != len(mean):
+            raw = np.ma.asarray(raw, np.float32).filled(np.nan)
+            raw = torch.from_numpy(np.ascontiguousarray(raw))
+        C = len(mean)
+        if raw.ndim not in (3, 4) or raw.shape[-3] != C:
             raise UserError(f'prepare: the images have the shape {tuple(raw.shape)}, the network '
-                            f'was trained on {len(mean)} bands: pass (B, {len(mean)}, H, W)')
+                            f'was trained on {C} bands: pass (B, {C}, H, W) or ({C}, H, W)')
+        raw = raw.reshape(-1, *raw.shape[-3:])
         device = next(network.parameters()).device
         return standardize(raw.to(device), mean.to(device), matrix.to(device), meta['nodata'])
 
@@ -1205,10 +1216,11 @@ def check_bands(encoder, meta, path):
 # ============ starting from other weights ============
 
 def encoder_shape(path):
-    """'' -> {}; a last.pt -> the arguments of its encoder that a run must share to start from it"""
+    """'' -> {}; a checkpoint -> the arguments of its encoder that a run must share to start from it
+    """
     if not path:
         return {}
-    args = load_run(path)['encoder_args']
+    args = load_encoder(path).args
     defaults = inspect.signature(ViT).parameters
     shared = ('embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'ffn', 'num_register_tokens',
               'init_values')
@@ -1226,51 +1238,56 @@ def resize_positions(weights, like):
     return weights
 
 
-def start_from(path, model):
-    """Fill `model` with the weights of a last.pt -> a sentence that says which were taken.
+def start_from(path, model, script):
+    """Fill `model` with weights of a checkpoint -> a sentence that says which were taken.
 
-    Of a run of the same script all are taken. Of tools/convert_weights.py what the file has: the
-    encoder, for student and teacher alike, and a masked autoencoder's decoder where it fits.
-    Position tables are interpolated. Raises UserError where something does not fit.
+    Of a run of the same `script` all are taken. Of another file the encoder is, for student and
+    teacher alike, and where they fit a masked autoencoder's decoder and a CNN's layers. Position
+    tables are interpolated. Raises UserError where something does not fit.
     """
     checkpoint = load_run(path)
-    converted = checkpoint['script'] == 'convert_weights.py'
-    state = model.state_dict()
+    weights, state = checkpoint['model'], model.state_dict()
+    same_script = checkpoint['script'] == os.path.basename(script)
     name_in_file = {name: name for name in state}
-    if converted:
+    if not same_script:
+        # of a student and a teacher, the teacher is the encoder that its run was for
+        weights = {name.removeprefix('teacher.'): value for name, value in weights.items()
+                   if re.match(r'(teacher\.)?encoder\.|decoder_|mask_token|layer|conv1|bn1', name)}
         name_in_file = {name: re.sub(r'^(student|teacher)\.', '', name) for name in state}
     own = {name_in_file[name]: value for name, value in state.items()}
-    weights = resize_positions(checkpoint['model'], own)
-    misfits = {name for name in own if name in weights and weights[name].shape != own[name].shape}
-    missing = set(own) - set(weights)
-    surplus = set(weights) - set(own)
-
-    if converted:
-        # a decoder is taken whole or not at all, but for its last layer: that makes pixels, and
+    weights = resize_positions(weights, own)
+    differ = own.keys() ^ weights.keys()
+    differ |= {name for name in own.keys() & weights.keys()
+               if own[name].shape != weights[name].shape}
+    if not same_script:
+        # the decoder is taken whole or not at all, but for its last layer: that makes pixels, and
         # fits only where patch and bands are the same
         decoder = {name for name in own if name.startswith('decoder_') or name == 'mask_token'}
-        left_out = decoder & (misfits | missing)
+        left_out = decoder & differ
         if not left_out <= {'decoder_pred.weight', 'decoder_pred.bias'}:
             left_out = decoder
         weights = {name: value for name, value in weights.items() if name not in left_out}
-        misfits -= decoder
-        # the rest of the network starts fresh; an encoder (or the CNN's layers) has to be complete,
-        # but for mask tokens and the second stream
-        may_lack = ('encoder.mask_token', 'encoder.spectral_', 'encoder.fuse.')
-        missing = {name for name in missing
-                   if name.startswith(('encoder.', 'layer')) and not name.startswith(may_lack)}
-        surplus = {name for name in surplus
-                   if name.startswith(('encoder.', 'layer')) and name != 'encoder.mask_token'}
-    wrong = sorted(misfits | missing | surplus)
-    if wrong:
-        raise UserError(f'{path}: does not fit this network: {len(wrong)} tensors differ '
-                        f'({", ".join(wrong[:4])} ...): pass the --size, --patch_size, --out_dim '
-                        'and data of the command that wrote it')
+        # the encoder has to be complete, but for mask tokens and the second stream
+        optional = ('encoder.mask_token', 'encoder.spectral_', 'encoder.fuse.')
+        differ = {name for name in differ
+                  if name.startswith(('encoder.', 'layer')) and not name.startswith(optional)}
+    if differ:
+        raise UserError(f'{path}: does not fit this network: {len(differ)} tensors differ '
+                        f'({", ".join(sorted(differ)[:4])} ...): pass the --size, --patch_size, '
+                        '--out_dim and data of the command that wrote it')
 
     model.load_state_dict({name: weights.get(name_in_file[name], value)
                            for name, value in state.items()})
-    taken = [name for name in own if name in weights]
-    fresh = {re.match(r'(?:encoder\.)?(decoder_pred|decoder|spectral|\w+)', name)[1]
-             for name in own if name not in weights}
-    return (f'{path}: {len(taken)} tensors taken; what starts fresh: '
-            f'{", ".join(sorted(fresh)) or "nothing"}')
+    taken = own.keys() & weights.keys()
+    sentence = (f'{path}: {len(taken)} tensors taken; what starts fresh: '
+                f'{names_of(own.keys() - taken)}')
+    if weights.keys() - taken:
+        sentence += f'; what is left out of the file: {names_of(weights.keys() - taken)}'
+    return sentence
+
+
+def names_of(names):
+    """Names of tensors -> the networks they belong to, as words"""
+    words = {re.match(r'(?:encoder\.)?(decoder_pred|decoder|spectral|\w+)', name)[1]
+             for name in names}
+    return ', '.join(sorted(words)) or 'nothing'

@@ -52,10 +52,11 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by, crop_weights,
-                  demo_if_missing, draw_crops, draw_probe, epoch_ids, false_color, kept_meta,
-                  plain_errors, principal_colors, probe, probe_floors, probe_splits, save_figure,
-                  standardization, standardize, standardize_rows)
+from data import (Light, Statistics, Tiles, UserError, augment_spectra, check_shares, crop_by,
+                  crop_weights, demo_if_missing, draw_crops, draw_probe, epoch_ids, false_color,
+                  kept_meta, lock_directory, next_command, plain_errors, principal_colors, probe,
+                  probe_floors, probe_splits, save_figure, standardization, standardize,
+                  standardize_rows)
 from models import (SIZES, DINOHead, SpatialSpectralViT, check_bands, dense_features,
                     encoder_shape, load_encoder, native_bfloat16, parameter_groups, resume_from,
                     save_checkpoint, start_from)
@@ -482,13 +483,25 @@ def build_model(meta):
 
 def check_constants(meta):
     """Constants that cannot go together are told before the first step."""
+    check_shares(global_scale_min=global_scale_min, local_scale_min=local_scale_min,
+                 local_scale_max=local_scale_max, blur=blur, band_dropout=band_dropout,
+                 solarize=solarize, drop_path_rate=drop_path_rate, mask_ratio_min=mask_ratio_min,
+                 mask_ratio_max=mask_ratio_max, mask_probability=mask_probability,
+                 warmup=warmup, teacher_temp_warmup=teacher_temp_warmup,
+                 freeze_last_layer=freeze_last_layer, momentum_teacher=momentum_teacher)
+    check_shares(spectral_mask_ratio_max=spectral_mask_ratio_max)
+    tile_size = meta['tile_size']
     sides = f'--img_size={img_size} and --local_crops_size={local_crops_size}'
-    if not 0 < local_crops_size <= img_size <= meta['tile_size']:
+    if not 0 < local_crops_size <= img_size <= tile_size:
         raise UserError(f'{sides}: local crops can be no larger than global ones, '
-                        f'and these than the tiles of {data}, {meta["tile_size"]} px')
-    if img_size % patch_size or local_crops_size % patch_size or img_size == patch_size:
-        raise UserError(f'{sides}: choose multiples of --patch_size={patch_size}, '
-                        'and two patches at least along a global crop')
+                        f'and these than the tiles of {data}, {tile_size} px')
+    if patch_size < 1 or img_size % patch_size or local_crops_size % patch_size:
+        raise UserError(f'{sides}: choose multiples of --patch_size={patch_size}')
+    if tile_size % patch_size:
+        raise UserError(f'the tiles of {data} have {tile_size} px: choose a --patch_size that '
+                        f'divides this, or tile again (here it is {patch_size})')
+    if img_size == patch_size:
+        raise UserError(f'{sides}: a global crop needs two patches at least along a side')
     if fusion == 'token' and local_crops_size * 2 != img_size:
         raise UserError('--fusion=token needs local crops of half the global ones: pass '
                         f'--local_crops_size={img_size // 2} or --fusion=channel')
@@ -496,20 +509,28 @@ def check_constants(meta):
         raise UserError('--local_crops_number and --spectral_patch_size are at least 1')
     if koleo_weight and batch_size < 2:
         raise UserError('KoLeo needs two tiles: a larger --batch_size or --koleo_weight=0')
-    shares = (mask_probability, mask_ratio_min, mask_ratio_max, spectral_mask_ratio_max)
-    if min(shares) < 0 or max(shares) > 1:
-        raise UserError('--mask_probability and the mask ratios are shares, from 0 to 1')
-    if not max(warmup, freeze_last_layer) < 1:
-        raise UserError('--warmup and --freeze_last_layer are shares of the run, below 1')
-    if ibot_weight and round(2 * batch_size * mask_probability) < 1:
-        raise UserError('nothing is masked, of which iBOT could learn: pass --ibot_weight=0, '
-                        'or a larger --mask_probability')
+    if local_scale_min > local_scale_max or mask_ratio_min > mask_ratio_max:
+        raise UserError('--local_scale_min and --mask_ratio_min are above what is to be largest')
+    if mask_ratio_min > spectral_mask_ratio_max:
+        raise UserError('--mask_ratio_min is above --spectral_mask_ratio_max')
+    if max(warmup, drop_path_rate) == 1 or min(base_lr, weight_decay, probe_tiles - 1) < 0:
+        raise UserError('--warmup and --drop_path_rate stay below 1; --base_lr and '
+                        '--weight_decay start at 0, --probe_tiles at 1')
+    if teacher_temp <= 0 or out_dim < 2:
+        raise UserError('--teacher_temp is above 0, and --out_dim is 2 at least')
+    if round(freeze_last_layer * steps) >= steps:
+        raise UserError(f'--freeze_last_layer={freeze_last_layer}: the prototypes would not learn '
+                        'in this run: choose a smaller share')
+    if (ibot_weight or mask_probability) and round(2 * batch_size * mask_probability) < 1:
+        raise UserError(f'--mask_probability={mask_probability}: none of {2 * batch_size} crops is '
+                        'masked: choose a larger one, or 0 with --ibot_weight=0')
 
 
 # ============ shell: flags and signals ============
 
+# what a resumed run may have otherwise (of data and encoder, their contents are compared)
 MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
-              'wandb_log')
+              'wandb_log', 'data', 'encoder')
 
 
 def read_flags():
@@ -584,7 +605,7 @@ def save_curves(path, log):
     middle.set(xlabel='step', ylabel='signs of collapse, as shares', ylim=(0, None))
     left.legend(fontsize=8)
     middle.legend(fontsize=8)
-    draw_probe(right, log)
+    draw_probe(right, log, init_from)
     save_figure(figure, path)
 
 
@@ -620,7 +641,7 @@ if __name__ == '__main__':
         signal.signal(number, note_signal)
     torch.manual_seed(seed)  # the same weights on every rank
     if main_process:
-        os.makedirs(out_dir, exist_ok=True)
+        lock = lock_directory(out_dir)  # until this process ends
         demo_if_missing(data)
     if world > 1:
         dist.barrier()
@@ -643,7 +664,7 @@ if __name__ == '__main__':
     model.to(device).train()
     if init_from:
         check_bands(load_encoder(init_from), meta, init_from)
-        sentence = start_from(init_from, model)
+        sentence = start_from(init_from, model, __file__)
         print(sentence)
     groups = parameter_groups(model, weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
@@ -651,7 +672,7 @@ if __name__ == '__main__':
     # ---- shell: resume
     step, log = 0, []
     last_path = os.path.join(out_dir, 'last.pt')
-    checkpoint = resume_from(last_path, config, MAY_CHANGE)
+    checkpoint = resume_from(last_path, __file__, config, meta, MAY_CHANGE)
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
@@ -806,8 +827,12 @@ if __name__ == '__main__':
     # ---- end
     bar.close()
     if main_process:
-        print(f'{step} steps in {time.time() - started:.0f} s; encoder in {last_path}; next:\n'
-              f'python segment.py --encoder={last_path}')
+        print(f'{step} steps in {time.time() - started:.0f} s; encoder in {last_path}; next:')
+        if labelled:
+            judged = os.path.normpath(out_dir) + '_judged'
+            print(next_command('segment.py', encoder=last_path, out_dir=judged))
+        else:
+            print(next_command('viz_attention.py', encoders=last_path))
     if world > 1:
         dist.barrier()  # rank 0 may still be at its last pictures: leave together
         dist.destroy_process_group()

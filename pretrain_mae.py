@@ -37,9 +37,10 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Tiles, UserError, demo_if_missing, draw_crops, draw_probe, epoch_ids, false_color,
-                  kept_meta, plain_errors, probe, probe_floors, probe_splits, resized_crop,
-                  save_figure, standardization, standardize)
+from data import (Tiles, UserError, check_shares, demo_if_missing, draw_crops, draw_probe,
+                  epoch_ids, false_color, kept_meta, lock_directory, next_command, plain_errors,
+                  probe, probe_floors, probe_splits, resized_crop, save_figure, standardization,
+                  standardize)
 from models import (SIZES, MaskedAutoencoder, check_bands, dense_features, encoder_shape,
                     load_encoder, native_bfloat16, parameter_groups, patchify, resume_from,
                     save_checkpoint, start_from, unpatchify)
@@ -153,21 +154,28 @@ def build_model(num_bands):
 
 def check_constants(meta):
     """Constants that cannot go together are told before the first step."""
-    if img_size > meta['tile_size']:
-        raise UserError(f'--img_size={img_size}: the tiles of {data} have {meta["tile_size"]} px: '
-                        'choose at most that')
+    check_shares(scale_min=scale_min, mask_ratio=mask_ratio, warmup=warmup, dropout=dropout)
+    tile_size = meta['tile_size']
+    if img_size > tile_size:
+        raise UserError(f'--img_size={img_size}: the tiles of {data} have {tile_size} px: choose '
+                        'at most that')
+    if patch_size < 1 or img_size % patch_size or tile_size % patch_size:
+        raise UserError(f'crops of --img_size={img_size} and tiles of {tile_size} px must divide '
+                        f'into patches of --patch_size={patch_size} px: choose another of these')
     num_patches = (img_size // patch_size) ** 2
     if not 0 < round(num_patches * mask_ratio) < num_patches:
         raise UserError(f'--mask_ratio={mask_ratio} of {num_patches} patches: hide one at least, '
                         'and leave one')
-    if not 0 <= warmup < 1:
-        raise UserError(f'--warmup={warmup} is a share of the run, below 1')
+    if max(warmup, dropout) == 1 or min(base_lr, weight_decay, probe_tiles - 1) < 0:
+        raise UserError('--warmup and --dropout stay below 1; --base_lr and --weight_decay start '
+                        'at 0, --probe_tiles at 1')
 
 
 # ============ shell: flags and signals ============
 
+# what a resumed run may have otherwise (of data and encoder, their contents are compared)
 MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
-              'wandb_log')
+              'wandb_log', 'data', 'encoder')
 
 
 def read_flags():
@@ -238,7 +246,7 @@ def save_curves(path, log):
     trained = [entry for entry in log if 'loss' in entry]
     left.plot([entry['step'] for entry in trained], [entry['loss'] for entry in trained])
     left.set(xlabel='step', ylabel='loss (mean squared error)', ylim=(0, None))
-    draw_probe(right, log)
+    draw_probe(right, log, init_from)
     save_figure(figure, path)
 
 
@@ -274,7 +282,7 @@ if __name__ == '__main__':
         signal.signal(number, note_signal)
     torch.manual_seed(seed)  # the same weights on every rank
     if main_process:
-        os.makedirs(out_dir, exist_ok=True)
+        lock = lock_directory(out_dir)  # until this process ends
         demo_if_missing(data)
     if world > 1:
         dist.barrier()
@@ -299,7 +307,7 @@ if __name__ == '__main__':
     model.to(device)
     if init_from:
         check_bands(load_encoder(init_from), meta, init_from)
-        sentence = start_from(init_from, model)
+        sentence = start_from(init_from, model, __file__)
         print(sentence)
     groups = parameter_groups(model, weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
@@ -307,7 +315,7 @@ if __name__ == '__main__':
     # ---- shell: resume
     step, log = 0, []
     last_path = os.path.join(out_dir, 'last.pt')
-    checkpoint = resume_from(last_path, config, MAY_CHANGE)
+    checkpoint = resume_from(last_path, __file__, config, meta, MAY_CHANGE)
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
@@ -435,8 +443,12 @@ if __name__ == '__main__':
     # ---- end
     bar.close()
     if main_process:
-        print(f'{step} steps in {time.time() - started:.0f} s; encoder in {last_path}; next:\n'
-              f'python segment.py --encoder={last_path}')
+        print(f'{step} steps in {time.time() - started:.0f} s; encoder in {last_path}; next:')
+        if labelled:
+            judged = os.path.normpath(out_dir) + '_judged'
+            print(next_command('segment.py', encoder=last_path, out_dir=judged))
+        else:
+            print(next_command('viz_attention.py', encoders=last_path))
     if world > 1:
         dist.barrier()  # rank 0 may still be at its last pictures: leave together
         dist.destroy_process_group()
