@@ -1082,7 +1082,7 @@ def resume_from(path, script, config, meta, free):
     if changed:
         raise UserError(f'{path}: is of a run with other constants: {", ".join(changed)}: {advice}')
     old, now = checkpoint['meta'], kept_meta(meta)
-    changed = [name for name in old if name in now and old[name] != now[name]]
+    changed = sorted(name for name in old if name in now and old[name] != now[name])
     if changed:
         raise UserError(f'{path}: is of a run on other data: {" and ".join(changed)} in meta.json '
                         f'of {config["data"]} are not the same: {advice}')

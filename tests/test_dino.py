@@ -404,12 +404,17 @@ def test_without_ibot_masks_only_augment_and_without_masks_the_student_sees_all(
 MISTAKES = [
     (dict(img_size=128), 'than the tiles'), (dict(local_crops_size=32), 'no larger than global ones'), (dict(patch_size=5), '--patch_size=5'),
     (dict(patch_size=16, local_crops_size=16), 'two patches'), (dict(local_crops_number=0), 'at least 1'), (dict(batch_size=1), '--koleo_weight=0'),
-    (dict(mask_ratio_max=1.5), 'shares'), (dict(mask_ratio_min=-0.1), 'shares'), (dict(mask_probability=2.0), 'shares'),
-    (dict(ibot_weight=1.0, mask_probability=0.0), '--ibot_weight')]
+    (dict(mask_ratio_max=1.5), '--mask_ratio_max=1.5: is a share'), (dict(mask_ratio_min=-0.1), 'a share'), (dict(mask_probability=2.0), 'a share'),
+    (dict(ibot_weight=1.0, mask_probability=0.0), '--ibot_weight'), (dict(mask_probability=0.001), '--mask_probability=0.001: none of'),
+    (dict(steps=10, freeze_last_layer=0.97), 'the prototypes would not learn'), (dict(patch_size=7, img_size=21, local_crops_size=7), '64 px: choose a --patch_size'),
+    (dict(mask_ratio_min=0.8), 'above what is to be largest'), (dict(local_scale_min=0.5), 'above what is to be largest'), (dict(teacher_temp=0.0), '--teacher_temp is above 0'),
+    (dict(out_dim=1), '--out_dim is 2'), (dict(drop_path_rate=1.0), 'below 1'), (dict(warmup=1.0), 'below 1'), (dict(base_lr=-1.0), 'start at 0'), (dict(probe_tiles=0), 'at 1'),
+    (dict(momentum_teacher=1.5), '--momentum_teacher=1.5'), (dict(local_scale_max=2.0), '--local_scale_max'), (dict(blur=-1.0), '--blur=-1')]
 
 
 @pytest.mark.parametrize('script, changes, words', [(script, *mistake) for script in MODULES for mistake in MISTAKES] + [
-    (pretrain_dino_hsi, dict(fusion='token', local_crops_size=4), '--local_crops_size=8'), (pretrain_dino_hsi, dict(spectral_patch_size=0), 'at least 1')])
+    (pretrain_dino_hsi, dict(fusion='token', local_crops_size=4), '--local_crops_size=8'), (pretrain_dino_hsi, dict(spectral_patch_size=0), 'at least 1'),
+    (pretrain_dino_hsi, dict(mask_ratio_min=0.65), 'spectral_mask_ratio_max')])
 def test_constants_that_cannot_go_together_are_refused_before_the_first_step(script, changes, words, constants):
     meta = {'tile_size': 64, 'num_bands': 7}
     script.check_constants(meta)

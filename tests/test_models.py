@@ -157,12 +157,18 @@ def test_features_by_a_checkpoint_alone_are_those_of_the_run(scene_data, tmp_pat
     prepared = standardize(raw, *standardization(tiles.meta, 3), tiles.meta['nodata'])
     with torch.no_grad():
         expected = dense_features(encoder, prepared)
-        for given in (raw, raw.float(), raw.numpy(), raw.numpy().astype('>f8')):
+        for given in (raw, raw.float(), raw.numpy(), raw.numpy().astype('>f8'), raw.int(), raw.double(), raw.numpy().astype('i8'), raw.numpy().tolist()):
             assert torch.equal(encoder.prepare(given), prepared) and encoder.prepare(given).dtype == torch.float32
             assert torch.equal(dense_features(encoder, encoder.prepare(given)), expected)
+        for one in (raw[1], raw[1].numpy()):  # an image by itself is a batch of one
+            assert torch.equal(encoder.prepare(one), encoder.prepare(raw[1:2]))
+        missing = np.zeros(raw.shape, bool)
+        missing[0, 2, 3, 4] = True  # one band of a pixel: all of it is missing, and so 0
+        masked = encoder.prepare(np.ma.masked_array(raw.numpy(), missing))
+        assert (masked[0, :, 3, 4] == 0).all() and torch.equal(masked[1:], prepared[1:])
     assert (encoder.script, encoder.whiten, encoder.meta) == ('pretrain_mae.py', 3, kept_meta(tiles.meta))
-    for wrong in (raw[:, :6], raw[0], raw.numpy()[:, :, :, 0]):
-        with pytest.raises(UserError, match=r'trained on 7 bands: pass \(B, 7, H, W\)'):
+    for wrong in (raw[:, :6], raw[0, 0], raw.numpy()[:, :, :, 0], raw.movedim(1, 3), raw[0].movedim(0, 2), raw[None], 5.0):
+        with pytest.raises(UserError, match=r'trained on 7 bands: pass \(B, 7, H, W\) or \(7, H, W\)'):
             encoder.prepare(wrong)
 
 
@@ -223,13 +229,18 @@ def test_data_of_other_bands_is_refused_with_the_command_that_makes_the_right_on
 
 def test_resume_compares_constants_with_those_in_the_checkpoint(scene_data, tmp_path):
     path = f'{tmp_path}/last.pt'
+    meta, free = Tiles(scene_data, 'tr').meta, ('out_dir', 'data')
     open(path + '.tmp', 'w').close()  # of a save that was cut off
-    assert resume_from(path, {'lr': 1}, ()) is None and os.listdir(tmp_path) == []
-    saved = {**content(ViT(16, 4, 7, 24, 1, 2), {}, Tiles(scene_data, 'tr').meta, script='pretrain_dino.py'), 'config': {'lr': 1, 'out_dir': 'a'}, 'step': 5}
+    assert resume_from(path, 'pretrain_dino.py', {'lr': 1}, meta, ()) is None and os.listdir(tmp_path) == []
+    saved = {**content(ViT(16, 4, 7, 24, 1, 2), {}, meta, script='pretrain_dino.py'), 'config': {'lr': 1, 'out_dir': 'a', 'data': 'd'}, 'step': 5}
     save_checkpoint(path, saved)
-    assert resume_from(path, {'lr': 1, 'out_dir': 'b'}, ('out_dir',))['step'] == 5
+    assert resume_from(path, '/home/pretrain_dino.py', {'lr': 1, 'out_dir': 'b', 'data': 'elsewhere'}, meta, free)['step'] == 5
     with pytest.raises(UserError, match=r'other constants: lr \(1 there, 2 now\), new \(None there, 3 now\): pass another'):
-        resume_from(path, {'lr': 2, 'out_dir': 'a', 'new': 3}, ('out_dir',))
+        resume_from(path, 'pretrain_dino.py', {'lr': 2, 'out_dir': 'a', 'new': 3}, meta, free)
+    with pytest.raises(UserError, match='was written by pretrain_dino.py: pass another'):
+        resume_from(path, 'pretrain_mae.py', {'lr': 1}, meta, free)
+    with pytest.raises(UserError, match='other data: mean and nodata in meta.json of d are not the same: pass another'):
+        resume_from(path, 'pretrain_dino.py', {'lr': 1, 'data': 'd'}, {**meta, 'mean': [0.0] * 7, 'nodata': 5}, free)
 
 
 def test_a_run_of_ours_starts_another_of_the_same_network_at_another_size(scene_data, tmp_path):
@@ -239,15 +250,15 @@ def test_a_run_of_ours_starts_another_of_the_same_network_at_another_size(scene_
         return MaskedAutoencoder(side, 4, bands, 48, 1, 3, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     first, larger = mae(16), mae(32)
     save_checkpoint(path, content(first, {}, meta, script='pretrain_mae.py'))
-    assert f'{len(first.state_dict())} tensors taken; what starts fresh: nothing' in start_from(path, larger)
+    assert f'{len(first.state_dict())} tensors taken; what starts fresh: nothing' in start_from(path, larger, 'pretrain_mae.py')
     changed = {name for name, value in larger.state_dict().items() if not torch.equal(value, first.state_dict()[name])}
     assert changed == {'encoder.pos_embed', 'decoder_pos_embed'}
     with pytest.raises(UserError, match='3 tensors differ .decoder_pred.bias, decoder_pred.weight, encoder.patch_embed'):
-        start_from(path, mae(16, bands=5))
+        start_from(path, mae(16, bands=5), 'pretrain_mae.py')
 
     def hsi(groups):
         return SpatialSpectralViT(16, 4, 2 * groups, 48, 1, 3, fusion='token')
     save_checkpoint(path, content(hsi(15), {}, meta, script='pretrain_dino_hsi.py'))
-    start_from(path, hsi(15))
+    start_from(path, hsi(15), 'pretrain_dino_hsi.py')
     with pytest.raises(UserError, match='does not fit this network'):
-        start_from(path, hsi(20))
+        start_from(path, hsi(20), 'pretrain_dino_hsi.py')

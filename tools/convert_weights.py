@@ -245,7 +245,8 @@ def convert(path, meta, img_size=64, patch_size=8, whiten=0, rgb_kernels='wavele
 
 def export(path, out, form='timm'):
     """Write an encoder of ours as plain tensors that load with strict=True into timm's
-    ViT ('timm') or DINOv2's ('dinov2') -> the call that makes that network."""
+    ViT ('timm') or DINOv2's ('dinov2') -> the call that makes that network. Beside them
+    a .npz with the mean (C,) and matrix (C, C) of its input."""
     encoder = load_encoder(path)
     if isinstance(encoder, SpatialSpectralViT):
         raise UserError(f'{path}: has a second stream, which neither timm nor DINOv2 '
@@ -284,9 +285,27 @@ def export(path, out, form='timm'):
     save_checkpoint(out, {name: value.clone() for name, value in weights.items()})
     mean, matrix = standardization(encoder.meta, encoder.whiten)
     statistics = os.path.splitext(out)[0] + '.npz'
+    matrix = matrix if matrix.ndim == 2 else torch.diag(matrix)
     np.savez(statistics, mean=mean.numpy(), matrix=matrix.numpy())
     arguments = ', '.join(f'{name}={value}' for name, value in options.items())
     return f'{network}({arguments})'
+
+
+IMPORTS = {'timm': 'import timm',
+           'dinov2': 'from dinov2.models.vision_transformer import DinoVisionTransformer'}
+
+
+def usage(call, out, form):
+    """The lines that use an exported file, with its statistics, on `raw` (B, C, H, W)"""
+    statistics = os.path.splitext(out)[0] + '.npz'
+    return f'''import numpy
+import torch
+{IMPORTS[form]}
+vit = {call}
+vit.load_state_dict(torch.load({out!r}, weights_only=True))
+mean, matrix = map(torch.from_numpy, numpy.load({statistics!r}).values())
+x = torch.einsum('kc,bchw->bkhw', matrix, raw - mean[:, None, None])
+features = vit.eval().forward_features(x)'''
 
 
 if __name__ == '__main__':
@@ -313,9 +332,8 @@ if __name__ == '__main__':
     os.makedirs(os.path.dirname(flags.out) or '.', exist_ok=True)
     if flags.export:
         call = export(flags.export, flags.out, flags.form)
-        print(f'{flags.out}: loads with strict=True into\n{call}')
-        print('its input: x - mean, then matrix @ x (or * x, if it is a vector), with '
-              f'what is in {os.path.splitext(flags.out)[0]}.npz')
+        print(f'{flags.out}: written; to use it on raw images (B, C, H, W), float32,\nwithout missing pixels:\n')
+        print(usage(call, flags.out, flags.form))
     elif flags.data:
         meta = Tiles(flags.data, 'tr').meta
         content = convert(flags.weights, meta, flags.img_size, flags.patch_size,
