@@ -268,6 +268,8 @@ if __name__ == '__main__':
         bar.write(f'step {step}: mIoU on val {100 * miou:.1f} %')
         if main_process:
             save_curves(os.path.join(out_dir, 'curves.png'), log)
+            if miou <= best and not os.path.exists(best_path):
+                bar.write(f'{best_path} with {100 * best:.1f} % is gone: this state replaces it')
             if miou > best or not os.path.exists(best_path):
                 state = {'model': model.state_dict(), 'step': step, 'val_miou': miou}
                 save_checkpoint(best_path, {**state, **facts})
