@@ -383,8 +383,8 @@ if __name__ == '__main__':
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
                 raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g}).'
                                 ' The weights were left as they were. Look for huge values in the '
-                                f'data (python tools/check_data.py --data={data}), or lower the '
-                                'learning rate')
+                                f'data (python tools/check_data.py --data={data}), lower the '
+                                'learning rate, or pass --dtype=float32')
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
