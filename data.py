@@ -639,7 +639,7 @@ def read_meta(directory):
     if os.path.exists(half_made):
         raise UserError(f'{directory}: is half-made: finish it with\n'
                         f'  {read_json(half_made)["command"]}')
-    if ',' in directory:
+    if ',' in str(directory):
         raise UserError(f'--data={directory}: name one directory; python data.py tile --root=a,b '
                         'brings several scenes into one')
     raise UserError(f'{directory}: no tiles here: make them with `python data.py tile --root=... '
