@@ -229,7 +229,7 @@ if __name__ == '__main__':
     name = 'DeepLabV3+'
     model = DeepLabV3Plus(**encoder_args)
     if init_from:
-        print(start_from(init_from, model, __file__))
+        print(start_from(init_from, model, __file__, whiten))
     if world > 1 and on_gpu:
         # it has no CPU form: there the norms see the crops of their own process only
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -1164,11 +1164,15 @@ def load_encoder(path):
     try:
         encoder = build_encoder(checkpoint['encoder_args'])
         encoder.load_state_dict(own, strict=True)
-        whiten = checkpoint['whiten'] if 'whiten' in checkpoint else checkpoint['config']['whiten']
-        return add_run(encoder, checkpoint, whiten)
+        return add_run(encoder, checkpoint, whitening(checkpoint))
     except CANNOT_BUILD as error:
         raise UserError(f'{path}: its encoder cannot be built again ({one_line(error)}): pass the '
                         'last.pt of a pre-training run') from None
+
+
+def whitening(checkpoint):
+    """By how many components its input was whitened; 0: bands standardised by themselves"""
+    return checkpoint['whiten'] if 'whiten' in checkpoint else checkpoint['config']['whiten']
 
 
 def build_encoder(args):
@@ -1196,7 +1200,7 @@ def load_segmenter(path):
             network = DeepLabV3Plus(**args)
         network.load_state_dict(checkpoint['model'], strict=True)
         network.window = checkpoint['window']
-        return add_run(network, checkpoint, checkpoint['whiten'])
+        return add_run(network, checkpoint, whitening(checkpoint))
     except CANNOT_BUILD as error:
         raise UserError(f'{path}: its network cannot be built again ({one_line(error)}): pass the '
                         'best.pt of a run') from None
@@ -1247,8 +1251,9 @@ def resize_positions(weights, like):
     return weights
 
 
-def start_from(path, model, script):
-    """Fill `model` with weights of a checkpoint -> a sentence that says which were taken.
+def start_from(path, model, script, whiten):
+    """Fill `model` with weights of a checkpoint -> a sentence that says which were taken, and
+    whether their input was whitened otherwise than by `whiten` components.
 
     Of a run of the same `script` all are taken. Of another file the encoder is, for student and
     teacher alike, and where they fit a masked autoencoder's decoder and a CNN's layers. Position
@@ -1292,6 +1297,9 @@ def start_from(path, model, script):
                 f'{names_of(own.keys() - taken)}')
     if weights.keys() - taken:
         sentence += f'; what is left out of the file: {names_of(weights.keys() - taken)}'
+    learned = whitening(checkpoint)
+    if learned != whiten:
+        sentence += f'; they learned with --whiten={learned}, here it is {whiten}'
     return sentence
 
 

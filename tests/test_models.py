@@ -255,15 +255,15 @@ def test_a_run_of_ours_starts_another_of_the_same_network_at_another_size(scene_
         return MaskedAutoencoder(side, 4, bands, 48, 1, 3, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     first, larger = mae(16), mae(32)
     save_checkpoint(path, content(first, {}, meta, script='pretrain_mae.py'))
-    assert f'{len(first.state_dict())} tensors taken; what starts fresh: nothing' in start_from(path, larger, 'pretrain_mae.py')
+    assert f'{len(first.state_dict())} tensors taken; what starts fresh: nothing' in start_from(path, larger, 'pretrain_mae.py', 3)
     changed = {name for name, value in larger.state_dict().items() if not torch.equal(value, first.state_dict()[name])}
     assert changed == {'encoder.pos_embed', 'decoder_pos_embed'}
     with pytest.raises(UserError, match='3 tensors differ .decoder_pred.bias, decoder_pred.weight, encoder.patch_embed'):
-        start_from(path, mae(16, bands=5), 'pretrain_mae.py')
+        start_from(path, mae(16, bands=5), 'pretrain_mae.py', 3)
 
     def hsi(groups):
         return SpatialSpectralViT(16, 4, 2 * groups, 48, 1, 3, fusion='token')
     save_checkpoint(path, content(hsi(15), {}, meta, script='pretrain_dino_hsi.py'))
-    start_from(path, hsi(15), 'pretrain_dino_hsi.py')
+    start_from(path, hsi(15), 'pretrain_dino_hsi.py', 3)
     with pytest.raises(UserError, match='does not fit this network'):
-        start_from(path, hsi(20), 'pretrain_dino_hsi.py')
+        start_from(path, hsi(20), 'pretrain_dino_hsi.py', 3)
