@@ -183,8 +183,8 @@ def test_a_fine_tuned_best_pt_is_an_encoder_and_a_network(build, scene_data, tmp
     args = dict(img_size=16, patch_size=4, in_chans=7, embed_dim=48, depth=4, num_heads=3)
     args |= {'fusion': 'channel', 'wavelengths_nm': tiles.meta['wavelengths_nm']} if build is SpatialSpectralViT else {}
     model = build_segmenter(build(**args), 3, 'conv', freeze=False, pixel=True)
-    config = {'whiten': 99, 'decoder': 'conv', 'freeze': False, 'pixel': True}  # the flag; the encoder brought another
-    save_checkpoint(f'{tmp_path}/best.pt', {**content(model, args, tiles.meta, script='segment.py', whiten=3, window=16), 'config': config})
+    config = {'whiten': 3, 'decoder': 'conv', 'freeze': False, 'pixel': True}
+    save_checkpoint(f'{tmp_path}/best.pt', {**content(model, args, tiles.meta, script='segment.py', window=16), 'config': config})
     encoder, network = load_encoder(f'{tmp_path}/best.pt'), load_segmenter(f'{tmp_path}/best.pt')
     x, expected = encoder.prepare(raw_tiles(tiles)), model.eval()
     assert network.window == 16 and encoder.whiten == network.whiten == 3 and torch.equal(x, network.prepare(raw_tiles(tiles)))
@@ -196,7 +196,7 @@ def test_a_fine_tuned_best_pt_is_an_encoder_and_a_network(build, scene_data, tmp
 def test_the_cnn_comes_back_and_what_is_no_segmentation_is_refused(scene_data, tmp_path):
     tiles, args = Tiles(scene_data, 'ts'), dict(in_chans=7, num_classes=3, output_stride=8, width=8)
     model = DeepLabV3Plus(**args).eval()
-    save_checkpoint(f'{tmp_path}/best.pt', content(model, args, tiles.meta, script='baseline_deeplab.py', whiten=3, window=16))
+    save_checkpoint(f'{tmp_path}/best.pt', content(model, args, tiles.meta, script='baseline_deeplab.py', window=16))
     network = load_segmenter(f'{tmp_path}/best.pt')
     x = network.prepare(raw_tiles(tiles))
     with torch.no_grad():
