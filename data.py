@@ -305,7 +305,7 @@ def cut(scene, regions, args):
 
 IN_MEMORY = 2e8  # bytes; a smaller scene is unpacked once, a larger one stays on disk
 SAVE_EVERY = 5.0  # seconds between notes of how far the tiler has come
-SAID_WHOLE = 3  # files of which all is printed that was read
+FEW_FILES = 9  # of so many all is printed that was read
 
 
 def tile(args):
@@ -375,7 +375,7 @@ def count_tiles(inputs, args):
             failures.append(str(error))
             found['skipped'].append(item.name)
             continue
-        say_notes(item.path, scene.notes, said, whole=len(found['scenes']) < SAID_WHOLE)
+        say_notes(item.path, scene.notes, said, whole=len(inputs) <= FEW_FILES)
         for split, row, col, _, _ in cut(scene, regions, args):
             found['tiles'][split].append([len(found['scenes']), row, col])
         for split, rows, cols, labels in regions:
@@ -383,9 +383,8 @@ def count_tiles(inputs, args):
             if split == 'tr':
                 add_statistics(found['statistics'], scene.cube, scene.nodata, rows, cols)
         found['scenes'].append(item.name)
-    for kind, count in said.items():
-        if count > SAID_WHOLE:
-            print(f'in {count} files: {kind}')
+    for kind, count in said.items() if len(inputs) > FEW_FILES else ():
+        print(f'in {count} of {len(inputs)} files: {kind}')
     if failures and not (args.skip_bad and found['scenes']):
         raise UserError('\n'.join(failures) + f'\n{args.out}: {len(failures)} of {len(inputs)} '
                         'inputs could not be used: repair or remove them and run the same command '
@@ -424,6 +423,7 @@ def say_notes(path, notes, said, whole):
     fresh = []
     for note in notes:
         kind = re.sub(r'[\d.,]*\d', '#', note)
+        kind = re.sub(r'#[#:, ]*#', '#', kind)  # a list of numbers, however long
         if whole or kind not in said:
             fresh.append(f'  {note}')
         said[kind] = said.get(kind, 0) + 1
