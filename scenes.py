@@ -8,12 +8,15 @@ only. In this order: the Scene; reading and checking; bands; a reader for each f
 
 Shapes: C bands, H rows, W columns; C' bands asked for.
 """
+import collections
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import xml.etree.ElementTree as ElementTree
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +32,6 @@ BAND_SETS = {
 }
 # GeoTIFF tags: pixel scale, tie points, transformation; keys, their numbers and their texts
 GEOTAGS = (33550, 33922, 34264, 34735, 34736, 34737)
-GDAL_NODATA = 42113
 NO_CLASS = ('unlabelled', 'unlabeled', 'undefined', 'background', 'unclassified', 'nodata', '')
 SAMPLE_PIXELS = 20_000  # of a scene, that tell what values it has
 STRIP_BYTES = 64e6  # as much of a cube is in memory at once where it is gone through
@@ -105,20 +107,20 @@ def when_read(cube, function, dtype, num_bands=None):
     return Lazy((num_bands or len(cube), *cube.shape[1:]), dtype, read)
 
 
-def file_cube(file, dtype, shape, axes, offset=0):
-    """-> a Lazy of the numbers that lie one behind the other in a file.
-
-    file: a path or an open file. axes: of `shape`, as 'hwc'. The file is mapped anew each time,
-    so that what was read does not stay in memory.
-    """
-    order = [axes.index(letter) for letter in 'chw']
-
-    def mapped():
-        return np.memmap(file, dtype, 'r', offset, shape).transpose(order)
+def mapped_cube(mapped):
+    """-> a Lazy of a memory-mapped array (C, H, W); mapped() maps it anew each time, so that what
+    was read does not stay in memory"""
+    cube = mapped()  # a file that is too short is found here
 
     def read(rows, cols):
         return np.array(mapped()[:, rows, cols])
-    return Lazy(mapped().shape, dtype, read)  # a file that is too short is found here
+    return Lazy(cube.shape, cube.dtype, read)
+
+
+def file_cube(file, dtype, shape, axes, offset=0):
+    """-> a Lazy of the numbers that lie one behind the other in a file, a path or an open one;
+    axes: of `shape`, as 'hwc'"""
+    return mapped_cube(lambda: to_chw(np.memmap(file, dtype, 'r', offset, shape), axes))
 
 
 def one_line(error):
@@ -235,7 +237,9 @@ def check_values(scene, path, nodata):
     value = fitting_nodata(stated, dtype)
     if value is not None:
         scene = say(scene, f'nodata {value:g}')
-    elif stated is not None and not math.isnan(stated):
+    elif stated is not None and math.isnan(stated):
+        scene = say(scene, 'nodata NaN')
+    elif stated is not None:
         scene = say(scene, f'nodata {stated:g} is stated, which no {dtype} pixel can have')
     return scene._replace(nodata=value)
 
@@ -249,7 +253,8 @@ def fitting_nodata(nodata, dtype):
             nodata = float(dtype.type(nodata))
         return nodata if math.isfinite(nodata) else None
     limits = np.iinfo(dtype)
-    return float(nodata) if nodata == int(nodata) and limits.min <= nodata <= limits.max else None
+    whole = nodata == int(nodata) and limits.min <= nodata <= limits.max
+    return int(nodata) if whole else None
 
 
 # ============ which bands, which pixels ============
@@ -258,6 +263,7 @@ class Survey(NamedTuple):
     """What one pass over a cube finds"""
     missing: np.ndarray  # (H, W) True where a pixel is missing; empty bands are not counted
     empty: list  # numbers of the bands without one value
+    some_bands: float  # share of the pixels that are missing in some of their bands only
     lacking: np.ndarray  # (C,) share of the pixels that have no value in this band
     fillers: dict  # value far outside the rest -> numbers of the bands that have it
 
@@ -283,12 +289,12 @@ def survey(cube, nodata):
         sample = np.where(gone, np.nan, x)[:, ::step, ::step]
         samples.append(sample.reshape(C, -1))
     empty = np.flatnonzero(lacking == H * W).tolist()
+    missing = missing_bands > (len(empty) if len(empty) < C else 0)
     if nodata == 0 and cube.dtype == np.uint8:
         missing = missing_bands == C
-    else:
-        missing = missing_bands > (len(empty) if len(empty) < C else 0)
+    some_bands = missing & (missing_bands < C)
     fillers = find_fillers(np.concatenate(samples, 1), low, high)
-    return Survey(missing, empty, lacking / (H * W), fillers)
+    return Survey(missing, empty, some_bands.mean(), lacking / (H * W), fillers)
 
 
 def find_fillers(sample, low, high):
@@ -335,18 +341,18 @@ def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
         if numbers:
             scene = say(scene, f'{name_bands(numbers, nm)} left out: {reason}')
     names = [name_bands([band], nm) for band in kept]
-    scene = say(scene, *missing_text(found, names, len(empty)))
+    scene = say(scene, *missing_text(found, names))
     for value, numbers in found.fillers.items():
         bands = name_bands([kept[number] for number in numbers], nm)
         scene = say(scene, f'{bands}: values far outside the rest ({value:g}): a filler? pass '
                     f'--nodata={value:g}')
     kept = [band for band in kept if band not in empty]
-    if len(kept) == C:
-        return scene._replace(bands=None), found.missing
-    return scene._replace(
-        cube=take_bands(scene.cube, kept), bands=kept,
-        wavelengths_nm=nm and [nm[band] for band in kept],
-        fwhm_nm=scene.fwhm_nm and [scene.fwhm_nm[band] for band in kept]), found.missing
+    nm = nm and checked_wavelengths([nm[band] for band in kept], path).tolist()
+    fwhm = scene.fwhm_nm and [scene.fwhm_nm[band] for band in kept]
+    cube = take_bands(scene.cube, kept)
+    scene = scene._replace(cube=cube, wavelengths_nm=nm, fwhm_nm=fwhm,
+                           bands=kept if len(kept) < C else None)
+    return scene, found.missing
 
 
 def take_bands(cube, kept):
@@ -355,21 +361,17 @@ def take_bands(cube, kept):
     return when_read(cube, lambda x, rows, cols: x[kept], cube.dtype, len(kept))
 
 
-def missing_text(found, names, num_empty):
+def missing_text(found, names):
     """Sentences on the missing pixels of a survey; names: of its bands"""
-    share = found.missing.mean()
-    if not share:
-        return []
-    sentence = f'{share:.1%} of the pixels are missing'
-    lacking = found.lacking.copy()
-    if num_empty < len(lacking):
+    sentences = []
+    if found.missing.any():
+        sentences.append(f'{found.missing.mean():.1%} of the pixels are missing')
+    if found.some_bands:
+        lacking = found.lacking.copy()
         lacking[found.empty] = 0
-    worst = int(lacking.argmax())
-    fewest = lacking[lacking > 0].min(initial=1) if (lacking > 0).all() else 0
-    if share > fewest + 0.0005:  # some of them in a few bands only
-        sentence += (f', {share - fewest:.1%} of them in some bands only (most in {names[worst]}: '
-                     f'--drop_bands leaves bands out)')
-    return [sentence]
+        sentences.append(f'{found.some_bands:.1%} of the pixels are missing in some bands only, '
+                         f'most in {names[lacking.argmax()]}: --drop_bands= leaves bands out')
+    return sentences
 
 
 def compact(numbers):
@@ -426,7 +428,7 @@ def add_labels(scene, path, labels, missing):
         found = read_labels(labels)
         scene = scene._replace(labels=found.labels, class_names=found.class_names,
                                class_colors=found.class_colors)
-        check_same_place(scene.geotags, found.geotags, path, labels)
+        check_same_place(scene, found.geotags, path, labels)
     raw = np.asarray(scene.labels)
     raw = raw.squeeze() if raw.ndim == 3 and 1 in raw.shape and min(raw.shape[:2]) > 0 else raw
     H, W = scene.cube.shape[1:]
@@ -436,9 +438,12 @@ def add_labels(scene, path, labels, missing):
     checked = checked_labels(raw, where)
     on_missing = np.count_nonzero(checked[missing])
     checked[missing] = 0
+    if scene.class_colors:  # a colour table goes on behind the last class
+        used = max(len(scene.class_names or []), int(checked.max()))
+        scene = scene._replace(class_colors=scene.class_colors[:used])
     scene = say(scene._replace(labels=checked), *label_text(checked, scene.class_names))
     if on_missing:
-        scene = say(scene, f'{on_missing:,} labels lie on missing pixels: they become 0')
+        scene = say(scene, f'{on_missing:,} labels lay on missing pixels: they are 0 now')
     return scene
 
 
@@ -485,28 +490,93 @@ def checked_labels(labels, path):
 def label_text(labels, names):
     """Sentences on checked labels: how many pixels each class has, what is odd about them"""
     counts = np.bincount(labels.ravel(), minlength=1)
-    used = np.flatnonzero(counts[1:]) + 1
-    if not len(used):
-        return ['labels: all 0, unlabelled']
-    listed = ', '.join(f'{k}: {counts[k]:,}' for k in used[:30])
-    sentences = [f'labels: {len(used)} classes ({listed} px), {counts[0]:,} px unlabelled']
+    used = (np.flatnonzero(counts[1:]) + 1).tolist()
+    if not used:
+        return ['labels: all 0, which is unlabelled']
+    names = dict(enumerate(names or [], 1))
+    listed = ', '.join(f'{f"{k} {names.get(k, str())}".strip()}: {counts[k]:,}' for k in used[:30])
+    sentences = [f'labels: pixels of {len(used)} classes ({listed}), {counts[0]:,} unlabelled']
     if len(used) == 1:
-        sentences.append('WARNING: the labels have only one class: 0 means unlabelled here; number '
-                         'background 1 and object 2')
-    if len(used) < used[-1] / 2:
-        sentences.append(f'WARNING: the labels go to {used[-1]}, but only {len(used)} numbers are '
-                         'used: number the classes 1, 2, ...')
+        sentences.append('WARNING: only one class: 0 means unlabelled here; number background 1 '
+                         'and object 2')
+    elif len(used) < used[-1] / 2:
+        sentences.append(f'WARNING: labels run to {used[-1]}, but only {len(used)} numbers are '
+                         'used: number the classes 1, 2, ... without gaps')
     return sentences
+
+
+def names_of_classes(names):
+    """Names of the labels 0, 1, 2, ... as a file states them -> those of the classes, from 1, or
+    None; sentences"""
+    if not names:
+        return None, []
+    names = [str(name).strip() for name in names]
+    while names and not names[-1]:
+        names.pop()
+    sentences = []
+    if names and names[0].lower() not in NO_CLASS:
+        sentences.append(f'WARNING: label 0 is named "{names[0]}" but means unlabelled here: if '
+                         'it is a class, number the classes from 1')
+    return names[1:] or None, sentences
 
 
 # ============ place ============
 
+def place(geotags):
+    """GeoTIFF tags -> x and y of pixels: (x, dx/dcol, dx/drow, y, dy/dcol, dy/drow), x and y those
+    of the outer corner of the first pixel; and the numbers of the keys. None where not stated."""
+    tags = {code: value for code, _, _, value in geotags}
+    try:
+        words = np.array(tags.get(34735, ()), int)[4:].reshape(-1, 4)
+        keys = {key: value for key, where, _, value in words.tolist() if where == 0}
+        if 34264 in tags:
+            matrix = np.array(tags[34264], float)
+            dx, dx_row, x, dy, dy_row, y = matrix[[0, 1, 3, 4, 5, 7]].tolist()
+        else:
+            dx, dy_row, _ = np.array(tags[33550], float).tolist()
+            col, row, _, x, y, _ = np.array(tags[33922], float).tolist()
+            dx_row, dy, dy_row = 0.0, 0.0, -dy_row
+            x, y = x - col * dx, y - row * dy_row
+    except (KeyError, ValueError, IndexError, TypeError):
+        return None, {}
+    if keys.get(1025) == 2:  # the tags speak of a pixel's centre
+        x, y = x - (dx + dx_row) / 2, y - (dy + dy_row) / 2
+    return (x, dx, dx_row, y, dy, dy_row), keys
+
+
 def place_text(geotags):
-    return 'a georeference' if geotags else 'no georeference'
+    affine, keys = place(geotags)
+    if affine is None:
+        return 'no georeference'
+    x, dx, dx_row, y, dy, dy_row = affine
+    epsg = keys.get(3072) or keys.get(2048)
+    unit = 'degrees' if keys.get(1024) == 2 else 'm'
+    if epsg and epsg // 100 in (326, 327):
+        system = f'UTM zone {epsg % 100}{"N" if epsg // 100 == 326 else "S"}'
+    elif epsg == 4326:
+        system = 'longitude and latitude'
+    else:
+        system = f'EPSG:{epsg}' if epsg and epsg < 32767 else 'a projection of its own'
+    turned = math.degrees(math.atan2(dy, dx))
+    rotation = f', rotated by {turned:.1f} degrees' if turned or dx_row else ''
+    return (f'place: {system}, pixels of {math.hypot(dx, dy):g} {unit}, upper left corner at '
+            f'{x:.10g}, {y:.10g}{rotation}')
 
 
-def check_same_place(scene_tags, label_tags, path, labels):
-    """Refuses labels of another place"""
+def check_same_place(scene, label_tags, path, labels):
+    """Refuses labels of another place: half a pixel at a corner, or another projection"""
+    H, W = scene.cube.shape[1:]
+    affine, keys = place(scene.geotags)
+    label_affine, label_keys = place(label_tags)
+    if affine is None or label_affine is None:
+        return
+    pixel = math.hypot(affine[1], affine[4])
+    corners = np.array([[1, 0, 0], [1, W, 0], [1, 0, H], [1, W, H]])
+    apart = corners @ np.reshape(np.subtract(affine, label_affine), (2, 3)).T
+    codes = [{keys_of.get(key) for key in (3072, 2048)} - {None} for keys_of in (keys, label_keys)]
+    if np.abs(apart).max() > pixel / 2 or all(codes) and codes[0] != codes[1]:
+        raise UserError(f'{labels}: the labels lie elsewhere ({place_text(label_tags)}) than '
+                        f'{path} ({place_text(scene.geotags)}): give the labels of this scene')
 
 
 # ============ what readers share ============
@@ -560,6 +630,35 @@ def to_nm(values, unit='', where='its header'):
     nm = nm.round(6)
     low, high = np.nanmin(nm, initial=np.inf), np.nanmax(nm, initial=0)
     return nm.tolist(), f'wavelengths {low:.0f} to {high:.0f} nm, from {where} ({how})'
+
+
+def widths_nm(widths, values, nm):
+    """Widths of bands in the unit of the wavelengths `values`, which are `nm` in nm -> nm, or
+    None"""
+    if not nm or widths is None or len(widths) != len(nm):
+        return None
+    try:
+        return [float(width) * one_nm / float(value)
+                for width, value, one_nm in zip(widths, values, nm)]
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+
+
+def read_number(text):
+    """A number as programs write it ('-1.#QNAN' is NaN) -> float; None where it is none"""
+    words = str(text).strip().strip('\0').lower().replace(',', '.')
+    if re.fullmatch(r'[+-]?1\.#(qnan|ind|snan)0*', words):
+        return math.nan
+    if re.fullmatch(r'[+-]?1\.#inf0*', words):
+        return math.inf
+    try:
+        return float(words)
+    except ValueError:
+        return None
+
+
+def to_chw(array, axes):
+    return array.transpose([axes.index(letter) for letter in 'chw'])
 
 
 def choose_axes(shape, path, axes='', num_bands=None, pixels=None):
@@ -734,102 +833,381 @@ def resample_bands(x, from_nm, to_nm, fwhm=15.0):
 def mix_bands(scene, weights, wavelengths_nm=None):
     """-> the Scene whose bands are weighted sums, weights (C', C), of those of `scene`, as float32;
     missing pixels NaN"""
-    cube = scene.cube.astype(np.float32)
-    cube[:, ~valid_pixels(scene.cube, scene.nodata)] = np.nan
-    mixed = np.tensordot(weights.astype(np.float32), cube, 1)
-    return scene._replace(cube=mixed, wavelengths_nm=wavelengths_nm, nodata=None)
+    weights = np.asarray(weights, np.float32)
+
+    def mixed(x, rows, cols):
+        values = x.astype(np.float32)
+        values[:, ~valid_pixels(x, scene.nodata)] = np.nan
+        return np.tensordot(weights, values, 1)
+    cube = when_read(scene.cube, mixed, np.float32, len(weights))
+    return scene._replace(cube=cube, wavelengths_nm=wavelengths_nm, fwhm_nm=None, nodata=None)
+
+
+def normalized(scene):
+    """Each band to mean 0 and standard deviation 1 over the scene's own valid pixels, as float32;
+    missing pixels NaN. So scenes of several sensors, or in several units, go together."""
+    count, shift = 0, None
+    for strip in strips(scene.cube):
+        x = scene.cube[:, strip]
+        values = x[:, valid_pixels(x, scene.nodata)].astype(np.float64)  # (C, n)
+        if values.size and shift is None:
+            shift = values.mean(1, keepdims=True)  # about it nothing cancels
+            total = squares = np.zeros(len(x))
+        if values.size:
+            count += values.shape[1]
+            total = total + (values - shift).sum(1)
+            squares = squares + np.square(values - shift).sum(1)
+    if not count:
+        return scene._replace(cube=when_read(scene.cube, lambda x, rows, cols: x * np.nan,
+                                             np.float32), nodata=None)
+    mean = shift[:, 0] + total / count
+    std = np.sqrt((squares / count - (total / count) ** 2).clip(0))
+    std[std == 0] = 1
+
+    def standard(x, rows, cols):
+        z = (x - mean[:, None, None]) / std[:, None, None]
+        z[:, ~valid_pixels(x, scene.nodata)] = np.nan
+        return z
+    return scene._replace(cube=when_read(scene.cube, standard, np.float32), nodata=None)
 
 
 # ============ GeoTIFF ============
 
+GDAL_METADATA, GDAL_NODATA, COLOR_MAP = 42112, 42113, 320  # tags
+REDUCED, MASK = 1, 4  # bits of a page's subfile type
+ALPHA = (1, 2)  # values of ExtraSamples
+
+
 def read_tiff(path, mmap, name, axes):
     import tifffile
     logging.getLogger('tifffile').setLevel(logging.CRITICAL)  # we say it in our own sentences
-    # a name inside the file opens no other file
-    with tifffile.TiffFile(path, _multifile=False, is_mmstack=False, is_ndtiff=False) as tif:
-        series = tif.series[0]
-        check_tiff_sizes(path, series)
-        try:
-            image = series.asarray(out='memmap' if mmap else None)
-        except ValueError as error:
-            if 'imagecodecs' not in str(error):
-                raise
-            compression = one_line(error).split('>')[0].strip('<')
-            raise UserError(f'{path}: its compression ({compression}) needs one more package: '
-                            'pip install imagecodecs') from None
-        tags = series.keyframe.tags
-        nodata = float(tags[GDAL_NODATA].value) if GDAL_NODATA in tags else None
-        found = [tags[code] for code in GEOTAGS if code in tags]
-        geotags = tuple((tag.code, int(tag.dtype), tag.count, tag.value) for tag in found)
-        letters = series.axes
-    if nodata is not None and math.isnan(nodata):
-        nodata = None
-    if image.ndim == 2:  # one band
-        letters = 'S' + letters
-        image = image[None]
-    if image.ndim != 3 or 'Y' not in letters or 'X' not in letters:
-        raise UserError(f'{path}: its axes are {letters} {image.shape}: expected rows, columns and '
+    if name:
+        raise UserError(f'{path}:{name}: arrays in a TIFF have no names: give its path alone')
+    try:
+        # a name inside the file opens no other file
+        with tifffile.TiffFile(path, _multifile=False, is_mmstack=False, is_ndtiff=False) as tif:
+            cube, words = tiff_cube(tif, path, mmap, axes)
+            notes = [shape_note(cube, words)]
+            mask = tiff_mask(tif, path, cube.shape[1:])
+            page = tif.series[0].keyframe
+            tags = {tag.code: tag.value for tag in page.tags}
+            geotags = tuple((tag.code, int(tag.dtype), tag.count, tag.value) for tag in page.tags
+                            if tag.code in GEOTAGS)
+            extra = [int(kind) for kind in page.extrasamples]
+    except (ValueError, ImportError) as error:
+        if 'imagecodecs' not in str(error) and not isinstance(error, ImportError):
+            raise
+        raise UserError(f'{path}: its compression ({one_line(error).split(">")[0].strip("<")}) '
+                        'needs one more package: pip install imagecodecs') from None
+    facts = gdal_facts(path, tags.get(GDAL_METADATA, ''))
+    C = len(cube)
+
+    # what the bands are
+    marked = [C - len(extra) + i for i, kind in enumerate(extra) if kind in ALPHA]
+    marked += [band for band in range(C) if facts[band].get('colorinterp') == 'Alpha']
+    cube, alpha, words = split_alpha(cube, {band for band in marked if 0 <= band < C})
+    bands = [band for band in range(C) if band not in alpha]
+    nm, fwhm, wavelength_note = gdal_wavelengths(facts, bands)
+    notes += [wavelength_note, *words]
+    scales = [(read_number(facts[band].get('scale', 1)), read_number(facts[band].get('offset', 0)))
+              for band in bands]
+    if len(set(scales)) > 1:
+        notes.append('the file states a scale of its own for each band: values are kept as stored')
+    scale = scales[0] if len(set(scales)) == 1 and scales[0] != (1, 0) else None
+
+    # missing pixels
+    nodata = [read_number(facts[band].get('nodatavalue', tags.get(GDAL_NODATA)))
+              for band in bands]
+    cube, nodata = one_nodata(cube, nodata)
+    for band_mask, words in [*mask, *alpha.values()]:
+        cube, nodata = with_mask(cube, nodata, band_mask)
+        notes.append(f'{words}: {1 - band_mask.mean():.1%} of the pixels are missing by it')
+
+    # classes and place
+    names, words = names_of_classes(facts[0].get('categories'))
+    notes += words
+    colors = facts[0].get('colors')
+    if COLOR_MAP in tags and not colors:
+        colors = (np.array(tags[COLOR_MAP]).reshape(3, -1) >> 8).T.tolist()
+    return Scene(cube, None, nm, nodata, names, geotags, fwhm,
+                 colors and colors[1:], scale, None, tuple(notes))
+
+
+def tiff_cube(tif, path, mmap, axes):
+    """-> cube (C, H, W), on disk where `mmap`, and words on its axes"""
+    series = tif.series[0]
+    pages, shape, letters = series.pages, series.shape, series.axes
+    words = 'as the TIFF states'
+    by_pages = (series.kind in ('generic', 'uniform')
+                or len(tif.series) > 1 and all(len(other.pages) == 1 for other in tif.series))
+    if by_pages:
+        pages = [page for page in tif.pages if not page.keyframe.subfiletype & (REDUCED | MASK)]
+        first = pages[0]
+        shape, letters = first.shape, first.axes
+        pages = [page for page in pages if (page.shape, page.dtype) == (shape, first.dtype)]
+        if len(pages) > 1 and len(shape) > 2:
+            raise UserError(f'{path}: holds {len(pages)} images of {shape_text(first)}: save the '
+                            'one that is meant in a file of its own')
+        if len(pages) > 1:
+            shape, letters = (len(pages), *shape), 'S' + letters
+            words = 'a page for each band'
+    check_tiff_sizes(path, [page for page in pages if page is not None])
+    if len(shape) == 2:
+        shape, letters = (1, *shape), 'S' + letters
+    if len(shape) != 3 or 'Y' not in letters or 'X' not in letters:
+        raise UserError(f'{path}: its axes are {letters} {shape}: expected rows, columns and '
                         'bands only')
-    cube = np.moveaxis(image, band_axis(letters, image.shape), 0)
-    notes = (shape_note(cube, 'as the TIFF states'),)
-    return Scene(cube, None, None, nodata, None, geotags, notes=notes)
+    letter = next(letter for letter in letters if letter not in 'YX')
+    if letter == 'Q' or axes:  # written as an array, without a word on its axes
+        axes, words = choose_axes(shape, path, axes)
+    else:
+        axes = letters.replace(letter, 'c').lower().replace('y', 'h').replace('x', 'w')
+
+    first = pages[0].keyframe
+    dtype = np.dtype(first.dtype)
+    offset = contiguous_offset(pages) if by_pages else series.dataoffset
+    if offset:
+        cube = file_cube(path, dtype.newbyteorder(tif.byteorder), shape, axes, offset)
+        return (cube if mmap else np.asarray(cube)), words
+    if mmap and None not in pages and len(pages) * first.size == math.prod(shape):
+        return file_cube(unpack_tiff(pages), dtype, shape, axes), words
+    if by_pages:
+        array = np.stack([page.asarray() for page in pages])
+    else:
+        array = series.asarray()
+    return to_chw(array.reshape(shape), axes), words
 
 
-def check_tiff_sizes(path, series):
+def contiguous_offset(pages):
+    """Where the numbers of all pages begin, if they lie one behind the other as they are; else
+    None"""
+    start = pages[0].dataoffsets[0] if pages[0].dataoffsets else None
+    for number, page in enumerate(pages):
+        if not page.is_final or page.dataoffsets[0] != start + number * page.nbytes:
+            return None
+    return start
+
+
+def unpack_tiff(pages):
+    """Pages of compressed strips or tiles -> a temporary file of their numbers, written piece by
+    piece, so that little of it is in memory"""
+    file = tempfile.TemporaryFile()
+    first = pages[0].keyframe
+    file.truncate(len(pages) * first.nbytes)
+    for number, page in enumerate(pages):
+        written = 0
+        offset = number * first.nbytes
+        image = np.memmap(file, first.dtype, 'r+', offset, first.shaped)
+        for segment, (s, d, h, w, _), (depth, length, width, _) in page.segments():
+            place = image[s, d:d + depth, h:h + length, w:w + width]  # ends at the border
+            if segment is None:  # not stored, as in a sparse file
+                place[...] = first.nodata
+            else:
+                place[...] = segment[tuple(slice(side) for side in place.shape)]
+            written += place.nbytes
+            if written > STRIP_BYTES:  # what is mapped anew needs no memory
+                image = np.memmap(file, first.dtype, 'r+', offset, first.shaped)
+                written = 0
+    return file
+
+
+def check_tiff_sizes(path, pages):
     """Refuses a file that claims more pixels than it can hold, before memory is asked for"""
     size = os.path.getsize(path)
-    if series.nbytes > 2000 * size:  # no lossless compression does better
-        raise UserError(f'{path}: claims {series.nbytes / 1e9:.0f} GB of pixels in a file of '
+    first = pages[0].keyframe
+    segment_bytes = math.prod(first.chunks) * np.dtype(first.dtype).itemsize
+    claimed = 0
+    for page in pages:
+        stored = [(offset, count) for offset, count in zip(page.dataoffsets, page.databytecounts)
+                  if count]
+        if any(offset + count > size for offset, count in stored):
+            raise UserError(f'{path}: the file is truncated: copy it again')
+        if page.is_contiguous:
+            claimed += page.nbytes
+        else:
+            expected = math.prod(first.chunked)
+            if len(page.dataoffsets) != expected:
+                claimed += 2 ** 63  # strips or tiles are missing
+            claimed += max(len(stored), 1) * segment_bytes
+    # no lossless compression of the first group does better
+    ratio = 2000 if first.compression in (1, 5, 8, 32773, 32946) else 100_000
+    if claimed > ratio * size:
+        raise UserError(f'{path}: claims {claimed / 1e9:.0f} GB of pixels in a file of '
                         f'{size} bytes: the file is damaged, copy it again')
-    for page in series.pages:
-        if page is None:
+
+
+def tiff_mask(tif, path, sides):
+    """-> list of (mask (H, W) True = valid, where it was found): mask pages, a .msk file"""
+    import tifffile
+    masks = [(page.asarray(), 'a mask inside the file') for page in tif.pages
+             if page.keyframe.subfiletype & (REDUCED | MASK) == MASK]
+    if os.path.isfile(path + '.msk'):
+        with tifffile.TiffFile(path + '.msk', _multifile=False) as beside:
+            cube, _ = tiff_cube(beside, path + '.msk', False, '')
+            masks += [(plane, f'the mask {os.path.basename(path)}.msk') for plane in cube]
+    masks = [(mask, words) for mask, words in masks if mask.ndim == 2]
+    for mask, words in masks:
+        if mask.shape != sides:
+            raise UserError(f'{path}: {words} has {shape_text(mask)} pixels, the image '
+                            f'{sides[0]} x {sides[1]}: repair or remove it')
+    return [(mask != 0, words) for mask, words in masks]
+
+
+def split_alpha(cube, marked):
+    """Takes alpha bands out of a cube -> the cube without them, {band: (mask, words)}, sentences.
+
+    Those that the file marks; and the last one, where it holds only 0 and the type's highest
+    value. A marked one with other values is an image band: many programs write four bands as RGBA.
+    """
+    alpha, sentences = {}, []
+    C, H, W = cube.shape
+    highest = np.iinfo(cube.dtype).max if cube.dtype.kind in 'iu' else 1
+    step = math.ceil(math.sqrt(H * W / SAMPLE_PIXELS))
+    sample = cube[:, ::step, ::step]
+    for band in sorted(marked | {C - 1}) if C > 1 else ():
+        values = sample[band]
+        ends = ((values == 0) | (values == highest)).mean()
+        if ends < (0.9 if band in marked else 1):
+            if band in marked:
+                sentences.append(f'band {band + 1} is marked as alpha but has the values of an '
+                                 'image: kept as a band')
             continue
-        for offset, count in zip(page.dataoffsets, page.databytecounts):
-            if offset + count > size:
-                raise UserError(f'{path}: the file is truncated: copy it again')
+        mask = np.asarray(cube[band]) != 0
+        if band in marked or not mask.all() and mask.any():
+            how = '' if band in marked else ' by its values (0 and the highest)'
+            alpha[band] = mask, f'band {band + 1} is an alpha band{how}, taken out'
+    return take_bands(cube, [band for band in range(C) if band not in alpha]), alpha, sentences
 
 
-def band_axis(axes, shape):
-    """Which of the three axes are the bands, by the letters of a TIFF's axes and their lengths"""
-    letter = next(letter for letter in axes if letter not in 'YX')
-    if letter != 'Q':
-        return axes.index(letter)
-    # written without a stated meaning, as numpy arrays are: of three sides the one that differs
-    # from two equal ones, else the shortest
-    if len(set(shape)) == 2:
-        return next(axis for axis in range(3) if shape.count(shape[axis]) == 1)
-    return int(np.argmin(shape))
+def gdal_facts(path, text=''):
+    """What GDAL notes on bands, in tag 42112 (`text`) and in x.aux.xml beside the file.
+
+    -> {number of the band from 0, or -1 for all of them: {name in small letters: text}}
+    """
+    facts = collections.defaultdict(dict)
+    if text:
+        for item in ElementTree.fromstring(str(text)).iter('Item'):
+            band = int(item.get('sample', -1))
+            facts[band][(item.get('role') or item.get('name')).lower()] = item.text or ''
+    beside = path + '.aux.xml'
+    if not os.path.isfile(beside):
+        return facts
+    try:
+        root = ElementTree.parse(beside).getroot()
+    except ElementTree.ParseError as error:
+        raise UserError(f'{beside}: cannot be read ({one_line(error)}): repair or remove it'
+                        ) from None
+    for element in [root, *root.findall('PAMRasterBand')]:
+        known = facts[int(element.get('band', 0)) - 1]
+        known |= {child.tag.lower(): child.text or '' for child in element}
+        known |= {item.get('key').lower(): item.text or ''
+                  for item in element.iterfind('Metadata/MDI')}
+        names = [item.text or '' for item in element.iterfind('CategoryNames/Category')]
+        colors = [[int(item.get(c)) for c in ('c1', 'c2', 'c3')]
+                  for item in element.iterfind('ColorTable/Entry')]
+        known |= {'categories': names} if names else {}
+        known |= {'colors': colors} if colors else {}
+    return facts
+
+
+def gdal_wavelengths(facts, bands):
+    """What gdal_facts() knows of wavelengths -> for `bands` nm, FWHM in nm, a sentence"""
+    whole = facts[-1]
+
+    def stated(*names):
+        """One value a band, by the first of these names that has them; or a list for all"""
+        for name in names:
+            values = [facts[band].get(name, '').split(' ')[0] for band in bands]
+            if all(values):
+                return values
+            values = re.findall(r'[^\s,{}]+', whole.get(name, ''))
+            if len(values) == len(bands):
+                return values
+        return None
+
+    units = [facts[bands[0]].get(name, whole.get(name)) for name in (
+        'wavelength_units', 'wavelength_unit', 'wavelength units', 'wavelengthunit', 'units')]
+    unit = next(filter(None, units), '')
+    where = "the file's metadata"
+    values, widths = stated('central_wavelength_um'), stated('fwhm_um')
+    if values:
+        unit = 'um'
+    else:
+        values = stated('wavelength', 'wavelengths', 'central_wavelength', 'center_wavelength',
+                        'wavelength_nm', 'centerwavelength')
+        widths = stated('fwhm')
+    if not values:
+        pattern = r'(\d+\.?\d*) *(nm|nanomet\w+|[uµμ]m|microm\w+|microns?|angstroms?)\b'
+        texts = [facts[band].get('description') or whole.get(f'band_{band + 1}', '')
+                 for band in bands]
+        found = [re.search(pattern, text, re.IGNORECASE) for text in texts]
+        if all(found) and len({match[2] for match in found}) == 1:
+            values, unit = [match[1] for match in found], found[0][2]
+            where = 'the names of the bands'
+    nm, sentence = to_nm(values, unit, where)
+    return nm, widths_nm(widths, values, nm), sentence
+
+
+def one_nodata(cube, nodata):
+    """A nodata value for each band -> cube and one value for all: where they differ, NaN"""
+    if len(set(map(str, nodata))) == 1:
+        return cube, nodata[0]
+    values = np.array([np.nan if value is None else value for value in nodata])[:, None, None]
+
+    def with_nan(x, rows, cols):
+        return np.where(x == values, np.float32(np.nan), x)
+    return when_read(cube, with_nan, np.float32), None
 
 
 # ============ NumPy ============
 
+NPZ_FACTS = ('wavelengths_nm', 'fwhm_nm', 'class_names', 'class_colors', 'nodata', 'scale')
+
+
 def read_numpy(path, mmap, name, axes):
-    loaded = np.load(path, allow_pickle=False, mmap_mode='r' if mmap else None)
+    labels, facts = None, {}
+    loaded = np.load(path, allow_pickle=False, mmap_mode='r')
     if isinstance(loaded, np.ndarray):
-        arrays = {'cube': loaded}
+        def stored():
+            return np.load(path, mmap_mode='r')
     else:
-        known = ('cube', 'labels', 'wavelengths_nm', 'class_names', 'nodata')
-        arrays = {name: loaded[name] for name in known if name in loaded}
-    if 'cube' not in arrays and 'labels' in arrays:  # a file of labels only
-        arrays = {'cube': arrays['labels']}
-    if 'cube' not in arrays:
-        raise UserError(f'{path}: holds {sorted(loaded)[:6]} but no array "cube": save the image '
-                        'under that name')
-    facts = {name: array.tolist() for name, array in arrays.items()
-             if name not in ('cube', 'labels')}
-    wavelengths, wavelength_note = to_nm(facts.get('wavelengths_nm'))
-    cube = arrays['cube']
-    if cube.ndim == 2:
-        cube = cube[..., None]  # one band, or labels
-    words = 'one axis'
-    if cube.ndim == 3:
-        axes, words = choose_axes(cube.shape, path, axes, len(wavelengths or []))
-        cube = cube.transpose([axes.index(letter) for letter in 'chw'])
+        name = name or ('cube' if 'cube' in loaded else 'labels')  # or a file of labels only
+        if name not in loaded:
+            raise UserError(f'{path}: holds {sorted(loaded)[:6]} but no array "cube": save the '
+                            f'image under that name, or name one, as {path}:NAME')
+        if 'labels' in loaded and name != 'labels':
+            labels = loaded['labels']
+        facts = {key: loaded[key].tolist() for key in NPZ_FACTS if key in loaded}
+        folder = tempfile.TemporaryDirectory()  # goes with the last one who knows stored()
+        unpacked = loaded.zip.extract(f'{name}.npy', folder.name)
+
+        def stored(folder=folder):
+            return np.load(unpacked, mmap_mode='r')
+
+    # which axis is which
+    shape = stored().shape
+    while len(shape) > 3 and shape[0] == 1:
+        shape = shape[1:]
+    nm, wavelength_note = to_nm(facts.get('wavelengths_nm'), where='wavelengths_nm')
+    if len(shape) == 2:  # one band, or labels
+        shape, axes, words = (1, *shape), 'chw', 'rows and columns'
+    elif len(shape) == 3:
+        pixels = None if labels is None else labels.shape
+        axes, words = choose_axes(shape, path, axes, len(nm or []), pixels)
+    else:
+        raise UserError(f'{path}: an array of shape {shape_text(stored())} is no image: give a '
+                        '3-d array')
+    cube = mapped_cube(lambda: to_chw(stored().reshape(shape), axes))
+    if not mmap:
+        cube = np.asarray(cube)
+
     names = facts.get('class_names')
-    if names and names[0].lower() in NO_CLASS:
+    if names and str(names[0]).lower() in NO_CLASS:
         names = names[1:]
-    notes = shape_note(cube, words), wavelength_note
-    return Scene(cube, arrays.get('labels'), wavelengths, facts.get('nodata'), names, notes=notes)
+    scale = facts.get('scale')
+    return Scene(cube, labels, nm, read_number(facts.get('nodata')), names, (),
+                 facts.get('fwhm_nm'), facts.get('class_colors'), scale and tuple(scale), None,
+                 (shape_note(cube, words), wavelength_note))
 
 
 # ============ MATLAB, ENVI ============
