@@ -320,17 +320,18 @@ def tile(args):
     complete = os.path.join(args.out, 'meta.json')
     progress = os.path.join(args.out, 'progress.json')
     inputs = list_inputs(args.root, args.labels)
-    if os.path.exists(complete):
-        check_same(read_json(complete), inputs, args)
-        print(f'{args.out}: complete, nothing to do')
-        return
-    if not os.path.exists(progress):
+    if not os.path.exists(complete) and not os.path.exists(progress):
         meta = make_meta(count_tiles(inputs, args), args)
         print_classes(meta)
         os.makedirs(args.out, exist_ok=True)
         write_json(progress, meta)
-    meta = read_json(progress)
+    meta = read_json(complete if os.path.exists(complete) else progress)
     check_same(meta, inputs, args)
+    if os.path.exists(complete):
+        print(f'{args.out}: complete, nothing to do')
+        return
+    if meta['written']:
+        print(f'{args.out}: going on after {meta["written"]} of {len(meta["scenes"])} inputs')
     write_tiles(inputs, meta, args)
     os.replace(progress, complete)
     counts = {split: len(places) for split, places in meta['tiles'].items()}
@@ -522,13 +523,12 @@ def print_classes(meta):
 class Slots:
     """A .npy file that is filled item by item, each in its place, any number of times"""
 
-    def __init__(self, path, shape, dtype):
+    def __init__(self, path, shape, dtype, fresh):
         descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-        self.file = open(path, 'r+b' if os.path.exists(path) else 'wb')
+        self.file = open(path, 'wb' if fresh else 'r+b')
         np.lib.format.write_array_header_1_0(
             self.file, {'descr': descr, 'fortran_order': False, 'shape': shape})
         self.start = self.file.tell()
-        self.file.truncate(self.start + math.prod(shape) * np.dtype(dtype).itemsize)
 
     def __setitem__(self, slot, item):
         self.file.seek(self.start + slot * item.nbytes)
@@ -538,13 +538,14 @@ class Slots:
 def write_tiles(inputs, meta, args):
     """The second pass: each tile into the slot that was counted for it"""
     size, places = args.tile_size, meta['tiles']
+    fresh = meta['written'] == 0
     images, labels = {}, {}  # split -> Slots
     for split in SPLITS:
         path, N = os.path.join(args.out, split), len(places[split])
         if N:
             shape = (N, meta['num_bands'], size, size)
-            images[split] = Slots(f'{path}_images.npy', shape, meta['dtype'])
-            labels[split] = Slots(f'{path}_labels.npy', (N, size, size), np.uint8)
+            images[split] = Slots(f'{path}_images.npy', shape, meta['dtype'], fresh)
+            labels[split] = Slots(f'{path}_labels.npy', (N, size, size), np.uint8, fresh)
 
     def first_slots(number):
         """split -> slot of the first tile of that scene"""
@@ -597,8 +598,9 @@ def read_json(path):
 
 # ============ tiles in, batches out ============
 
-KEPT_META = ('num_bands', 'num_classes', 'class_names', 'class_counts', 'wavelengths_nm', 'nodata',
-             'mean', 'std', 'covariance', 'components', 'tile_size', 'dtype', 'settings')
+KEPT_META = ('num_bands', 'num_classes', 'class_names', 'class_counts', 'class_colors',
+             'wavelengths_nm', 'bands', 'nodata', 'scale', 'mean', 'std', 'covariance',
+             'components', 'tile_size', 'dtype', 'settings')
 
 
 def kept_meta(meta):
@@ -1142,13 +1144,6 @@ def fit_logistic(x, y, num_classes, max_iter=500):
     return torch.cat([matrix, bias[None]])
 
 
-def logistic_probe(train_x, train_y, test_x, test_y, num_classes):
-    """scores() on the test pixels of fit_logistic() on the training pixels"""
-    weights = fit_logistic(train_x, train_y, num_classes)
-    predicted = (test_x @ weights[:-1] + weights[-1]).argmax(1)
-    return scores(confusion_matrix(predicted, test_y, num_classes))
-
-
 def window_means(x, valid, windows=(1, 3, 5, 9)):
     """x (B, C, H, W), valid (B, 1, H, W) -> (B, C * len(windows), H, W): means over square
     windows, missing pixels left out"""
@@ -1195,7 +1190,9 @@ def floors(directory, split='ts', label_share=1.0, seed=0):
         features = spectrum_features(train.meta, windows)
         train_x, train_y, _ = labelled_pixels(train, features, 30_000)
         test_x, test_y, _ = labelled_pixels(test, features, 200_000)
-        fitted[name] = logistic_probe(train_x, train_y, test_x, test_y, num_classes)
+        weights = fit_logistic(train_x, train_y, num_classes)
+        predicted = (test_x @ weights[:-1] + weights[-1]).argmax(1)
+        fitted[name] = scores(confusion_matrix(predicted, test_y, num_classes))
     majority = torch.bincount(train_y, minlength=num_classes).argmax().expand(len(test_y))
     counts = torch.bincount(test_y, minlength=num_classes).double()
     guessed = counts[:, None].expand(-1, num_classes) / num_classes  # in expectation
@@ -1231,6 +1228,7 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     C, H, W = cube.shape
     tops = cut_positions(max(H, window), window, stride)
     lefts = cut_positions(max(W, window), window, stride)
+    beyond = (0, 0), (0, max(window - H, 0)), (0, max(window - W, 0))
     weight = np.ones((window, window), np.float32)
     if stride < window:
         weight = blend_weights(window).numpy()
@@ -1239,9 +1237,10 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     norm = np.zeros((window, max(W, window)), np.float32)
     for top, below in zip(tops, [*tops[1:], tops[-1] + window]):
         # predict a row of windows
+        strip = np.pad(cube[:, top:top + window], beyond, mode='edge')  # (C, window, W)
         for start in range(0, len(lefts), batch_size):
             columns = lefts[start:start + batch_size]
-            raw = np.stack([window_of(cube, top, left, window) for left in columns])
+            raw = np.stack([strip[..., left:left + window] for left in columns])
             probabilities = predict(torch.from_numpy(raw)).float().cpu().numpy()
             for left, predicted in zip(columns, probabilities):
                 total[:, :, left:left + window] += predicted * weight
@@ -1253,13 +1252,6 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
         for array in (total, norm):
             array[..., :window - step, :] = array[..., step:, :].copy()
             array[..., window - step:, :] = 0
-
-
-def window_of(cube, top, left, window):
-    """(C, window, window) of a cube (C, H, W), continued by its border where it is smaller"""
-    found = np.asarray(cube[:, top:top + window, left:left + window])
-    rows, cols = found.shape[1:]
-    return np.pad(found, ((0, 0), (0, window - rows), (0, window - cols)), mode='edge')
 
 
 # ============ judging ============
