@@ -320,14 +320,15 @@ def tile(args):
     complete = os.path.join(args.out, 'meta.json')
     progress = os.path.join(args.out, 'progress.json')
     inputs = list_inputs(args.root, args.labels)
-    if not os.path.exists(complete) and not os.path.exists(progress):
+    path = complete if os.path.exists(complete) else progress
+    if not os.path.exists(path):
         meta = make_meta(count_tiles(inputs, args), args)
         print_classes(meta)
         os.makedirs(args.out, exist_ok=True)
-        write_json(progress, meta)
-    meta = read_json(complete if os.path.exists(complete) else progress)
+        write_json(path, meta)
+    meta = read_json(path)
     check_same(meta, inputs, args)
-    if os.path.exists(complete):
+    if path == complete:
         print(f'{args.out}: complete, nothing to do')
         return
     if meta['written']:
@@ -352,8 +353,8 @@ def check_same(meta, inputs, args):
     changed = [f'{flag} ({known.get(flag)} there, {value} now)'
                for flag, value in settings_of(args).items() if known.get(flag) != value]
     names = {item.name for item in inputs}
-    changed += [f'{name} is new' for name in names - {*meta['scenes'], *meta['skipped']}]
-    changed += [f'{name} is gone' for name in {*meta['scenes']} - names]
+    changed += [f'{name} is new' for name in sorted(names - {*meta['scenes'], *meta['skipped']})]
+    changed += [f'{name} is gone' for name in sorted({*meta['scenes']} - names)]
     if changed:
         raise UserError(f'{args.out}: was made with other settings or inputs: '
                         f'{", ".join(changed[:9])}: choose another --out or delete it')
@@ -1220,7 +1221,7 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     seam shows.
 
     predict(raw (B, C, window, window)) -> probabilities (B, K, window, window); cube (C, H, W), an
-    array or a memory map. Yields (first row, (K, rows, W) float32) from top to bottom, rows as
+    array or a Lazy. Yields (first row, (K, rows, W) float32) from top to bottom, rows as
     soon as no further window touches them: memory holds one row of windows, however large the
     scene. Windows that overlap have blend_weights(); an image smaller than the window is
     continued by its border.
@@ -1228,7 +1229,6 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     C, H, W = cube.shape
     tops = cut_positions(max(H, window), window, stride)
     lefts = cut_positions(max(W, window), window, stride)
-    beyond = (0, 0), (0, max(window - H, 0)), (0, max(window - W, 0))
     weight = np.ones((window, window), np.float32)
     if stride < window:
         weight = blend_weights(window).numpy()
@@ -1236,8 +1236,11 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     total = np.zeros((num_classes, window, max(W, window)), np.float32)
     norm = np.zeros((window, max(W, window)), np.float32)
     for top, below in zip(tops, [*tops[1:], tops[-1] + window]):
-        # predict a row of windows
-        strip = np.pad(cube[:, top:top + window], beyond, mode='edge')  # (C, window, W)
+        # predict a row of windows, of which the cube is read once
+        strip = np.asarray(cube[:, top:top + window])
+        if H < window or W < window:
+            beyond = max(window - H, 0), max(window - W, 0)
+            strip = np.pad(strip, ((0, 0), (0, beyond[0]), (0, beyond[1])), mode='edge')
         for start in range(0, len(lefts), batch_size):
             columns = lefts[start:start + batch_size]
             raw = np.stack([strip[..., left:left + window] for left in columns])
@@ -1330,29 +1333,45 @@ def save_confusion(path, cm, class_names):
 
 
 def save_examples(path, predict, tiles):
-    """False colour, labels and prediction of the up to four test tiles that have most labels.
+    """False colour, labels and prediction of four test tiles.
 
     predict(raw (1, C, S, S)) -> classes (1, S, S)
     """
+    ids = most_labelled(tiles, 4)
+    labels = [np.asarray(tiles.labels[i]) for i in ids]
+    predicted = [predict(tiles.batch([i])[0])[0].cpu().numpy() + 1 for i in ids]
+    save_maps(path, tiles, ids, [('test labels', labels), ('prediction', predicted)])
+
+
+def most_labelled(tiles, number):
+    """Numbers of the tiles, up to `number` of the first 500, that have most labels"""
+    counts = [np.count_nonzero(labels) for labels in tiles.labels[:500]]
+    return np.argsort(-np.array(counts), kind='stable')[:number]
+
+
+def save_maps(path, tiles, ids, columns):
+    """A row for each of the tiles `ids`: false colour, then maps of its classes.
+
+    columns: list of (title, a map (S, S) of class numbers for each of ids, 0 = none)
+    """
     names = tiles.meta['class_names']
-    counts = [np.count_nonzero(tiles.labels[i]) for i in range(min(len(tiles), 500))]
-    chosen = np.argsort(-np.array(counts), kind='stable')[:4]
-    figure = Figure(figsize=(7.5, 2.4 * len(chosen) + 0.8), layout='constrained')
-    axes = figure.subplots(len(chosen), 3, squeeze=False)
-    present = set()
-    for row, i in zip(axes, chosen):
-        raw, labels = tiles.batch([i])
-        predicted = predict(raw)[0].cpu().numpy() + 1
-        row[0].imshow(false_color(raw[0], tiles.meta), interpolation='nearest')
-        row[0].set_ylabel(f'tile {i}, {len(predicted)} px')
-        show_classes(row[1], labels[0].numpy(), names)
-        show_classes(row[2], predicted, names)
-        present |= {*labels.unique().tolist(), *predicted.flat}
-    for axis, title in zip(axes[0], ('false colour', 'test labels', 'prediction')):
-        axis.set_title(title)
+    side = min(9 / (1 + len(columns)), 2.5)
+    size = side * (1 + len(columns)), (side + 0.1) * len(ids) + 1.3
+    figure = Figure(figsize=size, layout='constrained')
+    axes = figure.subplots(len(ids), 1 + len(columns), squeeze=False)
+    axes[0, 0].set_title('false colour', fontsize=9)
+    for axis, i in zip(axes[:, 0], ids):
+        image = tiles.images[i]
+        axis.imshow(false_color(image, tiles.meta), interpolation='nearest')
+        axis.set_ylabel(f'tile {i}, {image.shape[-1]} px', fontsize=8)
+    for column, (title, maps) in zip(axes[:, 1:].T, columns):
+        column[0].set_title(title, fontsize=9)
+        for axis, classes in zip(column, maps):
+            show_classes(axis, classes, names)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    class_legend(figure, names, present)
+    drawn = np.concatenate([maps for _, maps in columns])
+    class_legend(figure, names, set(np.unique(drawn).tolist()))
     save_figure(figure, path)
 
 

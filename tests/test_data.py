@@ -490,12 +490,19 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(limit, tmp_pat
     assert arrays(tmp_path / 'whole') == arrays(tmp_path / 'out') and facts(tmp_path / 'whole') == facts(tmp_path / 'out')
 
 
-@pytest.mark.parametrize('height', [32, 60])
-def test_a_scene_that_changes_between_the_passes_is_told(height, tmp_path, monkeypatch):
-    path = make_scene(tmp_path / 's.npz')
-    monkeypatch.setattr(data, 'make_meta', lambda *arguments, make=data.make_meta: (make_scene(path, height=height), make(*arguments))[1])
+@pytest.mark.parametrize('change', ['lower', 'higher', 'other pixels'])
+def test_a_scene_that_changes_between_the_passes_is_told(change, tmp_path, monkeypatch):
+    def scene(height, left):
+        cube = np.random.default_rng(0).integers(1, 999, (height, 48, 3)).astype(np.int16)
+        cube[:16, left:left + 16] = 0  # one tile less
+        return make_scene(tmp_path / 's.npz', cube=cube, labels=None, wavelengths_nm=None, nodata=0)
+
+    def make_meta(*arguments, make=data.make_meta):
+        scene({'lower': 32, 'higher': 60, 'other pixels': 40}[change], 16 if change == 'other pixels' else 0)
+        return make(*arguments)
+    monkeypatch.setattr(data, 'make_meta', make_meta)
     with pytest.raises(UserError, match='has changed since'):
-        data.tile(tile_args(root=path, out=tmp_path / 'out', tile_size=16))
+        data.tile(tile_args(root=scene(40, 0), out=tmp_path / 'out', tile_size=16))
     assert not os.path.exists(tmp_path / 'out' / 'meta.json')
 
 
