@@ -170,8 +170,10 @@ def open_input(item, args):
     if scene.cube.dtype.itemsize * math.prod(scene.cube.shape) <= IN_MEMORY:
         scene = scene._replace(cube=np.asarray(scene.cube))  # unpacked once, not at every use
     if item.split and len(scene.cube) == 32 and scene.cube.dtype == np.int16:  # WHU-OHS
+        note = 'taken for WHU-OHS: its wavelengths and class names are filled in'
         scene = scene._replace(wavelengths_nm=scene.wavelengths_nm or list(OHS_NM),
-                               class_names=scene.class_names or list(OHS_CLASSES))
+                               class_names=scene.class_names or list(OHS_CLASSES),
+                               notes=(*scene.notes, note))
         if scene.labels is not None and scene.labels.max() > 24:
             raise UserError(f'{item.path}: its label file has the value {scene.labels.max()}, '
                             'WHU-OHS has classes 1 to 24 (0 = unlabelled): repair the label file')
@@ -182,8 +184,9 @@ def open_input(item, args):
         nm, fwhm = parse_bands(args.bands)
         weights = band_matrix(scene.wavelengths_nm, nm, fwhm, item.path)
         scene = mix_bands(scene, weights, nm.tolist())
+        scene = scene._replace(bands=None, fwhm_nm=fwhm.tolist())
     if args.normalize == 'scene':
-        scene = normalized(scene)
+        scene = normalized(scene)._replace(scale=None)
     return scene
 
 
@@ -373,12 +376,15 @@ def count_tiles(inputs, args):
             scene = open_input(item, args)
             regions = regions_of(scene, item, args)
             found['first'] = check_fits(item.path, scene, found['first'])
+            places = [tile[:3] for tile in cut(scene, regions, args)]
+            if item.split not in ('val', 'ts') and not places:
+                raise UserError(f'{item.path}: no valid pixel, all are NaN or nodata: remove it')
         except UserError as error:
             failures.append(str(error))
             found['skipped'].append(item.name)
             continue
         say_notes(item.path, scene.notes, said, whole=len(inputs) <= FEW_FILES)
-        for split, row, col, _, _ in cut(scene, regions, args):
+        for split, row, col in places:
             found['tiles'][split].append([len(found['scenes']), row, col])
         for split, rows, cols, labels in regions:
             found['class_counts'][split] += np.bincount(labels[rows, cols].ravel(), minlength=256)
