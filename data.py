@@ -375,7 +375,7 @@ def count_tiles(inputs, args):
         try:
             scene = open_input(item, args)
             regions = regions_of(scene, item, args)
-            found['first'] = check_fits(item.path, scene, found['first'])
+            facts = check_fits(item.path, scene, found['first'])
             places = [tile[:3] for tile in cut(scene, regions, args)]
             if item.split not in ('val', 'ts') and not places:
                 raise UserError(f'{item.path}: no valid pixel, all are NaN or nodata: remove it')
@@ -383,6 +383,7 @@ def count_tiles(inputs, args):
             failures.append(str(error))
             found['skipped'].append(item.name)
             continue
+        found['first'] = facts
         say_notes(item.path, scene.notes, said, whole=len(inputs) <= FEW_FILES)
         for split, row, col in places:
             found['tiles'][split].append([len(found['scenes']), row, col])
@@ -1636,8 +1637,8 @@ def parse(argv=None):
          'one')
     flag('--drop_bands', default='', help='bands to leave out, numbers from 1 or wavelengths: '
          '1,5,100-110 or 1380-1410nm')
-    flag('--keep_bad_bands', type=boolean, default=False,
-         help='true = use bands that the file marks as bad')
+    flag('--keep_bad_bands', type=boolean, nargs='?', const=True, default=False,
+         help='use the bands that the file marks as bad, too')
     flag('--bands', default='', help='resample to these wavelengths in nm (comma-separated, "ohs" '
          'or "landsat"; 485:70 = 70 nm wide)')
     flag('--pca', type=int, default=0,
@@ -1651,8 +1652,8 @@ def parse(argv=None):
          help='pixels left unused beside a block of another split (default 0)')
     flag('--shares', default='0.5,0.1,0.4', help='of tr,val,ts (default 0.5,0.1,0.4)')
     flag('--seed', type=int, default=0, help='of the split (default 0)')
-    flag('--skip_bad', type=boolean, default=False,
-         help='true = go on without files that cannot be used')
+    flag('--skip_bad', type=boolean, nargs='?', const=True, default=False,
+         help='go on without files that cannot be used')
     maker = commands.add_parser('demo', help='make the synthetic data set', allow_abbrev=False)
     maker.add_argument('--out', default='data/demo', help='where (default data/demo)')
     args = parser.parse_args(argv)
@@ -1664,6 +1665,8 @@ def parse(argv=None):
         if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             parser.error(f'--shares={args.shares}: give three numbers that add up to 1, as '
                          '0.5,0.1,0.4')
+        if args.nodata is not None and math.isnan(args.nodata):
+            args.nodata = None  # NaN marks missing pixels in any case
         if min(args.tile_size, args.split_block) < 1:
             parser.error('--tile_size and --split_block start at 1')
         if min(args.stride, args.split_gap, args.pca) < 0:

@@ -576,6 +576,16 @@ def test_pixels_of_the_classes_are_counted_and_odd_labels_told(tmp_path, capsys)
     assert 'WARNING' not in said(np.zeros((40, 48)))  # to pre-train
 
 
+def test_a_scene_without_a_valid_pixel_is_named_and_no_measure_for_the_others(tmp_path):
+    empty = make_scene(tmp_path / 'e.npz', cube=np.zeros((40, 48, 5), np.int16), nodata=0, wavelengths_nm=None)
+    args = dict(root=f'{empty},{make_scene(tmp_path / "s.npz")}', out=tmp_path / 'out', tile_size=16)
+    with pytest.raises(UserError, match='e.npz: no valid pixel') as caught:
+        data.tile(tile_args(**args))
+    assert 's.npz:' not in str(caught.value)
+    data.tile(tile_args(skip_bad='true', **args))
+    assert Tiles(str(tmp_path / 'out'), 'tr').meta['num_bands'] == 7
+
+
 def test_labels_on_missing_pixels_are_no_labels(tmp_path):
     scene = np.load(make_scene(tmp_path / 's.npz'))
     cube = scene['cube'].copy()
@@ -609,6 +619,8 @@ def test_flags_for_what_a_file_leaves_open_reach_the_reader_and_are_settings(tmp
             data.tile(tile_args(**change, **args))
     with pytest.raises(UserError, match='keep_bad_bands .False there, True now'):
         data.tile(tile_args(axes='chw', nodata=-5, drop_bands='2,7-8', keep_bad_bands='true', **args))
+    plain = ['tile', '--root=a', '--out=b']
+    assert data.parse([*plain, '--keep_bad_bands', '--nodata=nan']) == data.parse([*plain, '--keep_bad_bands=true'])
 
 
 def test_an_array_in_a_file_is_named_for_scene_and_labels(tmp_path):
