@@ -1,17 +1,22 @@
 """From the files of sensors and programs to a Scene; other bands; the place on the earth.
 
-read_scene() reads GeoTIFF, NumPy, MATLAB and ENVI files. resample_bands() brings a cube from one
-sensor's wavelengths to another's. Whatever a file does wrong becomes one sentence (UserError).
-data.py and tools/ use this module; the experiments see tiles only.
+read_scene() reads GeoTIFF, NumPy, MATLAB and ENVI files: it finds out what a file holds, checks
+it, leaves out bands without data, and says all this in plain sentences, scene.notes. Whatever a
+file does wrong becomes one sentence too (UserError). resample_bands() brings a cube from one
+sensor's wavelengths to another's. data.py and tools/ use this module; the experiments see tiles
+only. In this order: the Scene; reading and checking; bands; a reader for each family of files.
 
 Shapes: C bands, H rows, W columns; C' bands asked for.
 """
+import collections
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import xml.etree.ElementTree as ElementTree
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +32,9 @@ BAND_SETS = {
 }
 # GeoTIFF tags: pixel scale, tie points, transformation; keys, their numbers and their texts
 GEOTAGS = (33550, 33922, 34264, 34735, 34736, 34737)
-GDAL_NODATA = 42113
-NO_CLASS = ('unlabelled', 'unlabeled', 'undefined', 'background')  # names that label 0 may have
+NO_CLASS = ('unlabelled', 'unlabeled', 'undefined', 'background', 'unclassified', 'nodata', '')
+SAMPLE_PIXELS = 20_000  # of a scene, that tell what values it has
+STRIP_BYTES = 64e6  # as much of a cube is in memory at once where it is gone through
 
 
 class UserError(ValueError):
@@ -39,12 +45,82 @@ class UserError(ValueError):
 
 
 class Scene(NamedTuple):
-    cube: np.ndarray  # (C, H, W) in the file's own type
+    cube: object  # (C, H, W): a numpy array, or a Lazy of a file that stays on disk
     labels: np.ndarray  # (H, W) uint8, 0 = unlabelled; or None
     wavelengths_nm: list  # of length C; or None
     nodata: float  # value that marks missing pixels; or None. NaN always does
     class_names: list  # names of classes 1, 2, ...; or None
     geotags: tuple = ()  # GeoTIFF tags (code, type, count, value) of its place; () = none
+    fwhm_nm: list = None  # widths of the bands, where the file states them
+    class_colors: list = None  # (r, g, b), 0 to 255, of classes 1, 2, ..., where it states them
+    scale: tuple = None  # (factor, offset), not applied: stored * factor + offset = physical units
+    bands: list = None  # numbers (from 0) of the kept bands among the file's; None = all
+    notes: tuple = ()  # plain sentences: what was read, how it was understood, what was left out
+
+
+class Lazy:
+    """(C, H, W) of a file that stays on disk: what is sliced is read.
+
+    read(rows, cols) gives (C, h, w) for two slices, with or without a step.
+    """
+    ndim = 3
+
+    def __init__(self, shape, dtype, read):
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        self.read = read
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, key):
+        """[bands], [bands, rows] or [bands, rows, cols]; bands an int, a slice or a list"""
+        key = key if isinstance(key, tuple) else (key,)
+        bands, rows, cols = key + (slice(None),) * (3 - len(key))
+        if isinstance(bands, slice) and bands == slice(None):
+            return self.read(rows, cols)
+        # a few bands of a large file: what is in memory at once stays small
+        blocks = [self.read(strip, cols)[bands] for strip in strips(self, rows)]
+        return np.concatenate(blocks, -2)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self[:], dtype)
+
+
+def strips(cube, rows=slice(None)):
+    """Slices that cut the rows of a cube into strips of STRIP_BYTES"""
+    start, stop, step = rows.indices(cube.shape[1])
+    row_bytes = cube.shape[0] * cube.shape[2] * cube.dtype.itemsize
+    height = step * max(int(STRIP_BYTES / row_bytes), 1)
+    for top in range(start, max(stop, start + 1), height):
+        yield slice(top, min(top + height, stop), step)
+
+
+def when_read(cube, function, dtype, num_bands=None):
+    """-> the cube of what function(values, rows, cols) makes of `cube`: an array at once, a Lazy
+    each time that it is read"""
+    if not isinstance(cube, Lazy):
+        return function(cube, slice(None), slice(None)).astype(dtype, copy=False)
+
+    def read(rows, cols):
+        return function(cube[:, rows, cols], rows, cols).astype(dtype, copy=False)
+    return Lazy((num_bands or len(cube), *cube.shape[1:]), dtype, read)
+
+
+def mapped_cube(mapped):
+    """-> a Lazy of a memory-mapped array (C, H, W); mapped() maps it anew each time, so that what
+    was read does not stay in memory"""
+    cube = mapped()  # a file that is too short is found here
+
+    def read(rows, cols):
+        return np.array(mapped()[:, rows, cols])
+    return Lazy(cube.shape, cube.dtype, read)
+
+
+def file_cube(file, dtype, shape, axes, offset=0):
+    """-> a Lazy of the numbers that lie one behind the other in a file, a path or an open one;
+    axes: of `shape`, as 'hwc'"""
+    return mapped_cube(lambda: to_chw(np.memmap(file, dtype, 'r', offset, shape), axes))
 
 
 def one_line(error):
@@ -56,57 +132,77 @@ def shape_text(array):
 
 
 def valid_pixels(x, nodata, band_dim=-3):
-    """True where a pixel is real: all bands finite and not all equal to `nodata`.
+    """True where a pixel is real: no band is NaN, infinite or `nodata`.
 
+    Only in 8-bit images 0 is a value like others: with nodata 0 all their bands have to be 0.
     x: numpy or torch, any leading dimensions; the dimension of the bands goes.
     """
     library = torch if isinstance(x, torch.Tensor) else np
     valid = library.isfinite(x).all(band_dim)
     if nodata is None:
         return valid
-    return valid & ~(x == nodata).all(band_dim)
+    if nodata == 0 and x.dtype in (np.uint8, torch.uint8):
+        return valid & (x != 0).any(band_dim)
+    return valid & (x != nodata).all(band_dim)
 
 
 # ============ reading a scene ============
 
-def read_scene(path, labels='', mmap=False):
-    """Read a scene from a .tif, .npz, .npy, .mat or ENVI .hdr file.
+def read_scene(path, labels='', mmap=False, axes='', nodata=None, drop_bands='',
+               keep_bad_bands=False):
+    """Read a scene; its notes say what was read, how it was understood and what was left out.
 
-    A .tif states its axes; arrays of the others are (H, W, C), the habit of the field. An .npz
-    holds `cube` and, if known, `labels`, `wavelengths_nm`, `class_names`, `nodata`; a .mat its
-    largest 3-d array, and labels as a 2-d array of the same H x W. `labels` names a second file,
-    of labels. With `mmap`, .tif and .npy stay on disk (compressed .tif are unpacked into a
-    temporary file) unless their type has to be converted. Raises UserError naming the file.
+    `path` names a file of one of READERS' types, or an array in it, as file.mat:name; `labels` a
+    second one, of labels. With `mmap` the cube is a Lazy: it stays on disk. `axes` ('hwc', 'chw')
+    and `nodata` settle what a file leaves open. Left out are bands that the file marks as bad
+    (unless `keep_bad_bands`), those of `drop_bands` ('1,5,100-110', '1380-1410nm'), and those
+    without one value. Raises UserError naming the file.
     """
-    scene = read_file(path, mmap)
-    if labels:
-        raw = read_labels(labels)
-        if raw.shape != scene.cube.shape[1:]:
-            raise UserError(f'{labels}: labels of {shape_text(raw)} pixels for an image of '
-                            f'{shape_text(scene.cube[0])} ({path}): give the label file of the '
-                            'same scene')
-        scene = scene._replace(labels=raw)
-    if scene.labels is not None:
-        scene = scene._replace(labels=checked_labels(scene.labels, labels or path))
-    scene = scene._replace(cube=checked_cube(scene.cube, path))
-    if scene.wavelengths_nm:
-        nm = checked_wavelengths(scene.wavelengths_nm, path, len(scene.cube))
-        scene = scene._replace(wavelengths_nm=nm.tolist())
-    return scene
+    scene = read_file(path, mmap, axes)
+    scene = check_values(scene, path, nodata)
+    scene, missing = choose_bands(scene, path, drop_bands, keep_bad_bands)
+    if scene.scale == (1, 0):
+        scene = scene._replace(scale=None)
+    if scene.scale:
+        factor, offset = scene.scale
+        scene = say(scene, f'the file states physical units = {factor:g} * value + {offset:g}: '
+                    'its values are kept as stored')
+    if labels or scene.labels is not None:
+        scene = add_labels(scene, path, labels, missing)
+    return say(scene, place_text(scene.geotags))
 
 
-def read_file(path, mmap):
-    """The file as its reader gives it -> Scene, not checked yet"""
-    if not os.path.isfile(path):
+def say(scene, *sentences):
+    return scene._replace(notes=(*scene.notes, *sentences))
+
+
+def split_name(path):
+    """'file.mat:name' -> 'file.mat', 'name'; the name is '' where none is given"""
+    if os.path.exists(path) or ':' not in path:
+        return path, ''
+    file, _, name = path.rpartition(':')
+    return (file, name) if os.path.isfile(file) else (path, '')
+
+
+def read_file(path, mmap=False, axes=''):
+    """What the reader of its type makes of a file -> Scene, not checked yet.
+
+    Its `labels` are raw, its `bands` are those that the file does not mark as bad.
+    """
+    file, name = split_name(path)
+    if not os.path.isfile(file):
         raise UserError(f'{path}: there is no such file: check the path')
-    if os.path.getsize(path) == 0:
+    if os.path.getsize(file) == 0:
         raise UserError(f'{path}: the file is empty: copy it again')
-    ending = os.path.splitext(path)[1].lower()
+    ending = os.path.splitext(file)[1].lower()
     if ending not in READERS:
         raise UserError(f'{path}: files of type "{ending}" are not read: convert it to one of '
                         f'{", ".join(READERS)}')
     try:
-        return READERS[ending](path, mmap)
+        scene = READERS[ending](file, mmap, name, axes)
+        if not mmap:
+            scene = scene._replace(cube=np.asarray(scene.cube))
+        return scene
     except UserError:
         raise
     except ImportError as error:
@@ -117,213 +213,523 @@ def read_file(path, mmap):
                         'copy or convert it again') from None
 
 
-def read_labels(path):
-    """A file of labels -> (H, W), not checked yet; its nodata value becomes 0"""
-    scene = read_scene(path)
-    if scene.labels is not None:
-        return scene.labels
-    first_band = scene.cube[0]
-    return np.where(first_band == scene.nodata, 0, first_band)
+def check_values(scene, path, nodata):
+    """Refuses what is no image; integers of up to 16 bits stay, wider ones become float32.
 
-
-def checked_cube(cube, path):
-    """Refuses what is no image. Integers of up to 16 bits stay, wider ones become float32."""
+    `nodata`, where it is given, wins over the file's. NaN is none, it is always missing; neither
+    is a value that this type cannot have.
+    """
+    cube = scene.cube
     if cube.ndim != 3 or min(cube.shape) == 0:
         raise UserError(f'{path}: an image of shape {shape_text(cube)} is not bands x rows x '
                         'columns: give a 3-d array')
     if cube.dtype.kind not in 'iuf':
         raise UserError(f'{path}: values of type {cube.dtype} are not supported: save it as '
                         'integers or floats')
+    for what, values in (('wavelengths', scene.wavelengths_nm), ('widths', scene.fwhm_nm)):
+        if values and len(values) != len(cube):
+            raise UserError(f'{path}: has {len(values)} {what} for {len(cube)} bands: give one '
+                            'for each')
     small_integers = cube.dtype.kind in 'iu' and cube.dtype.itemsize <= 2
-    dtype = cube.dtype.newbyteorder('=') if small_integers else np.float32
-    return cube.astype(dtype, copy=False)
+    dtype = cube.dtype.newbyteorder('=') if small_integers else np.dtype(np.float32)
+    if cube.dtype != dtype:
+        cube = when_read(cube, lambda x, rows, cols: x, dtype)
+    scene = scene._replace(cube=cube)
+    stated = scene.nodata if nodata is None else nodata
+    value = fitting_nodata(stated, dtype)
+    if value is not None:
+        scene = say(scene, f'nodata {value:g}')
+    elif stated is not None and math.isnan(stated):
+        scene = say(scene, 'nodata NaN')
+    elif stated is not None:
+        scene = say(scene, f'nodata {stated:g} is stated, which no {dtype} pixel can have')
+    return scene._replace(nodata=value)
+
+
+def fitting_nodata(nodata, dtype):
+    """A nodata value as an array of `dtype` holds it; None where it holds no such value"""
+    if nodata is None or not math.isfinite(nodata):
+        return None
+    if dtype.kind == 'f':
+        with np.errstate(over='ignore'):
+            nodata = float(dtype.type(nodata))
+        return nodata if math.isfinite(nodata) else None
+    limits = np.iinfo(dtype)
+    whole = nodata == int(nodata) and limits.min <= nodata <= limits.max
+    return int(nodata) if whole else None
+
+
+# ============ which bands, which pixels ============
+
+class Survey(NamedTuple):
+    """What one pass over a cube finds"""
+    missing: np.ndarray  # (H, W) True where a pixel is missing; empty bands are not counted
+    empty: list  # numbers of the bands without one value
+    some_bands: float  # share of the pixels that are missing in some of their bands only
+    lacking: np.ndarray  # (C,) share of the pixels that have no value in this band
+    fillers: dict  # value far outside the rest -> numbers of the bands that have it
+
+
+def survey(cube, nodata):
+    """One pass over a cube, strip by strip -> Survey"""
+    C, H, W = cube.shape
+    lacking = np.zeros(C, np.int64)
+    missing_bands = np.zeros((H, W), np.uint16)  # in how many of its bands a pixel has no value
+    low, high = np.full(C, np.inf), np.full(C, -np.inf)
+    step = math.ceil(math.sqrt(H * W / SAMPLE_PIXELS))
+    samples = []
+    for strip in strips(cube):
+        x = cube[:, strip]
+        gone = ~np.isfinite(x) if nodata is None else ~np.isfinite(x) | (x == nodata)
+        lacking += gone.sum((1, 2))
+        missing_bands[strip] = gone.sum(0)
+        for band in range(C):
+            values = x[band][~gone[band]] if gone[band].any() else x[band]
+            if values.size:
+                low[band] = min(low[band], values.min())
+                high[band] = max(high[band], values.max())
+        sample = np.where(gone, np.nan, x)[:, ::step, ::step]
+        samples.append(sample.reshape(C, -1))
+    empty = np.flatnonzero(lacking == H * W).tolist()
+    missing = missing_bands > (len(empty) if len(empty) < C else 0)
+    if nodata == 0 and cube.dtype == np.uint8:
+        missing = missing_bands == C
+    some_bands = missing & (missing_bands < C)
+    fillers = find_fillers(np.concatenate(samples, 1), low, high)
+    return Survey(missing, empty, some_bands.mean(), lacking / (H * W), fillers)
+
+
+def find_fillers(sample, low, high):
+    """Values that stand for "nothing here" although no one says so -> value -> numbers of bands.
+
+    sample: (C, n) values, NaN = missing. low, high: (C,) of all pixels, not only of these. Such a
+    value is the lowest or the highest of its band, far from all others, and there again and again;
+    a value that comes once has to be much farther away, it may be a glint.
+    """
+    fillers = {}
+    for band, values in enumerate(sample):
+        values = values[~np.isnan(values)]
+        for value in (low[band], high[band]):
+            rest = values[values != value]
+            if rest.size < 20:
+                continue
+            bottom, top = np.percentile(rest, (1, 99))
+            distance = max(bottom - value, value - top)
+            repeated = values.size - rest.size > max(2, values.size / 10_000)
+            if distance > (3 if repeated else 1000) * (top - bottom) > 0:
+                fillers.setdefault(float(value), []).append(band)
+    return fillers
+
+
+def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
+    """Leaves out bands, and says what is missing -> the Scene, (H, W) True where a pixel is
+    missing"""
+    C, nm = len(scene.cube), scene.wavelengths_nm
+    marked = [] if scene.bands is None else sorted(set(range(C)) - set(scene.bands))
+    dropped = numbers_of_bands(drop_bands, C, nm)
+    if keep_bad_bands and marked:
+        scene = say(scene, f'{name_bands(marked, nm)} marked as bad, kept as asked')
+        marked = []
+    kept = [band for band in range(C) if band not in {*marked, *dropped}]
+    if not kept:
+        raise UserError(f'{path}: of its {C} bands {len(marked)} are marked as bad and '
+                        f'{len(dropped)} are dropped: none is left, drop fewer')
+    found = survey(take_bands(scene.cube, kept), scene.nodata)
+    empty = [kept[number] for number in found.empty]
+    if len(empty) == len(kept):  # nothing at all in this file
+        empty = []
+    for numbers, reason in ((marked, 'marked as bad'), (dropped, 'dropped as asked'),
+                            (empty, 'without one value')):
+        if numbers:
+            scene = say(scene, f'{name_bands(numbers, nm)} left out: {reason}')
+    names = [name_bands([band], nm) for band in kept]
+    scene = say(scene, *missing_text(found, names))
+    for value, numbers in found.fillers.items():
+        bands = name_bands([kept[number] for number in numbers], nm)
+        scene = say(scene, f'{bands}: values far outside the rest ({value:g}): a filler? pass '
+                    f'--nodata={value:g}')
+    kept = [band for band in kept if band not in empty]
+    nm = nm and checked_wavelengths([nm[band] for band in kept], path).tolist()
+    fwhm = scene.fwhm_nm and [scene.fwhm_nm[band] for band in kept]
+    cube = take_bands(scene.cube, kept)
+    scene = scene._replace(cube=cube, wavelengths_nm=nm, fwhm_nm=fwhm,
+                           bands=kept if len(kept) < C else None)
+    return scene, found.missing
+
+
+def take_bands(cube, kept):
+    if len(kept) == len(cube):
+        return cube
+    return when_read(cube, lambda x, rows, cols: x[kept], cube.dtype, len(kept))
+
+
+def missing_text(found, names):
+    """Sentences on the missing pixels of a survey; names: of its bands"""
+    sentences = []
+    if found.missing.any():
+        sentences.append(f'{found.missing.mean():.1%} of the pixels are missing')
+    if found.some_bands:
+        lacking = found.lacking.copy()
+        lacking[found.empty] = 0
+        sentences.append(f'{found.some_bands:.1%} of the pixels are missing in some bands only, '
+                         f'most in {names[lacking.argmax()]}: --drop_bands= leaves bands out')
+    return sentences
+
+
+def compact(numbers):
+    """[1, 2, 3, 7] -> '1-3, 7'"""
+    runs = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ', '.join(str(a) if a == b else f'{a}-{b}' for a, b in runs)
+
+
+def name_bands(numbers, nm):
+    """Numbers from 0 -> 'band 3 (550 nm)' or 'bands 3, 5-9 (550 to 640 nm)', counted from 1"""
+    words = compact([number + 1 for number in numbers])
+    words = f'band {words}' if len(numbers) == 1 else f'bands {words}'
+    if not nm:
+        return words
+    low, high = nm[numbers[0]], nm[numbers[-1]]
+    return f'{words} ({low:.0f} nm)' if low == high else f'{words} ({low:.0f} to {high:.0f} nm)'
+
+
+def numbers_of_bands(text, num_bands, nm):
+    """--drop_bands= -> numbers of bands from 0; text: '1,5,100-110' from 1, or '1380-1410nm'"""
+    numbers = set()
+    for word in filter(None, str(text).replace(' ', '').split(',')):
+        first, _, last = word.removesuffix('nm').partition('-')
+        try:
+            low, high = float(first), float(last or first)
+        except ValueError:
+            raise UserError(f'--drop_bands={text}: "{word}" is no band: give numbers from 1 or '
+                            'wavelengths, as 1,5,100-110 or 1380-1410nm') from None
+        if word.endswith('nm'):
+            if not nm:
+                raise UserError(f'--drop_bands={text}: the file has no wavelengths: give numbers '
+                                'of bands')
+            numbers |= {band for band in range(num_bands) if low <= nm[band] <= high}
+        elif 1 <= low <= high <= num_bands and low == int(low) and high == int(high):
+            numbers |= set(range(int(low) - 1, int(high)))
+        else:
+            raise UserError(f'--drop_bands={text}: "{word}" is not within the {num_bands} bands '
+                            'of the file, which count from 1')
+    return sorted(numbers)
+
+
+# ============ labels ============
+
+def add_labels(scene, path, labels, missing):
+    """Labels of their own file, or those inside the scene's -> the Scene with checked labels, 0 =
+    unlabelled, which they are wherever the pixel is missing"""
+    where = labels or path
+    if labels:
+        found = read_labels(labels)
+        scene = scene._replace(labels=found.labels, class_names=found.class_names,
+                               class_colors=found.class_colors)
+        scene = say(scene, *[note for note in found.notes if note.startswith('WARNING')])
+        check_same_place(scene, found.geotags, path, labels)
+    raw = np.asarray(scene.labels)
+    raw = raw.squeeze() if raw.ndim == 3 and 1 in raw.shape and min(raw.shape[:2]) > 0 else raw
+    H, W = scene.cube.shape[1:]
+    if raw.shape != (H, W):
+        raise UserError(f'{where}: labels of {shape_text(raw)} pixels for an image of {H} x {W} '
+                        f'({path}): give the label file of the same scene')
+    checked = checked_labels(raw, where)
+    on_missing = np.count_nonzero(checked[missing])
+    checked[missing] = 0
+    if scene.class_colors:  # a colour table goes on behind the last class
+        used = max(len(scene.class_names or []), int(checked.max()))
+        scene = scene._replace(class_colors=scene.class_colors[:used])
+    scene = say(scene._replace(labels=checked), *label_text(checked, scene.class_names))
+    if on_missing:
+        scene = say(scene, f'{on_missing:,} labels lay on missing pixels: they are 0 now')
+    return scene
+
+
+def read_labels(path):
+    """A file of labels -> Scene with raw `labels` (H, W), names and colours of the classes and
+    geotags; what is NaN or nodata there becomes 0"""
+    scene = read_file(path)
+    if scene.labels is not None:
+        return scene
+    raw = scene.cube
+    if raw.ndim == 3 and 1 < len(raw):
+        raise UserError(f'{path}: has {len(raw)} bands, {looks_like(raw)}: give one band of class '
+                        'numbers, 0 = unlabelled')
+    raw = raw[0] if raw.ndim == 3 else raw
+    return scene._replace(labels=np.where(valid_pixels(raw[None], scene.nodata), raw, 0))
+
+
+def looks_like(layers):
+    """What several bands are that were given as labels, in words"""
+    some = layers[:, ::7, ::7]
+    if ((some == 0) | (some == 1)).all() and some.sum(0).max() <= 1:
+        return 'which looks like one-hot classes (numpy.argmax gives their numbers)'
+    if len(layers) in (3, 4) and layers.dtype == np.uint8:
+        return 'which looks like a picture in the colours of the classes'
+    return 'which looks like an image or several layers'
 
 
 def checked_labels(labels, path):
-    if labels.dtype.kind == 'f' and (labels == np.round(labels)).all():
-        labels = labels.astype(np.int64)
-    if labels.dtype.kind not in 'iub':
+    """(H, W) of any type -> uint8; what are no class numbers is refused"""
+    if labels.dtype.kind not in 'iubf':
         raise UserError(f'{path}: labels of type {labels.dtype} are not class numbers: save them '
                         'as whole numbers')
-    if labels.min() < 0 or labels.max() > 254:
-        raise UserError(f'{path}: labels run from {labels.min()} to {labels.max()}: use 0 for '
-                        'unlabelled and 1 to 254 for classes')
-    return labels.astype(np.uint8)
+    if labels.dtype.kind == 'f':
+        labels = np.where(np.isfinite(labels), labels, 0)
+        fractions = labels[labels != np.round(labels)]
+        if fractions.size:
+            raise UserError(f'{path}: labels such as {fractions[0]:g} are no class numbers but '
+                            'values, as heights are: save whole numbers')
+    lowest, highest = labels.min(), labels.max()
+    if lowest < 0 or highest > 254:
+        raise UserError(f'{path}: labels run from {lowest:g} to {highest:g}: use 0 for unlabelled '
+                        '(instead of -1 or 255) and 1 to 254 for classes')
+    labels = labels.astype(np.uint8)
+
+    # classes come in patches, so that most neighbours are equal; heights and images do not
+    left, right = labels[:, :-1], labels[:, 1:]
+    both = (left > 0) & (right > 0)
+    if len(np.unique(labels)) > 30 and both.any() and (left == right)[both].mean() < 0.25:
+        raise UserError(f'{path}: labels with {len(np.unique(labels))} values and few equal '
+                        'neighbours look like heights or an image, not like classes: give the '
+                        'labels')
+    return labels
 
 
-# ============ GeoTIFF ============
-
-def read_tiff(path, mmap):
-    import tifffile
-    logging.getLogger('tifffile').setLevel(logging.CRITICAL)  # we say it in our own sentences
-    # a name inside the file opens no other file
-    with tifffile.TiffFile(path, _multifile=False, is_mmstack=False, is_ndtiff=False) as tif:
-        series = tif.series[0]
-        check_tiff_sizes(path, series)
-        try:
-            image = series.asarray(out='memmap' if mmap else None)
-        except ValueError as error:
-            if 'imagecodecs' not in str(error):
-                raise
-            compression = one_line(error).split('>')[0].strip('<')
-            raise UserError(f'{path}: its compression ({compression}) needs one more package: '
-                            'pip install imagecodecs') from None
-        tags = series.keyframe.tags
-        nodata = float(tags[GDAL_NODATA].value) if GDAL_NODATA in tags else None
-        found = [tags[code] for code in GEOTAGS if code in tags]
-        geotags = tuple((tag.code, int(tag.dtype), tag.count, tag.value) for tag in found)
-        axes = series.axes
-    if nodata is not None and math.isnan(nodata):
-        nodata = None
-    if image.ndim == 2:  # one band
-        axes = 'S' + axes
-        image = image[None]
-    if image.ndim != 3 or 'Y' not in axes or 'X' not in axes:
-        raise UserError(f'{path}: its axes are {axes} {image.shape}: expected rows, columns and '
-                        'bands only')
-    cube = np.moveaxis(image, band_axis(axes, image.shape), 0)
-    return Scene(cube, None, None, nodata, None, geotags)
+def label_text(labels, names):
+    """Sentences on checked labels: how many pixels each class has, what is odd about them"""
+    counts = np.bincount(labels.ravel(), minlength=1)
+    used = (np.flatnonzero(counts[1:]) + 1).tolist()
+    if not used:
+        return ['labels: all 0, which is unlabelled']
+    names = dict(enumerate(names or [], 1))
+    listed = ', '.join(f'{f"{k} {names.get(k, str())}".strip()}: {counts[k]:,}' for k in used[:30])
+    sentences = [f'labels: pixels of {len(used)} classes ({listed}), {counts[0]:,} unlabelled']
+    if len(used) == 1:
+        sentences.append('WARNING: only one class: 0 means unlabelled here; number background 1 '
+                         'and object 2')
+    elif len(used) < used[-1] / 2:
+        sentences.append(f'WARNING: labels run to {used[-1]}, but only {len(used)} numbers are '
+                         'used: number the classes 1, 2, ... without gaps')
+    return sentences
 
 
-def check_tiff_sizes(path, series):
-    """Refuses a file that claims more pixels than it can hold, before memory is asked for"""
-    size = os.path.getsize(path)
-    if series.nbytes > 2000 * size:  # no lossless compression does better
-        raise UserError(f'{path}: claims {series.nbytes / 1e9:.0f} GB of pixels in a file of '
-                        f'{size} bytes: the file is damaged, copy it again')
-    for page in series.pages:
-        if page is None:
-            continue
-        for offset, count in zip(page.dataoffsets, page.databytecounts):
-            if offset + count > size:
-                raise UserError(f'{path}: the file is truncated: copy it again')
+def names_of_classes(names):
+    """Names of the labels 0, 1, 2, ... as a file states them -> those of the classes, from 1, or
+    None; sentences"""
+    if not names:
+        return None, []
+    names = [str(name).strip() for name in names]
+    while names and not names[-1]:
+        names.pop()
+    sentences = []
+    if names and names[0].lower() not in NO_CLASS:
+        sentences.append(f'WARNING: label 0 is named "{names[0]}" but means unlabelled here: if '
+                         'it is a class, number the classes from 1')
+    return names[1:] or None, sentences
 
 
-def band_axis(axes, shape):
-    """Which of the three axes are the bands, by the letters of a TIFF's axes and their lengths"""
-    letter = next(letter for letter in axes if letter not in 'YX')
-    if letter != 'Q':
-        return axes.index(letter)
-    # written without a stated meaning, as numpy arrays are: of three sides the one that differs
-    # from two equal ones, else the shortest
-    if len(set(shape)) == 2:
-        return next(axis for axis in range(3) if shape.count(shape[axis]) == 1)
-    return int(np.argmin(shape))
+# ============ place ============
+
+def place(geotags):
+    """GeoTIFF tags -> x and y of pixels: (x, dx/dcol, dx/drow, y, dy/dcol, dy/drow), x and y those
+    of the outer corner of the first pixel; and the numbers of the keys. None where not stated."""
+    tags = {code: value for code, _, _, value in geotags}
+    try:
+        words = np.array(tags.get(34735, ()), int)[4:].reshape(-1, 4)
+        keys = {key: value for key, where, _, value in words.tolist() if where == 0}
+        if 34264 in tags:
+            matrix = np.array(tags[34264], float)
+            dx, dx_row, x, dy, dy_row, y = matrix[[0, 1, 3, 4, 5, 7]].tolist()
+        else:
+            dx, dy_row, _ = np.array(tags[33550], float).tolist()
+            col, row, _, x, y, _ = np.array(tags[33922], float).tolist()
+            dx_row, dy, dy_row = 0.0, 0.0, -dy_row
+            x, y = x - col * dx, y - row * dy_row
+    except (KeyError, ValueError, IndexError, TypeError):
+        return None, {}
+    if keys.get(1025) == 2:  # the tags speak of a pixel's centre
+        x, y = x - (dx + dx_row) / 2, y - (dy + dy_row) / 2
+    return (x, dx, dx_row, y, dy, dy_row), keys
 
 
-# ============ NumPy, MATLAB, ENVI ============
-
-def read_numpy(path, mmap):
-    loaded = np.load(path, allow_pickle=False, mmap_mode='r' if mmap else None)
-    if isinstance(loaded, np.ndarray):
-        arrays = {'cube': loaded}
+def place_text(geotags):
+    affine, keys = place(geotags)
+    if affine is None:
+        return 'no georeference'
+    x, dx, dx_row, y, dy, dy_row = affine
+    epsg = keys.get(3072) or keys.get(2048)
+    unit = 'degrees' if keys.get(1024) == 2 else 'm'
+    if epsg and epsg // 100 in (326, 327):
+        system = f'UTM zone {epsg % 100}{"N" if epsg // 100 == 326 else "S"}'
+    elif epsg == 4326:
+        system = 'longitude and latitude'
     else:
-        known = ('cube', 'labels', 'wavelengths_nm', 'class_names', 'nodata')
-        arrays = {name: loaded[name] for name in known if name in loaded}
-    if 'cube' not in arrays and 'labels' in arrays:  # a file of labels only
-        arrays = {'cube': arrays['labels']}
-    if 'cube' not in arrays:
-        raise UserError(f'{path}: holds {sorted(loaded)[:6]} but no array "cube": save the image '
-                        'under that name')
-    facts = {name: array.tolist() for name, array in arrays.items()
-             if name not in ('cube', 'labels')}
-    wavelengths = facts.get('wavelengths_nm')
-    cube = arrays['cube']
-    if cube.ndim == 2:
-        cube = cube[..., None]  # one band, or labels
-    if cube.ndim == 3:
-        bands_first = wavelengths and len(wavelengths) == cube.shape[0] != cube.shape[2]
-        cube = cube if bands_first else np.moveaxis(cube, 2, 0)
-    names = facts.get('class_names')
-    if names and names[0].lower() in NO_CLASS:
-        names = names[1:]
-    return Scene(cube, arrays.get('labels'), wavelengths, facts.get('nodata'), names)
+        system = f'EPSG:{epsg}' if epsg and epsg < 32767 else 'a projection of its own'
+    turned = math.degrees(math.atan2(dy, dx))
+    rotation = f', rotated by {turned:.1f} degrees' if turned or dx_row else ''
+    return (f'place: {system}, pixels of {math.hypot(dx, dy):g} {unit}, upper left corner at '
+            f'{x:.10g}, {y:.10g}{rotation}')
 
 
-READ_MAT = """
-import sys, numpy, scipy.io
-arrays = [a for a in scipy.io.loadmat(sys.argv[1]).values()
-          if isinstance(a, numpy.ndarray) and a.dtype.kind in 'iuf' and a.ndim in (2, 3)]
-numpy.savez(sys.argv[2], *arrays)
-"""
+def check_same_place(scene, label_tags, path, labels):
+    """Refuses labels of another place: half a pixel at a corner, or another projection"""
+    H, W = scene.cube.shape[1:]
+    affine, keys = place(scene.geotags)
+    label_affine, label_keys = place(label_tags)
+    if affine is None or label_affine is None:
+        return
+    pixel = math.hypot(affine[1], affine[4])
+    corners = np.array([[1, 0, 0], [1, W, 0], [1, 0, H], [1, W, H]])
+    apart = corners @ np.reshape(np.subtract(affine, label_affine), (2, 3)).T
+    codes = [{keys_of.get(key) for key in (3072, 2048)} - {None} for keys_of in (keys, label_keys)]
+    if np.abs(apart).max() > pixel / 2 or all(codes) and codes[0] != codes[1]:
+        raise UserError(f'{labels}: the labels lie elsewhere ({place_text(label_tags)}) than '
+                        f'{path} ({place_text(scene.geotags)}): give the labels of this scene')
 
 
-def load_mat(path):
-    """The numeric arrays of a .mat file, 2-d and 3-d. They are read in a process of its own:
-    scipy's reader crashes the whole process on some damaged files."""
-    import scipy.io  # noqa: F401  where it is missing, say so before a process is started
-    with tempfile.TemporaryDirectory() as folder:
-        kept = os.path.join(folder, 'arrays.npz')
-        done = subprocess.run([sys.executable, '-c', READ_MAT, path, kept], capture_output=True,
-                              text=True, errors='replace')
-        if 'NotImplementedError' in done.stderr:
-            raise UserError(f'{path}: MATLAB 7.3 files are not read: save it again with '
-                            'save(..., "-v7")')
-        if done.returncode or not os.path.exists(kept):
-            lines = done.stderr.strip().splitlines()
-            reason = lines[-1] if lines else f'the reader crashed, code {done.returncode}'
-            raise UserError(f'{path}: cannot be read ({one_line(reason)}): copy or convert it '
-                            'again')
-        return list(np.load(kept).values())
+# ============ what readers share ============
+
+def shape_note(cube, words):
+    """The first note of a scene; words: how it is known which axis the bands are"""
+    if cube.ndim != 3:
+        return f'shape {shape_text(cube)}'  # refused later
+    C, H, W = cube.shape
+    bands = '1 band' if C == 1 else f'{C} bands'
+    return f'{bands} of {H} x {W} px, {cube.dtype} ({words})'
 
 
-def read_mat(path, mmap):
-    arrays = load_mat(path)
-    cubes = [array for array in arrays if array.ndim == 3]
-    flat = [array for array in arrays if array.ndim == 2 and min(array.shape) > 1]
-    if not cubes and len(flat) != 1:
-        raise UserError(f'{path}: holds no 3-d array: give the file with the image as the root, '
-                        'the labels with --labels')
-    if not cubes:
-        return Scene(flat[0][None], None, None, None, None)
-    cubes.sort(key=np.size)
-    cube = np.moveaxis(cubes[-1], 2, 0)
-    fitting = [array for array in flat if array.shape == cube.shape[1:]]
-    return Scene(cube, fitting[0] if fitting else None, None, None, None)
+# nm in one of each unit that files state wavelengths in
+UNITS_NM = {'nm': 1, 'nanometer': 1, 'nanometre': 1, 'um': 1e3, 'micrometer': 1e3,
+            'micrometre': 1e3, 'micron': 1e3, 'angstrom': 0.1, 'a': 0.1, 'mm': 1e6,
+            'millimeter': 1e6, 'm': 1e9, 'meter': 1e9}
+# nm of 1 of each unit that counts waves, which is divided by the number
+UNITS_PER_NM = {'cm-1': 1e7, 'cm^-1': 1e7, '1/cm': 1e7, 'wavenumber': 1e7, 'ghz': 299792458.0}
 
 
-def read_envi(path, mmap):
-    import spectral
-    image = spectral.open_image(path)
-    header = image.metadata
-    nodata = float(header['data ignore value']) if 'data ignore value' in header else None
-    cube = image.open_memmap() if image.using_memmap else image.load(dtype=image.dtype)
-    cube = np.moveaxis(np.asarray(cube), 2, 0)
-    geotags = envi_geotags(header.get('map info', []))
-    return Scene(cube, None, image.bands.centers, nodata, None, geotags)
+def to_nm(values, unit='', where='its header'):
+    """Wavelengths in a file's own unit -> list in nm, NaN = missing, or None; and a sentence.
 
-
-READERS = {'.tif': read_tiff, '.tiff': read_tiff, '.npz': read_numpy, '.npy': read_numpy,
-           '.mat': read_mat, '.hdr': read_envi}
-
-
-def envi_geotags(info):
-    """ENVI's "map info" -> GeoTIFF tags; () where nothing or a rotation is stated.
-
-    info: projection, column and row of a pixel (from 1), its x and y, width and height of a
-    pixel, then for UTM zone and North or South, datum. The tags are pixel scale and tie point,
-    and for UTM or longitude and latitude on WGS-84 the keys that hold their EPSG number.
+    unit: as the file names it; '' = not stated: all below 100 are micrometres. where: said.
     """
-    info = [str(word).strip() for word in info]
-    rotations = [word for word in info if word.lower().startswith('rotation')]
-    if len(info) < 7 or any(float(word.split('=')[1]) for word in rotations):
-        return ()
-    column, row, x, y, width, height = (float(word) for word in info[1:7])
-    scale = (33550, 12, 3, (width, height, 0.0))
-    tie_point = (33922, 12, 6, (column - 1, row - 1, 0.0, x, y, 0.0))
-    words = {word.lower() for word in info[7:]}
-    if not words & {'wgs-84', 'wgs84', 'wgs 84'}:
-        return scale, tie_point
-    if info[0] == 'UTM':
-        model, key = 1, 3072  # projected
-        epsg = int(info[7]) + (32700 if info[8].lower() == 'south' else 32600)
-    elif info[0] == 'Geographic Lat/Lon':
-        model, key = 2, 2048  # geographic
-        epsg = 4326
+    if values is None or len(values) == 0:
+        return None, 'no wavelengths are stated'
+    try:
+        numbers = np.array([float(value) for value in values])
+    except (TypeError, ValueError):
+        return None, f'wavelengths in {where} are not numbers ({str(values)[:40]}): not used'
+    name = str(unit or '').strip().lower().replace('\u00b5', 'u').replace('\u03bc', 'u')
+    name = name.replace('\u00e5ngstr\u00f6m', 'angstrom').replace('\u00e5', 'a')
+    known = name if name in UNITS_NM or name in UNITS_PER_NM else name.removesuffix('s')
+    numbers[~(np.isfinite(numbers) & (numbers > 0))] = np.nan
+    if known in UNITS_NM:
+        nm = numbers * UNITS_NM[known]
+        how = f'in {unit} there'
+    elif known in UNITS_PER_NM:
+        nm = UNITS_PER_NM[known] / numbers
+        how = f'in {unit} there'
+    elif name:
+        return None, f'wavelengths in {where} are in "{unit}", an unknown unit: not used'
+    elif np.nanmax(numbers, initial=0) < 100:
+        nm = numbers * 1000
+        how = 'their unit is not stated: below 100 they are micrometres'
     else:
-        return scale, tie_point
-    keys = (1, 1, 0, 3, 1024, 0, 1, model, 1025, 0, 1, 1, key, 0, 1, epsg)  # 1025: of areas
-    return scale, tie_point, (34735, 3, 16, keys)
+        nm = numbers
+        how = 'their unit is not stated: taken as nm'
+    nm = nm.round(6)
+    low, high = np.nanmin(nm, initial=np.inf), np.nanmax(nm, initial=0)
+    return nm.tolist(), f'wavelengths {low:.0f} to {high:.0f} nm, from {where} ({how})'
+
+
+def widths_nm(widths, values, nm):
+    """Widths of bands in the unit of the wavelengths `values`, which are `nm` in nm -> nm, or
+    None"""
+    if not nm or widths is None or len(widths) != len(nm):
+        return None
+    try:
+        return [float(width) * one_nm / float(value)
+                for width, value, one_nm in zip(widths, values, nm)]
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+
+
+def read_number(text, notes):
+    """A number as programs write it ('-1.#QNAN' is NaN) -> float. None where nothing is stated,
+    or no number: `notes` says so then."""
+    if text is None:
+        return None
+    words = str(text).strip(' []\0\n').lower().replace(',', '.')
+    if re.fullmatch(r'[+-]?1\.#(qnan|ind|snan)0*', words):
+        return math.nan
+    if re.fullmatch(r'[+-]?1\.#inf0*', words):
+        return math.inf
+    try:
+        return float(words)
+    except ValueError:
+        notes.append(f'"{one_line(text)}" is stated where a number belongs: not used')
+        return None
+
+
+def to_chw(array, axes):
+    return array.transpose([axes.index(letter) for letter in 'chw'])
+
+
+def choose_axes(shape, path, axes='', num_bands=None, pixels=None):
+    """Of a 3-d array whose axes nothing states: -> 'hwc' or 'chw', and words that say why.
+
+    axes: --axes=, which wins. num_bands: of the wavelengths that are known. pixels: (H, W) of
+    labels that are known. Refuses where the sides leave it open.
+    """
+    if axes:
+        if sorted(axes.lower()) != ['c', 'h', 'w']:
+            raise UserError(f'--axes={axes}: give h (rows), w (columns) and c (bands) in the order '
+                            'of the array, as hwc or chw')
+        return axes.lower(), f'--axes={axes}'
+    first, middle, last = shape
+    fits = {'hwc': last == num_bands, 'chw': first == num_bands}
+    if fits['hwc'] != fits['chw']:
+        axes = 'hwc' if fits['hwc'] else 'chw'
+        return axes, f'{AXES_TEXT[axes]}, as many as wavelengths'
+    fits = {'hwc': (first, middle) == pixels, 'chw': (middle, last) == pixels}
+    if fits['hwc'] != fits['chw']:
+        axes = 'hwc' if fits['hwc'] else 'chw'
+        return axes, f'{AXES_TEXT[axes]}, as the labels fit'
+    # two equal sides are a square's; else bands are few, and mostly last
+    if first == middle != last or middle == last != first:
+        axes = 'hwc' if first == middle else 'chw'
+    elif first * 2 <= min(middle, last):
+        axes = 'chw'
+    elif last < min(first, middle):
+        axes = 'hwc'
+    else:
+        raise UserError(f'{path}: an array of {first} x {middle} x {last}, and nothing says which '
+                        'axis the bands are: pass --axes=hwc (bands last) or --axes=chw (first)')
+    return axes, f'{AXES_TEXT[axes]}, by the lengths of its sides; else pass --axes='
+
+
+AXES_TEXT = {'hwc': 'bands last', 'chw': 'bands first'}
+
+
+def with_mask(cube, nodata, mask):
+    """Makes pixels missing where `mask` (H, W) is False -> cube, nodata.
+
+    They get the file's nodata value in all bands; where it has none, NaN, and all is float32.
+    """
+    if mask.all():
+        return cube, nodata
+    if fitting_nodata(nodata, cube.dtype) is None:
+        nodata = None
+    dtype = np.dtype(np.float32) if nodata is None else cube.dtype
+    value = np.nan if nodata is None else nodata
+
+    def masked(x, rows, cols):
+        return np.where(mask[rows, cols], x.astype(dtype, copy=False), dtype.type(value))
+    return when_read(cube, masked, dtype), nodata
 
 
 # ============ bands: from one sensor's wavelengths to another's ============
@@ -448,7 +854,475 @@ def resample_bands(x, from_nm, to_nm, fwhm=15.0):
 def mix_bands(scene, weights, wavelengths_nm=None):
     """-> the Scene whose bands are weighted sums, weights (C', C), of those of `scene`, as float32;
     missing pixels NaN"""
-    cube = scene.cube.astype(np.float32)
-    cube[:, ~valid_pixels(scene.cube, scene.nodata)] = np.nan
-    mixed = np.tensordot(weights.astype(np.float32), cube, 1)
-    return scene._replace(cube=mixed, wavelengths_nm=wavelengths_nm, nodata=None)
+    weights = np.asarray(weights, np.float32)
+
+    def mixed(x, rows, cols):
+        values = x.astype(np.float32)
+        values[:, ~valid_pixels(x, scene.nodata)] = np.nan
+        return np.tensordot(weights, values, 1)
+    cube = when_read(scene.cube, mixed, np.float32, len(weights))
+    return scene._replace(cube=cube, wavelengths_nm=wavelengths_nm, fwhm_nm=None, nodata=None)
+
+
+def normalized(scene):
+    """Each band to mean 0 and standard deviation 1 over the scene's own valid pixels, as float32;
+    missing pixels NaN. So scenes of several sensors, or in several units, go together."""
+    count, shift = 0, None
+    for strip in strips(scene.cube):
+        x = scene.cube[:, strip]
+        values = x[:, valid_pixels(x, scene.nodata)].astype(np.float64)  # (C, n)
+        if values.size and shift is None:
+            shift = values.mean(1, keepdims=True)  # about it nothing cancels
+            total = squares = np.zeros(len(x))
+        if values.size:
+            count += values.shape[1]
+            total = total + (values - shift).sum(1)
+            squares = squares + np.square(values - shift).sum(1)
+    if not count:
+        return scene._replace(cube=when_read(scene.cube, lambda x, rows, cols: x * np.nan,
+                                             np.float32), nodata=None)
+    mean = shift[:, 0] + total / count
+    std = np.sqrt((squares / count - (total / count) ** 2).clip(0))
+    std[std == 0] = 1
+
+    def standard(x, rows, cols):
+        z = (x - mean[:, None, None]) / std[:, None, None]
+        z[:, ~valid_pixels(x, scene.nodata)] = np.nan
+        return z
+    return scene._replace(cube=when_read(scene.cube, standard, np.float32), nodata=None)
+
+
+# ============ GeoTIFF ============
+
+GDAL_METADATA, GDAL_NODATA, COLOR_MAP = 42112, 42113, 320  # tags
+REDUCED, MASK = 1, 4  # bits of a page's subfile type
+ALPHA = (1, 2)  # values of ExtraSamples
+
+
+def read_tiff(path, mmap, name, axes):
+    import tifffile
+    logging.getLogger('tifffile').setLevel(logging.CRITICAL)  # we say it in our own sentences
+    if name:
+        raise UserError(f'{path}:{name}: arrays in a TIFF have no names: give its path alone')
+    try:
+        # a name inside the file opens no other file
+        with tifffile.TiffFile(path, _multifile=False, is_mmstack=False, is_ndtiff=False) as tif:
+            cube, words = tiff_cube(tif, path, mmap, axes)
+            notes = [shape_note(cube, words)]
+            mask = tiff_mask(tif, path, cube.shape[1:])
+            page = tif.series[0].keyframe
+            tags = {tag.code: tag.value for tag in page.tags}
+            geotags = tuple((tag.code, int(tag.dtype), tag.count, tag.value) for tag in page.tags
+                            if tag.code in GEOTAGS)
+            extra = [int(kind) for kind in page.extrasamples]
+    except (ValueError, ImportError) as error:
+        if 'imagecodecs' not in str(error) and not isinstance(error, ImportError):
+            raise
+        raise UserError(f'{path}: its compression ({one_line(error).split(">")[0].strip("<")}) '
+                        'needs one more package: pip install imagecodecs') from None
+    facts = gdal_facts(path, tags.get(GDAL_METADATA, ''))
+    C = len(cube)
+
+    # what the bands are
+    marked = [C - len(extra) + i for i, kind in enumerate(extra) if kind in ALPHA]
+    marked += [band for band in range(C) if facts[band].get('colorinterp') == 'Alpha']
+    cube, alpha, words = split_alpha(cube, {band for band in marked if 0 <= band < C})
+    bands = [band for band in range(C) if band not in alpha]
+    nm, fwhm, wavelength_note = gdal_wavelengths(facts, bands)
+    notes += [wavelength_note, *words]
+    scales = [tuple(read_number(facts[band].get(name, usual), notes)
+                    for name, usual in (('scale', 1), ('offset', 0))) for band in bands]
+    if len(set(scales)) > 1:
+        notes.append('the file states a scale of its own for each band: values are kept as stored')
+    scale = scales[0] if len(set(scales)) == 1 and None not in scales[0] else None
+
+    # missing pixels
+    nodata = [read_number(facts[band].get('nodatavalue', tags.get(GDAL_NODATA)), notes)
+              for band in bands]
+    cube, nodata = one_nodata(cube, nodata)
+    for band_mask, words in [*mask, *alpha.values()]:
+        cube, nodata = with_mask(cube, nodata, band_mask)
+        notes.append(f'{words}: {1 - band_mask.mean():.1%} of the pixels are missing by it')
+
+    # classes and place
+    names, words = names_of_classes(facts[0].get('categories'))
+    notes += words
+    colors = facts[0].get('colors')
+    if COLOR_MAP in tags and not colors:
+        colors = (np.array(tags[COLOR_MAP]).reshape(3, -1) >> 8).T.tolist()
+    return Scene(cube, None, nm, nodata, names, geotags, fwhm,
+                 colors and colors[1:], scale, None, tuple(notes))
+
+
+def tiff_cube(tif, path, mmap, axes):
+    """-> cube (C, H, W), on disk where `mmap`, and words on its axes"""
+    series = tif.series[0]
+    pages, shape, letters = series.pages, series.shape, series.axes
+    words = 'as the TIFF states'
+    by_pages = (series.kind in ('generic', 'uniform')
+                or len(tif.series) > 1 and all(len(other.pages) == 1 for other in tif.series))
+    if by_pages:
+        pages = [page for page in tif.pages if not page.keyframe.subfiletype & (REDUCED | MASK)]
+        first = pages[0]
+        shape, letters = first.shape, first.axes
+        pages = [page for page in pages if (page.shape, page.dtype) == (shape, first.dtype)]
+        if len(pages) > 1 and len(shape) > 2:
+            raise UserError(f'{path}: holds {len(pages)} images of {shape_text(first)}: save the '
+                            'one that is meant in a file of its own')
+        if len(pages) > 1:
+            shape, letters = (len(pages), *shape), 'S' + letters
+            words = 'a page for each band'
+    check_tiff_sizes(path, [page for page in pages if page is not None])
+    if len(shape) == 2:
+        shape, letters = (1, *shape), 'S' + letters
+    if len(shape) != 3 or 'Y' not in letters or 'X' not in letters:
+        raise UserError(f'{path}: its axes are {letters} {shape}: expected rows, columns and '
+                        'bands only')
+    letter = next(letter for letter in letters if letter not in 'YX')
+    if letter == 'Q' or axes:  # written as an array, without a word on its axes
+        axes, words = choose_axes(shape, path, axes)
+    else:
+        axes = letters.replace(letter, 'c').lower().replace('y', 'h').replace('x', 'w')
+
+    first = pages[0].keyframe
+    dtype = np.dtype(first.dtype)
+    offset = contiguous_offset(pages) if by_pages else series.dataoffset
+    if offset:
+        cube = file_cube(path, dtype.newbyteorder(tif.byteorder), shape, axes, offset)
+        return (cube if mmap else np.asarray(cube)), words
+    if mmap and None not in pages and len(pages) * first.size == math.prod(shape):
+        return file_cube(unpack_tiff(pages), dtype, shape, axes), words
+    if by_pages:
+        array = np.stack([page.asarray() for page in pages])
+    else:
+        array = series.asarray()
+    return to_chw(array.reshape(shape), axes), words
+
+
+def contiguous_offset(pages):
+    """Where the numbers of all pages begin, if they lie one behind the other as they are; else
+    None"""
+    start = pages[0].dataoffsets[0] if pages[0].dataoffsets else None
+    for number, page in enumerate(pages):
+        if not page.is_final or page.dataoffsets[0] != start + number * page.nbytes:
+            return None
+    return start
+
+
+def unpack_tiff(pages):
+    """Pages of compressed strips or tiles -> a temporary file of their numbers, written piece by
+    piece, so that little of it is in memory"""
+    file = tempfile.TemporaryFile()
+    first = pages[0].keyframe
+    file.truncate(len(pages) * first.nbytes)
+    for number, page in enumerate(pages):
+        written = 0
+        offset = number * first.nbytes
+        image = np.memmap(file, first.dtype, 'r+', offset, first.shaped)
+        for segment, (s, d, h, w, _), (depth, length, width, _) in page.segments():
+            place = image[s, d:d + depth, h:h + length, w:w + width]  # ends at the border
+            if segment is None:  # not stored, as in a sparse file
+                place[...] = first.nodata
+            else:
+                place[...] = segment[tuple(slice(side) for side in place.shape)]
+            written += place.nbytes
+            if written > STRIP_BYTES:  # what is mapped anew needs no memory
+                image = np.memmap(file, first.dtype, 'r+', offset, first.shaped)
+                written = 0
+    return file
+
+
+def check_tiff_sizes(path, pages):
+    """Refuses a file that claims more pixels than it can hold, before memory is asked for"""
+    size = os.path.getsize(path)
+    first = pages[0].keyframe
+    segment_bytes = math.prod(first.chunks) * np.dtype(first.dtype).itemsize
+    claimed = 0
+    for page in pages:
+        stored = [(offset, count) for offset, count in zip(page.dataoffsets, page.databytecounts)
+                  if count]
+        if any(offset + count > size for offset, count in stored):
+            raise UserError(f'{path}: the file is truncated: copy it again')
+        if page.is_contiguous:
+            claimed += page.nbytes
+        else:
+            expected = math.prod(first.chunked)
+            if len(page.dataoffsets) != expected:
+                claimed += 2 ** 63  # strips or tiles are missing
+            claimed += max(len(stored), 1) * segment_bytes
+    # no lossless compression of the first group does better
+    ratio = 2000 if first.compression in (1, 5, 8, 32773, 32946) else 100_000
+    if claimed > ratio * size:
+        raise UserError(f'{path}: claims {claimed / 1e9:.0f} GB of pixels in a file of '
+                        f'{size} bytes: the file is damaged, copy it again')
+
+
+def tiff_mask(tif, path, sides):
+    """-> list of (mask (H, W) True = valid, where it was found): mask pages, a .msk file"""
+    import tifffile
+    masks = [(page.asarray(), 'a mask inside the file') for page in tif.pages
+             if page.keyframe.subfiletype & (REDUCED | MASK) == MASK]
+    if os.path.isfile(path + '.msk'):
+        with tifffile.TiffFile(path + '.msk', _multifile=False) as beside:
+            cube, _ = tiff_cube(beside, path + '.msk', False, '')
+            masks += [(plane, f'the mask {os.path.basename(path)}.msk') for plane in cube]
+    masks = [(mask, words) for mask, words in masks if mask.ndim == 2]
+    for mask, words in masks:
+        if mask.shape != sides:
+            raise UserError(f'{path}: {words} has {shape_text(mask)} pixels, the image '
+                            f'{sides[0]} x {sides[1]}: repair or remove it')
+    return [(mask != 0, words) for mask, words in masks]
+
+
+def split_alpha(cube, marked):
+    """Takes alpha bands out of a cube -> the cube without them, {band: (mask, words)}, sentences.
+
+    Those that the file marks; and the last one, where it holds only 0 and the type's highest
+    value. A marked one with other values is an image band: many programs write four bands as RGBA.
+    """
+    alpha, sentences = {}, []
+    C, H, W = cube.shape
+    integers = cube.dtype.kind in 'iu'
+    highest = np.iinfo(cube.dtype).max if integers else 1
+    suspects = marked | {C - 1} if integers else marked
+    step = math.ceil(math.sqrt(H * W / SAMPLE_PIXELS))
+    sample = cube[:, ::step, ::step]
+    for band in sorted(suspects) if C > 1 else ():
+        values = sample[band]
+        ends = ((values == 0) | (values == highest)).mean()
+        if band in marked and ends < 0.9:
+            sentences.append(f'band {band + 1} is marked as alpha but has the values of an image: '
+                             'kept as a band')
+        elif band in marked or ends == 1:
+            mask = np.asarray(cube[band]) != 0
+            how = '' if band in marked else ' by its values (0 and the highest)'
+            if band in marked or mask.any() and not mask.all():
+                alpha[band] = mask, f'band {band + 1} is an alpha band{how}, taken out'
+    return take_bands(cube, [band for band in range(C) if band not in alpha]), alpha, sentences
+
+
+def gdal_facts(path, text=''):
+    """What GDAL notes on bands, in tag 42112 (`text`) and in x.aux.xml beside the file.
+
+    -> {number of the band from 0, or -1 for all of them: {name in small letters: text}}
+    """
+    facts = collections.defaultdict(dict)
+    if text:
+        for item in ElementTree.fromstring(str(text)).iter('Item'):
+            band = int(item.get('sample', -1))
+            facts[band][(item.get('role') or item.get('name')).lower()] = item.text or ''
+    beside = path + '.aux.xml'
+    if not os.path.isfile(beside):
+        return facts
+    try:
+        root = ElementTree.parse(beside).getroot()
+    except ElementTree.ParseError as error:
+        raise UserError(f'{beside}: cannot be read ({one_line(error)}): repair or remove it'
+                        ) from None
+    for element in [root, *root.findall('PAMRasterBand')]:
+        known = facts[int(element.get('band', 0)) - 1]
+        known |= {child.tag.lower(): child.text or '' for child in element}
+        known |= {item.get('key').lower(): item.text or ''
+                  for item in element.iterfind('Metadata/MDI')}
+        names = [item.text or '' for item in element.iterfind('CategoryNames/Category')]
+        colors = [[int(item.get(c)) for c in ('c1', 'c2', 'c3')]
+                  for item in element.iterfind('ColorTable/Entry')]
+        known |= {'categories': names} if names else {}
+        known |= {'colors': colors} if colors else {}
+    return facts
+
+
+def gdal_wavelengths(facts, bands):
+    """What gdal_facts() knows of wavelengths -> for `bands` nm, FWHM in nm, a sentence"""
+    whole = facts[-1]
+
+    def stated(*names):
+        """One value a band, by the first of these names that has them; or a list for all"""
+        for name in names:
+            values = [facts[band].get(name, '').split(' ')[0] for band in bands]
+            if all(values):
+                return values
+            values = re.findall(r'[^\s,{}]+', whole.get(name, ''))
+            if len(values) == len(bands):
+                return values
+        return None
+
+    units = [facts[bands[0]].get(name, whole.get(name)) for name in (
+        'wavelength_units', 'wavelength_unit', 'wavelength units', 'wavelengthunit', 'units')]
+    unit = next(filter(None, units), '')
+    where = "the file's metadata"
+    values, widths = stated('central_wavelength_um'), stated('fwhm_um')
+    if values:
+        unit = 'um'
+    else:
+        values = stated('wavelength', 'wavelengths', 'central_wavelength', 'center_wavelength',
+                        'wavelength_nm', 'centerwavelength')
+        widths = stated('fwhm')
+    if not values:
+        pattern = r'(\d+\.?\d*) *(nm|nanomet\w+|[uµμ]m|microm\w+|microns?|angstroms?)\b'
+        texts = [facts[band].get('description') or whole.get(f'band_{band + 1}', '')
+                 for band in bands]
+        found = [re.search(pattern, text, re.IGNORECASE) for text in texts]
+        if all(found) and len({match[2] for match in found}) == 1:
+            values, unit = [match[1] for match in found], found[0][2]
+            where = 'the names of the bands'
+    nm, sentence = to_nm(values, unit, where)
+    return nm, widths_nm(widths, values, nm), sentence
+
+
+def one_nodata(cube, nodata):
+    """A nodata value for each band -> cube and one value for all: where they differ, NaN"""
+    if len(set(map(str, nodata))) == 1:
+        return cube, nodata[0]
+    values = np.array([np.nan if value is None else value for value in nodata])[:, None, None]
+
+    def with_nan(x, rows, cols):
+        return np.where(x == values, np.float32(np.nan), x)
+    return when_read(cube, with_nan, np.float32), None
+
+
+# ============ NumPy ============
+
+NPZ_FACTS = ('wavelengths_nm', 'fwhm_nm', 'class_names', 'class_colors', 'nodata', 'scale')
+
+
+def read_numpy(path, mmap, name, axes):
+    labels, facts = None, {}
+    loaded = np.load(path, allow_pickle=False, mmap_mode='r')
+    if isinstance(loaded, np.ndarray):
+        def stored():
+            return np.load(path, mmap_mode='r')
+    else:
+        name = name or ('cube' if 'cube' in loaded else 'labels')  # or a file of labels only
+        if name not in loaded:
+            raise UserError(f'{path}: holds {sorted(loaded)[:6]} but no array "cube": save the '
+                            f'image under that name, or name one, as {path}:NAME')
+        if 'labels' in loaded and name != 'labels':
+            labels = loaded['labels']
+        facts = {key: loaded[key].tolist() for key in NPZ_FACTS if key in loaded}
+        folder = tempfile.TemporaryDirectory()  # goes with the last one who knows stored()
+        unpacked = loaded.zip.extract(f'{name}.npy', folder.name)
+
+        def stored(folder=folder):
+            return np.load(unpacked, mmap_mode='r')
+
+    # which axis is which
+    shape = stored().shape
+    while len(shape) > 3 and shape[0] == 1:
+        shape = shape[1:]
+    nm, wavelength_note = to_nm(facts.get('wavelengths_nm'), where='wavelengths_nm')
+    if len(shape) == 2:  # one band, or labels
+        shape, axes, words = (1, *shape), 'chw', 'rows and columns'
+    elif len(shape) == 3:
+        pixels = None if labels is None else labels.shape
+        axes, words = choose_axes(shape, path, axes, len(nm or []), pixels)
+    else:
+        raise UserError(f'{path}: an array of shape {shape_text(stored())} is no image: give a '
+                        '3-d array')
+    cube = mapped_cube(lambda: to_chw(stored().reshape(shape), axes))
+    if not mmap:
+        cube = np.asarray(cube)
+
+    notes = [shape_note(cube, words), wavelength_note]
+    nodata = read_number(facts.get('nodata'), notes)
+    names = facts.get('class_names')
+    if names and str(names[0]).lower() in NO_CLASS:
+        names = names[1:]
+    scale = facts.get('scale')
+    return Scene(cube, labels, nm, nodata, names, (), facts.get('fwhm_nm'),
+                 facts.get('class_colors'), scale and tuple(scale), None, tuple(notes))
+
+
+# ============ MATLAB, ENVI ============
+
+READ_MAT = """
+import sys, numpy, scipy.io
+arrays = [a for a in scipy.io.loadmat(sys.argv[1]).values()
+          if isinstance(a, numpy.ndarray) and a.dtype.kind in 'iuf' and a.ndim in (2, 3)]
+numpy.savez(sys.argv[2], *arrays)
+"""
+
+
+def load_mat(path):
+    """The numeric arrays of a .mat file, 2-d and 3-d. They are read in a process of its own:
+    scipy's reader crashes the whole process on some damaged files."""
+    import scipy.io  # noqa: F401  where it is missing, say so before a process is started
+    with tempfile.TemporaryDirectory() as folder:
+        kept = os.path.join(folder, 'arrays.npz')
+        done = subprocess.run([sys.executable, '-c', READ_MAT, path, kept], capture_output=True,
+                              text=True, errors='replace')
+        if 'NotImplementedError' in done.stderr:
+            raise UserError(f'{path}: MATLAB 7.3 files are not read: save it again with '
+                            'save(..., "-v7")')
+        if done.returncode or not os.path.exists(kept):
+            lines = done.stderr.strip().splitlines()
+            reason = lines[-1] if lines else f'the reader crashed, code {done.returncode}'
+            raise UserError(f'{path}: cannot be read ({one_line(reason)}): copy or convert it '
+                            'again')
+        return list(np.load(kept).values())
+
+
+def read_mat(path, mmap, name, axes):
+    arrays = load_mat(path)
+    cubes = [array for array in arrays if array.ndim == 3]
+    flat = [array for array in arrays if array.ndim == 2 and min(array.shape) > 1]
+    if not cubes and len(flat) != 1:
+        raise UserError(f'{path}: holds no 3-d array: give the file with the image as the root, '
+                        'the labels with --labels')
+    if not cubes:
+        cube = flat[0][None]
+        notes = (shape_note(cube, 'one band'),)
+        return Scene(cube, None, None, None, None, notes=notes)
+    cubes.sort(key=np.size)
+    cube = np.moveaxis(cubes[-1], 2, 0)
+    fitting = [array for array in flat if array.shape == cube.shape[1:]]
+    notes = (shape_note(cube, 'bands last, the habit of the field'),)
+    return Scene(cube, fitting[0] if fitting else None, None, None, None, notes=notes)
+
+
+def read_envi(path, mmap, name, axes):
+    import spectral
+    image = spectral.open_image(path)
+    header = image.metadata
+    nodata = float(header['data ignore value']) if 'data ignore value' in header else None
+    cube = image.open_memmap() if image.using_memmap else image.load(dtype=image.dtype)
+    cube = np.moveaxis(np.asarray(cube), 2, 0)
+    geotags = envi_geotags(header.get('map info', []))
+    notes = (shape_note(cube, f'{image.interleave}, as ENVI states'),)
+    return Scene(cube, None, image.bands.centers, nodata, None, geotags, notes=notes)
+
+
+def envi_geotags(info):
+    """ENVI's "map info" -> GeoTIFF tags; () where nothing or a rotation is stated.
+
+    info: projection, column and row of a pixel (from 1), its x and y, width and height of a
+    pixel, then for UTM zone and North or South, datum. The tags are pixel scale and tie point,
+    and for UTM or longitude and latitude on WGS-84 the keys that hold their EPSG number.
+    """
+    info = [str(word).strip() for word in info]
+    rotations = [word for word in info if word.lower().startswith('rotation')]
+    if len(info) < 7 or any(float(word.split('=')[1]) for word in rotations):
+        return ()
+    column, row, x, y, width, height = (float(word) for word in info[1:7])
+    scale = (33550, 12, 3, (width, height, 0.0))
+    tie_point = (33922, 12, 6, (column - 1, row - 1, 0.0, x, y, 0.0))
+    words = {word.lower() for word in info[7:]}
+    if not words & {'wgs-84', 'wgs84', 'wgs 84'}:
+        return scale, tie_point
+    if info[0] == 'UTM':
+        model, key = 1, 3072  # projected
+        epsg = int(info[7]) + (32700 if info[8].lower() == 'south' else 32600)
+    elif info[0] == 'Geographic Lat/Lon':
+        model, key = 2, 2048  # geographic
+        epsg = 4326
+    else:
+        return scale, tie_point
+    keys = (1, 1, 0, 3, 1024, 0, 1, model, 1025, 0, 1, 1, key, 0, 1, epsg)  # 1025: of areas
+    return scale, tie_point, (34735, 3, 16, keys)
+
+
+# ============ the readers by the ending of a name ============
+
+# each: reader(path, mmap, name, axes) -> Scene; cube (C, H, W), mmap a Lazy, labels as they are
+READERS = {'.tif': read_tiff, '.tiff': read_tiff, '.npz': read_numpy, '.npy': read_numpy,
+           '.mat': read_mat, '.hdr': read_envi}
