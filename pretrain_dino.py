@@ -299,24 +299,35 @@ def block_masks(n, h, w, rng):
 
     `mask_probability` of the n crops get one, of mask_ratio_min to max of the patches.
     """
-    masks = np.zeros((n, h, w), bool)
     count = round(n * mask_probability)
-    for image, level in zip(rng.permutation(n)[:count], rng.permutation(count)):
-        share = (level + rng.random()) / count  # evenly spread
-        ratio = mask_ratio_min + (mask_ratio_max - mask_ratio_min) * share
-        mask = masks[image]
-        wanted = max(1, round(ratio * h * w))
-        while mask.sum() < wanted:
-            area = rng.uniform(0.3, 1) * (wanted - mask.sum())
-            aspect = np.exp(rng.uniform(-1.2, 1.2))
-            height = int(np.clip(round(math.sqrt(area * aspect)), 1, h))
-            width = int(np.clip(round(math.sqrt(area / aspect)), 1, w))
-            top = rng.integers(h - height + 1)
-            left = rng.integers(w - width + 1)
-            mask[top:top + height, left:left + width] = True
-        masked = np.flatnonzero(mask)
-        mask.flat[rng.permutation(masked)[:len(masked) - wanted]] = False
-    return torch.from_numpy(masks.reshape(n, h * w))
+    share = (rng.permutation(count) + rng.random(count)) / count  # evenly spread
+    ratio = mask_ratio_min + (mask_ratio_max - mask_ratio_min) * share
+    wanted = np.rint(ratio * h * w).clip(1)
+    # each round covers a rectangle of about what is missing, in all masks at once
+    covered = np.zeros((count, h, w), bool)
+    missing = wanted
+    while missing.any():
+        area = rng.uniform(0.3, 1, count) * missing
+        aspect = np.exp(rng.uniform(-1.2, 1.2, count))
+        rows = random_runs(np.sqrt(area * aspect), h, rng)
+        cols = random_runs(np.sqrt(area / aspect), w, rng)
+        rectangles = rows[:, :, None] & cols[:, None, :]
+        covered[missing > 0] |= rectangles[missing > 0]
+        missing = (wanted - covered.sum((1, 2))).clip(0)
+    # the last one may have covered too many: `wanted` of the covered patches stay, at random
+    uncovered = 1.0 - covered.reshape(count, h * w)
+    rank = (uncovered + rng.random((count, h * w))).argsort(1).argsort(1)
+    masks = np.zeros((n, h * w), bool)
+    masks[rng.permutation(n)[:count]] = rank < wanted[:, None]
+    return torch.from_numpy(masks)
+
+
+def random_runs(lengths, n, rng):
+    """lengths (m,) -> (m, n) bool: in each row a run of so many True, anywhere"""
+    lengths = np.rint(lengths).clip(1, n)[:, None]
+    start = np.floor(rng.random(lengths.shape) * (n - lengths + 1))
+    place = np.arange(n)
+    return (place >= start) & (place < start + lengths)
 
 
 class Batch(NamedTuple):
@@ -342,13 +353,12 @@ def get_batch(tiles, step, rank=0, world=1):
     # a window of img_size, in which all crops of a tile lie
     window = draw_crops(batch_size, tile_size, img_size, 1.0, 1.0, generator, False)
     corners = window.corners + window.boxes[:, :2]
-    scales = [(global_scale_min, 1.0)] * 2
-    scales += [(local_scale_min, local_scale_max)] * local_crops_number
-    crops = [draw_crops(batch_size, img_size, img_size, low, high, generator, turns)
-             for low, high in scales]
-    boxes = torch.stack([crop.boxes for crop in crops], dim=1)
-    flips = torch.stack([crop.flips for crop in crops], dim=1)
-    draws = torch.rand(batch_size, len(scales), 13, generator=generator)
+    big = draw_crops(2 * batch_size, img_size, img_size, global_scale_min, 1.0, generator, turns)
+    small = draw_crops(local_crops_number * batch_size, img_size, img_size, local_scale_min,
+                       local_scale_max, generator, turns)
+    boxes = torch.cat([crop.boxes.reshape(batch_size, -1, 4) for crop in (big, small)], dim=1)
+    flips = torch.cat([crop.flips.reshape(batch_size, -1, 3) for crop in (big, small)], dim=1)
+    draws = torch.rand(*boxes.shape[:2], 13, generator=generator)
     softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
     h = img_size // patch_size
     rng = np.random.default_rng([seed, step, 1])
