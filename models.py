@@ -858,12 +858,12 @@ def segmentation_loss(logits, target, weight, kind):
         dice = 2 * both / (p.sum((2, 3)) + size).clamp(min=1e-6)
         present = size > 0
         loss = 1 - (dice * present).sum(1) / present.sum(1).clamp(min=1)
-        return loss[present.any(1)].sum()
+        return (loss * present.any(1)).sum()
     pixel_loss = F.nll_loss(log_p, target, weight, ignore_index=IGNORE_INDEX, reduction='none')
     if kind == 'focal':
         p = log_p.gather(1, safe[:, None])[:, 0].exp()
         pixel_loss = pixel_loss * (1 - p).square()
-    return pixel_loss[known].sum()
+    return pixel_loss.sum()  # 0 where ignored
 
 
 def loss_count(target, weight, kind):
@@ -872,7 +872,7 @@ def loss_count(target, weight, kind):
     known = target != IGNORE_INDEX
     if kind == 'dice':
         return known.flatten(1).any(1).sum().float()
-    return weight[target[known]].sum()
+    return (weight[target.where(known, 0)] * known).sum()
 
 
 # ============ the CNN baseline ============

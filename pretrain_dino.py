@@ -349,7 +349,7 @@ def get_batch(tiles, step, rank=0, world=1):
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     tile_size = tiles.meta['tile_size']
-    ids = epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
+    ids = tile_ids(tiles, step)
     # a window of img_size, in which all crops of a tile lie
     window = draw_crops(batch_size, tile_size, img_size, 1.0, 1.0, generator, False)
     corners = window.corners + window.boxes[:, :2]
@@ -366,6 +366,7 @@ def get_batch(tiles, step, rank=0, world=1):
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
+    tiles.read_ahead(tile_ids(tiles, step + 1)[here], img_size)
     return Batch(raw, boxes[here], flips[here], softness[here], draws[here, :, 2:],
                  *masks_of_rank(mask, here))
 
@@ -389,6 +390,11 @@ def to_device(batch, device):
     batch = Batch(*(t.to(device, non_blocking=True) for t in batch))
     torch._dynamo.maybe_mark_dynamic(batch.masked_ids, 0)
     return batch
+
+
+def tile_ids(tiles, step):
+    """The tile of each crop of a step; a large tile is met several times in an epoch."""
+    return epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
 
 
 def crops_per_epoch(tiles):
@@ -718,7 +724,17 @@ if __name__ == '__main__':
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
 
-        # ---- shell: update the weights; stop if the gradient is not finite
+        # ---- shell: update the weights
+        # where found_inf is 1, fused AdamW leaves them as they are. No one waits to see it here
+        optimizer.found_inf = 1.0 - torch.isfinite(norm).float()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        # ---- the teacher follows the student
+        model.update_teacher(cosine(step, momentum_teacher, 1.0))
+
+        # ---- shell: stop if the gradient was not finite (here the host waits for the GPU)
         if not torch.isfinite(norm):
             # float16's scaler skips such a step and halves its scale, which is normal at first
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
@@ -726,12 +742,6 @@ if __name__ == '__main__':
                                 ' The weights were left as they were. Look for huge values in the '
                                 f'data (python tools/check_data.py --data={data}), or lower the '
                                 'learning rate')
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-        # ---- the teacher follows the student
-        model.update_teacher(cosine(step, momentum_teacher, 1.0))
 
         # ---- log
         step += 1
