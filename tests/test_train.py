@@ -228,7 +228,7 @@ def note_moves(path):
         parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
         before = [p.detach().clone() for p in parameters]
         plain(optimizer, *args, **kwargs)
-        file.write('kept ' if all(map(torch.equal, parameters, before)) else 'moved ')
+        file.write('kept\n' if all(map(torch.equal, parameters, before)) else 'moved\n')
     torch.optim.AdamW.step = step
 
 
