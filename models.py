@@ -192,12 +192,13 @@ class Block(nn.Module):
     def mlp_branch(self, x):
         return self.ls2(self.mlp(self.norm2(x)))
 
-    def forward(self, x):
-        """x (B, T, D) -> (B, T, D)"""
+    def forward(self, x, wanted=None):
+        """x (B, T, D) -> (B, T, D), or of the first `wanted` tokens only: the MLP is each token's
+        own affair, so the others can be spared it."""
         if self.training and self.drop_path:
-            x = drop_path(x, self.attention_branch, self.drop_path)
+            x = drop_path(x, self.attention_branch, self.drop_path)[:, :wanted]
             return drop_path(x, self.mlp_branch, self.drop_path)
-        x = x + self.attention_branch(x)
+        x = (x + self.attention_branch(x))[:, :wanted]
         return x + self.mlp_branch(x)
 
 
@@ -292,12 +293,13 @@ class ViT(nn.Module):
         tokens = tokens + interpolate_positions(self.pos_embed[:, 1:], h, w)
         return self.add_prefix(self.cls_token + self.pos_embed[:, :1], tokens)  # (B, T, D)
 
-    def forward(self, x, mask=None):
-        """x (B, C, H, W) standardised, mask (B, N) or None -> normalised tokens (B, T, D)"""
+    def forward(self, x, mask=None, wanted=None):
+        """x (B, C, H, W) standardised, mask (B, N) or None -> normalised tokens (B, T, D), or the
+        first `wanted` of them: 1 is cls alone, and a little less work."""
         x = self.embed(x, mask)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks[-1](x, wanted))
 
     def to_map(self, tokens, h):
         """tokens (B, T, D) after a block -> the patches', normalised, as a map (B, D, h, w)"""

@@ -142,8 +142,9 @@ class Branch(nn.Module):
         mask: (2B, N), True = masked, or None. masked_ids: (M,) numbers of the masked patches
         among all 2B * N: only these go through the head.
         """
-        tokens = self.encoder(big, mask)
-        local_tokens = None if small is None else self.encoder(small)
+        # without iBOT, and of local crops, the cls token is all that is asked for
+        tokens = self.encoder(big, mask, wanted=None if ibot_weight else 1)
+        local_tokens = None if small is None else self.encoder(small, wanted=1)
         return self.project(tokens, masked_ids, local_tokens)
 
     def project(self, tokens, masked_ids, local_tokens):
