@@ -142,8 +142,8 @@ class Branch(nn.Module):
         mask: (2B, N), True = masked, or None. masked_ids: (M,) numbers of the masked patches
         among all 2B * N: only these go through the head.
         """
-        # without iBOT, and of local crops, the cls token is all that is asked for
-        tokens = self.encoder(big, mask, wanted=None if ibot_weight else 1)
+        # where no masked patch is asked for, and of local crops, the cls token is enough
+        tokens = self.encoder(big, mask, wanted=None if len(masked_ids) else 1)
         local_tokens = None if small is None else self.encoder(small, wanted=1)
         return self.project(tokens, masked_ids, local_tokens)
 

@@ -271,6 +271,18 @@ def test_only_masked_tokens_go_through_the_head(script, flags):
         assert [len(value) for value in stream] == [len(big), len(big), len(row), len(small)]
 
 
+def test_what_no_one_asks_for_is_spared_the_last_mlp_and_changes_nothing(monkeypatch):
+    model, seen = small_model(pretrain_dino).eval(), []
+    big, mask, rows, small = inputs(pretrain_dino)
+    model.student.encoder.blocks[-1].mlp.register_forward_hook(lambda mlp, args, out: seen.append(args[0].shape[1]))
+    with_patches = model(big, mask, rows, small)
+    cls_alone = model(big, mask, rows[:0], small)
+    assert seen == [19, 1, 1, 1]  # cls, 2 registers and 16 patches; cls of local crops; cls alone
+    torch.testing.assert_close(cls_alone.cls_features, with_patches.cls_features)
+    torch.testing.assert_close(cls_alone.global_logits, with_patches.global_logits)
+    torch.testing.assert_close(with_patches.local_logits, model.student.head(model.student.encoder(small)[:, 0]))
+
+
 @each_variant
 def test_compiles_without_graph_breaks_for_both_crop_sizes(script, flags):
     from torch._dynamo.testing import CompileCounter
