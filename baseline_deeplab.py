@@ -234,6 +234,8 @@ if __name__ == '__main__':
         # it has no CPU form: there the norms see the crops of their own process only
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device).train()
+    if on_gpu:
+        model.to(memory_format=torch.channels_last)  # convolutions of bfloat16 are faster in it
     torch.backends.cudnn.deterministic = True
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), fused=True)
 
@@ -377,7 +379,14 @@ if __name__ == '__main__':
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
 
-        # ---- shell: update the weights; stop if the gradient is not finite
+        # ---- shell: update the weights
+        # where found_inf is 1, fused AdamW leaves them as they are. No one waits to see it here
+        optimizer.found_inf = 1.0 - torch.isfinite(norm).float()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        # ---- shell: stop if the gradient was not finite (here the host waits for the GPU)
         if not torch.isfinite(norm):
             # float16's scaler skips such a step and halves its scale, which is normal at first
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
@@ -385,9 +394,6 @@ if __name__ == '__main__':
                                 ' The weights were left as they were. Look for huge values in the '
                                 f'data (python tools/check_data.py --data={data}), lower the '
                                 'learning rate, or pass --dtype=float32')
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
 
         # ---- log
         step += 1

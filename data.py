@@ -756,6 +756,25 @@ class Tiles:
             batch.append(tensor)
         return tuple(batch)
 
+    def read_ahead(self, ids, side=0):
+        """Have the system fetch the tiles `ids` from the disk while the program does other work.
+
+        It asks the disk for all of them at once, where batch() would wait for one piece after the
+        other: several times as fast. Of tiles much larger than the window of `side` pixels that is
+        wanted (0: the whole tile) most would be fetched for nothing, so they are left out.
+        """
+        whole = self.meta['tile_size']
+        if not hasattr(os, 'posix_fadvise') or whole > 2 * (side or whole):
+            return  # Windows and macOS have no posix_fadvise
+        for kind, source in (('images', self.images), ('labels', self.labels)):
+            if not isinstance(source, np.memmap):
+                continue  # no labels, or a share of them, which is in memory
+            tile_bytes = source.nbytes // len(source)
+            with open(self._path(kind), 'rb') as file:
+                for i in ids:
+                    start = source.offset + int(i) * tile_bytes
+                    os.posix_fadvise(file.fileno(), start, tile_bytes, os.POSIX_FADV_WILLNEED)
+
     def _buffer(self, kind, shape, dtype):
         """The kept buffer whose turn it is; a new one where the shape has changed"""
         kept = self._buffers.get((kind, self._turn))
@@ -793,18 +812,47 @@ def keep_label_share(labels, places, share, seed):
     return labels
 
 
-def epoch_ids(num_tiles, batch_size, step, seed):
-    """The tiles of a step: an endless stream of permutations, one per epoch, cut into batches.
+def epoch_ids(num_windows, batch_size, step, seed):
+    """The windows of a step: an endless stream of permutations, one per epoch, cut into batches.
 
-    Needs no loader's state.
+    Nothing is kept from step to step, so a resumed run sees the same windows.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs, places = np.divmod(positions, num_tiles)
-    ids = np.empty_like(positions)
+    epochs, places = np.divmod(positions, num_windows)
     for epoch in np.unique(epochs).tolist():
-        order = np.random.default_rng([seed, epoch]).permutation(num_tiles)
-        ids[epochs == epoch] = order[places[epochs == epoch]]
-    return ids
+        here = epochs == epoch
+        places[here] = shuffled(places[here], num_windows, [seed, epoch])
+    return places
+
+
+def shuffled(places, n, key):
+    """Which of n cards lie at `places` of a shuffled deck; each key gives another deck.
+
+    Computed for these places alone, in the same time for a thousand cards and for a billion. The
+    cards lie in a table of about sqrt(n) rows and columns. By turns each column is rotated by a
+    number mixed from its index, and each row likewise. A rotation can be undone, so no two cards
+    ever meet: this is a Feistel network. A place beyond the last card goes round again.
+    """
+    height = math.isqrt(n - 1) + 1
+    width = -(-n // height)  # height * width is n, or up to height - 1 more
+    salts = np.random.default_rng(key).integers(2 ** 63, size=(6, 2), dtype=np.uint64)
+
+    def mix(index, salt):
+        x = (index ^ salt) * 0xBF58476D1CE4E5B9
+        x = (x ^ (x >> 32)) * 0x94D049BB133111EB
+        return x >> 32
+
+    def shuffle(cells):
+        row, col = np.divmod(cells, width)
+        for salt in salts:
+            row = (row + mix(col, salt[0])) % height
+            col = (col + mix(row, salt[1])) % width
+        return row * width + col
+
+    cards = shuffle(places.astype(np.uint64))
+    while (beyond := cards >= n).any():
+        cards[beyond] = shuffle(cards[beyond])
+    return cards.astype(np.int64)
 
 
 # ============ standardisation ============
@@ -940,8 +988,8 @@ def crop_by(x, rows, cols, transposed):
 def resized_crop(x, boxes, flips, out, softness=1.0):
     """x (B, C, H, W), a box (B, 4) and flips (B, 3) for each -> (B, C, out, out) float32, blurred
     where `softness` (B,) is above 1"""
-    boxes = boxes.to(x.device)[:, None]
-    flips = flips.to(x.device)[:, None]
+    boxes = boxes.to(x.device, non_blocking=True)[:, None]
+    flips = flips.to(x.device, non_blocking=True)[:, None]
     if torch.is_tensor(softness):
         softness = softness[:, None]
     rows, cols = crop_weights(boxes, flips, *x.shape[2:], out, softness)
@@ -950,7 +998,8 @@ def resized_crop(x, boxes, flips, out, softness=1.0):
 
 def resized_crop_labels(labels, boxes, flips, out):
     """The same crops of label maps (B, H, W) -> (B, out, out), nearest neighbour"""
-    boxes, flips = boxes.to(labels.device), flips.to(labels.device)
+    boxes = boxes.to(labels.device, non_blocking=True)
+    flips = flips.to(labels.device, non_blocking=True)
     steps = (torch.arange(out, device=labels.device) + 0.5) / out
     picks = []  # rows, columns: (B, out)
     for axis in (0, 1):

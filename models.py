@@ -211,12 +211,13 @@ class Block(nn.Module):
     def mlp_branch(self, x):
         return self.ls2(self.mlp(self.norm2(x)))
 
-    def forward(self, x):
-        """x (B, T, D) -> (B, T, D)"""
+    def forward(self, x, wanted=None):
+        """x (B, T, D) -> (B, T, D), or of the first `wanted` tokens only: the MLP is each token's
+        own affair, so the others can be spared it."""
         if self.training and self.drop_path:
-            x = drop_path(x, self.attention_branch, self.drop_path)
+            x = drop_path(x, self.attention_branch, self.drop_path)[:, :wanted]
             return drop_path(x, self.mlp_branch, self.drop_path)
-        x = x + self.attention_branch(x)
+        x = (x + self.attention_branch(x))[:, :wanted]
         return x + self.mlp_branch(x)
 
 
@@ -313,12 +314,13 @@ class ViT(nn.Module):
         tokens = tokens + interpolate_positions(self.pos_embed[:, 1:], h, w)
         return self.add_prefix(self.cls_token + self.pos_embed[:, :1], tokens)  # (B, T, D)
 
-    def forward(self, x, mask=None):
-        """x (B, C, H, W) standardised, mask (B, N) or None -> normalised tokens (B, T, D)"""
+    def forward(self, x, mask=None, wanted=None):
+        """x (B, C, H, W) standardised, mask (B, N) or None -> normalised tokens (B, T, D), or the
+        first `wanted` of them: 1 is cls alone, and a little less work."""
         x = self.embed(x, mask)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks[-1](x, wanted))
 
     def to_map(self, tokens, h):
         """tokens (B, T, D) after a block -> the patches', normalised, as a map (B, D, h, w)"""
@@ -881,12 +883,12 @@ def segmentation_loss(logits, target, weight, kind):
         dice = 2 * both / (p.sum((2, 3)) + size).clamp(min=1e-6)
         present = size > 0
         loss = 1 - (dice * present).sum(1) / present.sum(1).clamp(min=1)
-        return loss[present.any(1)].sum()
+        return (loss * present.any(1)).sum()
     pixel_loss = F.nll_loss(log_p, target, weight, ignore_index=IGNORE_INDEX, reduction='none')
     if kind == 'focal':
         p = log_p.gather(1, safe[:, None])[:, 0].exp()
         pixel_loss = pixel_loss * (1 - p).square()
-    return pixel_loss[known].sum()
+    return pixel_loss.sum()  # 0 where ignored
 
 
 def loss_count(target, weight, kind):
@@ -895,7 +897,7 @@ def loss_count(target, weight, kind):
     known = target != IGNORE_INDEX
     if kind == 'dice':
         return known.flatten(1).any(1).sum().float()
-    return weight[target[known]].sum()
+    return (weight[target.where(known, 0)] * known).sum()
 
 
 # ============ the CNN baseline ============

@@ -143,8 +143,9 @@ class Branch(nn.Module):
         mask: (2B, N), True = masked, or None. masked_ids: (M,) numbers of the masked patches
         among all 2B * N: only these go through the head.
         """
-        tokens = self.encoder(big, mask)
-        local_tokens = None if small is None else self.encoder(small)
+        # where no masked patch is asked for, and of local crops, the cls token is enough
+        tokens = self.encoder(big, mask, wanted=None if len(masked_ids) else 1)
+        local_tokens = None if small is None else self.encoder(small, wanted=1)
         return self.project(tokens, masked_ids, local_tokens)
 
     def project(self, tokens, masked_ids, local_tokens):
@@ -300,24 +301,35 @@ def block_masks(n, h, w, rng):
 
     `mask_probability` of the n crops get one, of mask_ratio_min to max of the patches.
     """
-    masks = np.zeros((n, h, w), bool)
     count = round(n * mask_probability)
-    for image, level in zip(rng.permutation(n)[:count], rng.permutation(count)):
-        share = (level + rng.random()) / count  # evenly spread
-        ratio = mask_ratio_min + (mask_ratio_max - mask_ratio_min) * share
-        mask = masks[image]
-        wanted = max(1, round(ratio * h * w))
-        while mask.sum() < wanted:
-            area = rng.uniform(0.3, 1) * (wanted - mask.sum())
-            aspect = np.exp(rng.uniform(-1.2, 1.2))
-            height = int(np.clip(round(math.sqrt(area * aspect)), 1, h))
-            width = int(np.clip(round(math.sqrt(area / aspect)), 1, w))
-            top = rng.integers(h - height + 1)
-            left = rng.integers(w - width + 1)
-            mask[top:top + height, left:left + width] = True
-        masked = np.flatnonzero(mask)
-        mask.flat[rng.permutation(masked)[:len(masked) - wanted]] = False
-    return torch.from_numpy(masks.reshape(n, h * w))
+    share = (rng.permutation(count) + rng.random(count)) / count  # evenly spread
+    ratio = mask_ratio_min + (mask_ratio_max - mask_ratio_min) * share
+    wanted = np.rint(ratio * h * w).clip(1)
+    # each round covers a rectangle of about what is missing, in all masks at once
+    covered = np.zeros((count, h, w), bool)
+    missing = wanted
+    while missing.any():
+        area = rng.uniform(0.3, 1, count) * missing
+        aspect = np.exp(rng.uniform(-1.2, 1.2, count))
+        rows = random_runs(np.sqrt(area * aspect), h, rng)
+        cols = random_runs(np.sqrt(area / aspect), w, rng)
+        rectangles = rows[:, :, None] & cols[:, None, :]
+        covered[missing > 0] |= rectangles[missing > 0]
+        missing = (wanted - covered.sum((1, 2))).clip(0)
+    # the last one may have covered too many: `wanted` of the covered patches stay, at random
+    uncovered = 1.0 - covered.reshape(count, h * w)
+    rank = (uncovered + rng.random((count, h * w))).argsort(1).argsort(1)
+    masks = np.zeros((n, h * w), bool)
+    masks[rng.permutation(n)[:count]] = rank < wanted[:, None]
+    return torch.from_numpy(masks)
+
+
+def random_runs(lengths, n, rng):
+    """lengths (m,) -> (m, n) bool: in each row a run of so many True, anywhere"""
+    lengths = np.rint(lengths).clip(1, n)[:, None]
+    start = np.floor(rng.random(lengths.shape) * (n - lengths + 1))
+    place = np.arange(n)
+    return (place >= start) & (place < start + lengths)
 
 
 class Batch(NamedTuple):
@@ -339,17 +351,16 @@ def get_batch(tiles, step, rank=0, world=1):
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     tile_size = tiles.meta['tile_size']
-    ids = epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
+    ids = tile_ids(tiles, step)
     # a window of img_size, in which all crops of a tile lie
     window = draw_crops(batch_size, tile_size, img_size, 1.0, 1.0, generator, False)
     corners = window.corners + window.boxes[:, :2]
-    scales = [(global_scale_min, 1.0)] * 2
-    scales += [(local_scale_min, local_scale_max)] * local_crops_number
-    crops = [draw_crops(batch_size, img_size, img_size, low, high, generator, turns)
-             for low, high in scales]
-    boxes = torch.stack([crop.boxes for crop in crops], dim=1)
-    flips = torch.stack([crop.flips for crop in crops], dim=1)
-    draws = torch.rand(batch_size, len(scales), 13, generator=generator)
+    big = draw_crops(2 * batch_size, img_size, img_size, global_scale_min, 1.0, generator, turns)
+    small = draw_crops(local_crops_number * batch_size, img_size, img_size, local_scale_min,
+                       local_scale_max, generator, turns)
+    boxes = torch.cat([crop.boxes.reshape(batch_size, -1, 4) for crop in (big, small)], dim=1)
+    flips = torch.cat([crop.flips.reshape(batch_size, -1, 3) for crop in (big, small)], dim=1)
+    draws = torch.rand(*boxes.shape[:2], 13, generator=generator)
     softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
     h = img_size // patch_size
     rng = np.random.default_rng([seed, step, 1])
@@ -357,6 +368,7 @@ def get_batch(tiles, step, rank=0, world=1):
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
+    tiles.read_ahead(tile_ids(tiles, step + 1)[here], img_size)
     return Batch(raw, boxes[here], flips[here], softness[here], draws[here, :, 2:],
                  *masks_of_rank(mask, here))
 
@@ -380,6 +392,11 @@ def to_device(batch, device):
     batch = Batch(*(t.to(device, non_blocking=True) for t in batch))
     torch._dynamo.maybe_mark_dynamic(batch.masked_ids, 0)
     return batch
+
+
+def tile_ids(tiles, step):
+    """The tile of each crop of a step; a large tile is met several times in an epoch."""
+    return epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
 
 
 def crops_per_epoch(tiles):
@@ -725,7 +742,17 @@ if __name__ == '__main__':
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
 
-        # ---- shell: update the weights; stop if the gradient is not finite
+        # ---- shell: update the weights
+        # where found_inf is 1, fused AdamW leaves them as they are. No one waits to see it here
+        optimizer.found_inf = 1.0 - torch.isfinite(norm).float()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        # ---- the teacher follows the student
+        model.update_teacher(cosine(step, momentum_teacher, 1.0))
+
+        # ---- shell: stop if the gradient was not finite (here the host waits for the GPU)
         if not torch.isfinite(norm):
             # float16's scaler skips such a step and halves its scale, which is normal at first
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
@@ -733,12 +760,6 @@ if __name__ == '__main__':
                                 ' The weights were left as they were. Look for huge values in the '
                                 f'data (python tools/check_data.py --data={data}), lower the '
                                 'learning rate, or pass --dtype=float32')
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-        # ---- the teacher follows the student
-        model.update_teacher(cosine(step, momentum_teacher, 1.0))
 
         # ---- log
         step += 1

@@ -106,8 +106,7 @@ def get_batch(tiles, step, rank=0, world=1):
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     tile_size = tiles.meta['tile_size']
-    crop_ids = epoch_ids(crops_per_epoch(tiles), batch_size, step, seed)
-    ids = crop_ids % len(tiles)  # several crops of a tile in each epoch
+    ids = tile_ids(tiles, step)
     corners, side, boxes, flips = draw_crops(batch_size, tile_size, img_size, scale_min, 1.0,
                                              generator, turns)
     num_patches = (img_size // patch_size) ** 2
@@ -115,7 +114,13 @@ def get_batch(tiles, step, rank=0, world=1):
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], side, reuse=True)
+    tiles.read_ahead(tile_ids(tiles, step + 1)[here], side)
     return Batch(raw, boxes[here], flips[here], mask_noise[here])
+
+
+def tile_ids(tiles, step):
+    """The tile of each crop of a step; a large tile is met several times in an epoch."""
+    return epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
 
 
 def crops_per_epoch(tiles):
@@ -386,7 +391,7 @@ if __name__ == '__main__':
         # one step: the crop is the input, and its hidden patches are the target. The network hides
         # patches, encodes the others, decodes, and compares (mean squared error, in models.py)
         x = resized_crop(prepare(batch.raw), batch.boxes, batch.flips, img_size)
-        mask_noise = batch.mask_noise.to(device)
+        mask_noise = batch.mask_noise.to(device, non_blocking=True)
         with autocast:
             loss, _, _ = net(x, mask_ratio, mask_noise)
         scaler.scale(loss).backward()
@@ -394,7 +399,14 @@ if __name__ == '__main__':
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # only measured
 
-        # ---- shell: update the weights; stop if the gradient is not finite
+        # ---- shell: update the weights
+        # where found_inf is 1, fused AdamW leaves them as they are. No one waits to see it here
+        optimizer.found_inf = 1.0 - torch.isfinite(norm).float()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        # ---- shell: stop if the gradient was not finite (here the host waits for the GPU)
         if not torch.isfinite(norm):
             # float16's scaler skips such a step and halves its scale, which is normal at first
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
@@ -402,9 +414,6 @@ if __name__ == '__main__':
                                 ' The weights were left as they were. Look for huge values in the '
                                 f'data (python tools/check_data.py --data={data}), lower the '
                                 'learning rate, or pass --dtype=float32')
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
 
         # ---- log
         step += 1

@@ -487,7 +487,14 @@ if __name__ == '__main__':
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # only measured
 
-        # ---- shell: update the weights; stop if the gradient is not finite
+        # ---- shell: update the weights
+        # where found_inf is 1, fused AdamW leaves them as they are. No one waits to see it here
+        optimizer.found_inf = 1.0 - torch.isfinite(norm).float()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        # ---- shell: stop if the gradient was not finite (here the host waits for the GPU)
         if not torch.isfinite(norm):
             # float16's scaler skips such a step and halves its scale, which is normal at first
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
@@ -495,9 +502,6 @@ if __name__ == '__main__':
                                 ' The weights were left as they were. Look for huge values in the '
                                 f'data (python tools/check_data.py --data={data}), lower the '
                                 'learning rate, or pass --dtype=float32')
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
 
         # ---- log
         step += 1

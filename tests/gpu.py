@@ -1,54 +1,96 @@
-"""What the scripts do on a GPU: are they right, and how fast?
+"""What the scripts do on a GPU: are they right, and how fast? Do they learn?
 
     python tests/gpu.py --minutes=9 --out=gpu            # on a machine with a GPU
     python tests/gpu.py --rehearse --out=gpu             # the same on a CPU at toy sizes
+    python tests/gpu.py --only=right,numbers --out=gpu   # some of its parts
 
-Its checks are in order of worth. Each result is printed and written to OUT/gpu.json at once, so that
-a run that is cut off has told what it could. All checks start the scripts as a user would.
+Its parts are in order of worth. Each result is printed and written to OUT/gpu.json at once, so that
+a run that is cut off has told what it could. A part that fails is noted, and the next one begins.
+Most parts start the scripts as a user would; what each said is in OUT/NAME.txt.
 """
 import argparse
+import contextlib
 import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
-import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PRETRAINERS = ('pretrain_mae.py', 'pretrain_dino.py', 'pretrain_dino_hsi.py')
-# the dissertation's batches, and the FLOPs of a tile (forward and backward, ViT-B/8, 64 px, 32
-# bands; DINOv2: 2 + 8 crops)
-BATCH = {'pretrain_mae.py': 128, 'pretrain_dino.py': 128, 'pretrain_dino_hsi.py': 64}
-FLOPS = {'pretrain_mae.py': 19.21e9, 'pretrain_dino.py': 189.2e9}
-STILL = {'pretrain_mae.py': '--dropout=0', 'pretrain_dino.py': '--drop_path_rate=0',
-         'pretrain_dino_hsi.py': '--drop_path_rate=0'}  # what draws other numbers on a GPU
-PRODUCT = """
-import torch
-a = torch.randn(8192, 8192, device='cuda', dtype=torch.bfloat16)
-b = torch.randn_like(a)
-for _ in range(3):
-    a @ b
-start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-start.record()
-for _ in range(20):
-    a @ b
-end.record()
-torch.cuda.synchronize()
-print(20 * 2 * 8192 ** 3 / start.elapsed_time(end) / 1e9)
-"""
+sys.path.insert(0, ROOT)
+PRETRAINERS = ('pretrain_mae', 'pretrain_dino', 'pretrain_dino_hsi')
+# at --size=base (ViT-B/8, 64 px, 32 bands): the dissertation's batches, and 10^9 FLOPs of a tile,
+# forward and backward, by torch's FlopCounterMode
+BATCH = {'pretrain_mae': 128, 'pretrain_dino': 128, 'pretrain_dino_hsi': 64}
+GFLOP = {'pretrain_mae': 19.3, 'pretrain_dino': 186.7, 'pretrain_dino_hsi': 351.5}
+# without what is drawn on the device: a GPU draws other numbers than a CPU
+STILL = {'pretrain_mae': ['--dropout=0'],
+         'pretrain_dino': ['--drop_path_rate=0', '--noise=0'],
+         'pretrain_dino_hsi': ['--drop_path_rate=0', '--noise=0']}
+
+# Runs a script in a process of its own. The environment says what is to be different: how many GB
+# a small card would have, deterministic algorithms, steps that are profiled.
+LAUNCH = '''
+import atexit, functools, json, os, runpy, sys, time, torch
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+on_gpu = torch.cuda.is_available()
+if on_gpu:
+    atexit.register(lambda: print('peak memory, MiB:', torch.cuda.max_memory_allocated() >> 20))
+    total = torch.cuda.get_device_properties(0).total_memory
+    fraction = float(os.environ.get('CARD_GB', 0)) * 1e9 / total
+    if fraction:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
+if os.environ.get('DETERMINISTIC'):
+    torch.use_deterministic_algorithms(True)
+
+wait = torch.cuda.synchronize if on_gpu else lambda: None
+if os.environ.get('PROFILE'):
+    first, last = 4, 9  # steps of the optimizer
+    if on_gpu:
+        first, last = 30, 40
+    profiler, plain, count = torch.profiler.profile(), torch.optim.AdamW.step, 0
+
+    @functools.wraps(plain)
+    def step(*args, **kwargs):
+        global count, begun
+        result = plain(*args, **kwargs)
+        count += 1
+        if count == first:
+            wait()
+            profiler.start()
+            begun = time.time()
+        if count == last:
+            wait()
+            seconds = time.time() - begun
+            profiler.stop()
+            tell(profiler, seconds)
+        return result
+
+    def tell(profiler, seconds):
+        kernels = [e for e in profiler.events() if e.device_type == torch.profiler.DeviceType.CUDA]
+        busy, end = 0, 0
+        for e in sorted(kernels, key=lambda e: e.time_range.start):
+            busy += max(0, e.time_range.end - max(end, e.time_range.start))
+            end = max(end, e.time_range.end)
+        print('profiled seconds:', seconds, 'busy:', busy / 1e6, flush=True)
+        by = 'self_cuda_time_total' if on_gpu else 'self_cpu_time_total'
+        with open(os.environ['PROFILE'], 'w') as file:
+            file.write(profiler.key_averages().table(sort_by=by, row_limit=40))
+        profiler.export_chrome_trace(os.environ['PROFILE'] + '.json')
+    torch.optim.AdamW.step = step
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
 
 
-def nvidia_smi(query):
-    try:
-        done = subprocess.run(['nvidia-smi', f'--query-gpu={query}',
-                               '--format=csv,noheader,nounits'], capture_output=True, text=True)
-    except OSError:
-        return ''
-    return done.stdout.strip().split('\n')[0]
-
+# ============ tools ============
 
 def keep(name, value):
     results[name] = value
@@ -57,42 +99,60 @@ def keep(name, value):
         json.dump(results, file, indent=1)
 
 
-def run(script, name, *flags, on_cpu=False, stop_after=0):
-    """Run a script with out_dir OUT/name -> its exit code, what it said, log and peak memory"""
+def enough_time(seconds):
+    return time.time() + seconds < deadline
+
+
+def run(script, name, *flags, on_cpu=False, stop_after=0, **environment):
+    """Run a script with out_dir OUT/name -> facts (exit code, ...), the entries of its log"""
     folder = os.path.join(out, name)
-    command = [sys.executable, os.path.join(ROOT, script), *flags, f'--out_dir={folder}']
+    path = os.path.join(ROOT, f'{script}.py')
+    command = [sys.executable, '-c', LAUNCH, path, *flags, f'--out_dir={folder}']
     environment = {**os.environ, 'TORCH_LOGS': 'recompiles', 'PYTHONUNBUFFERED': '1',
-                   'OMP_NUM_THREADS': '2', 'TORCHINDUCTOR_COMPILE_THREADS': '8'}
+                   'CUBLAS_WORKSPACE_CONFIG': ':4096:8', **environment}
     if on_cpu:
         environment['CUDA_VISIBLE_DEVICES'] = ''
-    process = subprocess.Popen(command, cwd=out, env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, errors='replace')
-    memory = [0]
-
-    def watch():
-        while process.poll() is None:
-            memory[0] = max(memory[0], int(nvidia_smi('memory.used') or 0))
-            time.sleep(0.5)
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        if stop_after:
-            time.sleep(stop_after)
-            process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=max(20, min(200, deadline - time.time())))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        said, _ = process.communicate()
-    with open(os.path.join(out, f'{name}.txt'), 'w', encoding='utf-8') as file:
-        file.write(said)
-    log = []
-    if os.path.exists(os.path.join(folder, 'log.jsonl')):
-        with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as file:
-            log = [json.loads(line) for line in file]
-    facts = {'exit code': process.returncode, 'recompilations': said.count('Recompiling function'),
-             'peak memory MiB': memory[0]}
+    with open(f'{folder}.txt', 'w+', encoding='utf-8', errors='replace') as said:
+        process = subprocess.Popen(command, cwd=out, env=environment, stdout=said,
+                                   stderr=subprocess.STDOUT)
+        try:
+            if stop_after:  # entries of the log
+                log_path = os.path.join(folder, 'log.jsonl')
+                while process.poll() is None and len(read_log(log_path)) < stop_after:
+                    time.sleep(0.2)
+                process.send_signal(signal.SIGTERM)
+            process.wait(timeout=max(20, min(240, deadline - time.time())))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        said.seek(0)
+        text = said.read()
+    facts = {'exit code': process.returncode,
+             'recompilations': text.count('Recompiling function')}
+    peak = re.search(r'peak memory, MiB: (\d+)', text)
+    if peak:
+        facts['peak memory, MiB'] = int(peak[1])
+    profiled = re.search(r'profiled seconds: (\S+) busy: (\S+)', text)
+    if profiled and float(profiled[2]):
+        # the profiler slows the host: without it the GPU waits less
+        facts['GPU waits, at most'] = round(1 - float(profiled[2]) / float(profiled[1]), 3)
     if process.returncode:
-        facts['last words'] = said[-1200:]
-    return facts, log
+        facts['last words'] = text[-1200:]
+    return facts, read_log(os.path.join(folder, 'log.jsonl'))
+
+
+def read_log(path):
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding='utf-8') as file:
+        return [json.loads(line) for line in file if line.endswith('\n')]
+
+
+def side_by_side(runs):
+    """run(*args, **kwargs) of each of (args, kwargs), all at once: for what is not timed"""
+    with ThreadPoolExecutor(1 if rehearse else len(runs)) as pool:
+        waiting = [pool.submit(run, *args, **kwargs) for args, kwargs in runs]
+        return [one.result() for one in waiting]
 
 
 def losses(log):
@@ -105,27 +165,36 @@ def difference(log, other):
     return max(abs(a - b) / abs(b) for a, b in pairs) if pairs else None
 
 
-def enough_time(seconds):
-    return time.time() + seconds < deadline
+def seconds(function, rounds=5):
+    """Median time of one call, the device's work included"""
+    times = []
+    for _ in range(rounds + 1):
+        wait()
+        start = time.perf_counter()
+        function()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
 
 
-def side_by_side(runs):
-    """run(*args, **kwargs) of each of (args, kwargs), all at once: for what is not timed"""
-    with ThreadPoolExecutor(len(runs)) as pool:
-        waiting = [pool.submit(run, *args, **kwargs) for args, kwargs in runs]
-        return [one.result() for one in waiting]
+def few_steps(*more):
+    return [f'--data={demo}', '--log_every=1', '--eval_every=1000', '--probe_tiles=4',
+            '--batch_size=16', *more]
 
+
+# ============ right? ============
 
 def check_right():
-    """Ten steps of each script on the demo: against the CPU, compiled, in bfloat16 and float16"""
-    tiny = [f'--data={data}', '--log_every=1', '--max_steps=10', '--eval_every=1000',
-            '--batch_size=16', '--probe_tiles=4']
-    variants = {'cpu': ['--dtype=float32'], 'gpu': ['--dtype=float32', '--compile=false'],
-                'compiled': ['--dtype=float32'], 'bfloat16': ['--dtype=bfloat16', '--compile=false'],
-                'float16': ['--dtype=float16', '--compile=false']}
-    runs = [((script, f'{script[:-3]}_{name}', *tiny, STILL[script], *flags),
-             {'on_cpu': name == 'cpu'})
-            for script in PRETRAINERS for name, flags in variants.items()]
+    """Ten steps of each script: against the CPU, compiled, in bfloat16 and float16"""
+    exact = {'NVIDIA_TF32_OVERRIDE': '0'}  # no TF32
+    variants = {'cpu': (['--dtype=float32'], {'on_cpu': True}),
+                'gpu': (['--dtype=float32', '--compile=false'], exact),
+                'compiled': (['--dtype=float32'], exact),
+                'bfloat16': (['--dtype=bfloat16', '--compile=false'], {}),
+                'float16': (['--dtype=float16', '--compile=false'], {})}
+    runs = [((script, f'{script}_{name}', *few_steps('--max_steps=10'), *STILL[script], *flags),
+             options)
+            for script in PRETRAINERS for name, (flags, options) in variants.items()]
     done = side_by_side(runs)
     for i, script in enumerate(PRETRAINERS):
         found = dict(zip(variants, done[i * len(variants):]))
@@ -136,37 +205,78 @@ def check_right():
             keep(f'{script}, ten losses: {name} against {base}', facts)
 
 
+def check_numbers():
+    """Whitening and the solved decoder are in full float32, also where TF32 is allowed"""
+    generator = torch.Generator().manual_seed(0)
+    C, n, K = 32, 2000, 5
+    mixing = torch.randn(C, C, generator=generator) * torch.logspace(0, -3, C)
+    pixels = 1000 + 300 * torch.randn(4096, C, generator=generator) @ mixing.T
+    meta = {'mean': pixels.mean(0).tolist(), 'covariance': torch.cov(pixels.T.double()).tolist()}
+    mean, matrix = data.standardization(meta, whiten=16)
+    raw = pixels.T.reshape(1, C, 64, 64)
+    exact = torch.einsum('kc,bchw->bkhw', matrix.double(),
+                         (raw - mean[:, None, None]).double())
+    torch.set_float32_matmul_precision('high')
+    with torch.autocast(device.type, torch.bfloat16):
+        white = data.standardize(raw.to(device), mean.to(device), matrix.to(device)).cpu()
+    error = ((white - exact).abs().max() / exact.abs().max()).item()
+    keep('whitening: error beside float64, relative', error)
+
+    x = torch.randn(n, 64, generator=generator)
+    y = (x @ torch.randn(64, K, generator=generator)
+         + 2 * torch.randn(n, K, generator=generator)).argmax(1)
+    on_cpu = data.fit_logistic(x, y, K)
+    with torch.autocast(device.type, torch.bfloat16):
+        here = data.fit_logistic(x.to(device), y.to(device), K).cpu()
+    both = (x @ on_cpu[:-1] + on_cpu[-1]).argmax(1) == (x @ here[:-1] + here[-1]).argmax(1)
+    keep('solved decoder, beside the CPU',
+         {'pixels with the same class': both.float().mean().item(),
+          'largest difference of weights': (on_cpu - here).abs().max().item()})
+
+
 def check_resume():
-    """12 steps = 7 + 5 steps, in default precision; SIGTERM"""
-    flags = [f'--data={data}', '--log_every=1', '--eval_every=1000', '--batch_size=16',
-             '--probe_tiles=4', '--compile=false']
-    names = [script.removesuffix('.py') for script in PRETRAINERS]
-    whole = side_by_side([((script, f'{name}_12', *flags, '--max_steps=12'), {})
-                          for script, name in zip(PRETRAINERS, names)]
-                         + [((script, f'{name}_7_5', *flags, '--max_steps=7'), {})
-                            for script, name in zip(PRETRAINERS, names)])
-    resumed = side_by_side([((script, f'{name}_7_5', *flags, '--max_steps=12'), {})
-                            for script, name in zip(PRETRAINERS, names)]
-                           + [((PRETRAINERS[0], 'sigterm', *flags, '--steps=100000'),
-                               {'stop_after': 25})])
+    """12 steps = 7 + 5 steps, in the default precision; SIGTERM"""
+    def lengths(steps, place, **environment):
+        return [((script, f'{script}_{place}', *few_steps(f'--max_steps={steps}',
+                                                          '--compile=false')), environment)
+                for script in PRETRAINERS]
+    endless = few_steps('--steps=100000', '--compile=false')
+    whole = side_by_side(lengths(12, '12') + lengths(7, '7_5'))
+    resumed = side_by_side(lengths(12, '7_5')
+                           + [((PRETRAINERS[0], 'sigterm', *endless), {'stop_after': 3})])
     for script, (_, log), (facts, other) in zip(PRETRAINERS, whole, resumed):
-        keep(f'{script}, 12 = 7 + 5 steps', {**facts, 'equal': losses(log) == losses(other),
+        equal = losses(log) == losses(other)
+        keep(f'{script}, 12 = 7 + 5 steps', {**facts, 'equal': equal,
                                              'difference': difference(other, log)})
+        if not equal and enough_time(60):
+            strict = {'DETERMINISTIC': '1'}
+            runs = lengths(12, '12_strict', **strict), lengths(7, '7_5_strict', **strict)
+            for attempt in (*runs, lengths(12, '7_5_strict', **strict)):
+                done = side_by_side([attempt[PRETRAINERS.index(script)]])
+                logs = done if attempt is runs[0] else [logs[0], *done]
+            keep(f'{script}, 12 = 7 + 5 steps, deterministic algorithms',
+                 {'equal': losses(logs[0][1]) == losses(logs[-1][1])})
     facts, log = resumed[-1]
     facts.pop('last words', None)  # it is meant to end with 143
     keep('SIGTERM', {**facts, 'steps in the log': len(log)})
 
 
 def check_judges():
-    """The other scripts on what was trained above"""
+    """The other scripts on an encoder that was trained here"""
     encoder = os.path.join(out, 'pretrain_dino_hsi_12', 'last.pt')
+    if not os.path.exists(encoder):
+        run('pretrain_dino_hsi', 'pretrain_dino_hsi_12', *few_steps('--max_steps=12'))
     few = ['--steps=20', '--eval_every=10']
-    runs = [('segment.py', 'logistic', f'--encoder={encoder}'),
-            ('segment.py', 'conv', f'--encoder={encoder}', '--decoder=conv', *few),
-            ('segment.py', 'tuned', f'--encoder={encoder}', '--decoder=linear', '--freeze=false',
+    if rehearse:
+        few = ['--steps=2', '--eval_every=2', '--batch_size=2']
+    runs = [('segment', 'logistic', f'--encoder={encoder}'),
+            ('segment', 'conv', f'--encoder={encoder}', '--decoder=conv', *few),
+            ('segment', 'tuned', f'--encoder={encoder}', '--decoder=linear', '--freeze=false',
              *few),
-            ('baseline_deeplab.py', 'deeplab', f'--data={data}', *few),
-            ('viz_attention.py', 'attention', f'--encoders={encoder}', f'--data={data}')]
+            ('baseline_deeplab', 'deeplab', f'--data={demo}', *few),
+            ('viz_attention', 'attention', f'--encoders={encoder}', f'--data={demo}')]
+    if rehearse:
+        runs = runs[1:4:2]
     for (script, name, *_), (facts, _) in zip(runs, side_by_side([(args, {}) for args in runs])):
         report = os.path.join(out, name, 'report.json')
         if os.path.exists(report):
@@ -175,55 +285,265 @@ def check_judges():
         keep(f'{script}, {name}', facts)
 
 
-def check_fast(compiled):
-    """ViT-B/8 at the dissertation's batches: ms a step, tiles/s, share of a product's rate"""
-    for script in PRETRAINERS:
-        if not enough_time(60):
-            return
-        batch = 4 if rehearse else BATCH[script]
-        size = [] if rehearse else ['--size=base']
-        facts, log = run(script, f'base_{script[:-3]}_{compiled}', *size,
-                         f'--data={data}', f'--batch_size={batch}', '--max_steps=60',
-                         '--log_every=10', '--eval_every=100000', '--save_every=100000',
-                         f'--compile={compiled}', '--probe_tiles=4')
-        timed = [entry for entry in log if 'seconds' in entry and entry['step'] >= 20]
-        if len(timed) > 1:
-            seconds = timed[-1]['seconds'] - timed[0]['seconds']
-            step_s = seconds / (timed[-1]['step'] - timed[0]['step'])
-            facts |= {'ms a step': round(1000 * step_s, 1), 'tiles/s': round(batch / step_s),
-                      'losses': [round(loss, 4) for loss in losses(log)]}
-            if script in FLOPS and product:
-                rate = FLOPS[script] * batch / step_s / 1e12
-                facts |= {'TFLOP/s': round(rate, 1), 'share of a product': round(rate / product, 3)}
-        keep(f'{script}, base, {"compiled" if compiled else "eager"}', facts)
+# ============ fast? ============
 
+def base(batch, *more):
+    """Flags of a run at the dissertation's size, or of a toy"""
+    if rehearse:
+        more = ['--max_steps=12', *more]
+        return [f'--data={demo}', '--batch_size=2', '--log_every=2', '--eval_every=100000',
+                '--probe_tiles=2', *more]
+    return ['--size=base', f'--data={demo}', f'--batch_size={batch}', '--log_every=10',
+            '--eval_every=100000', '--save_every=100000', '--probe_tiles=4', *more]
+
+
+def speed(log, batch, script=''):
+    """Time of a step, from the log's entries after the first third"""
+    timed = [entry for entry in log if 'seconds' in entry]
+    timed = timed[len(timed) // 3:]
+    if len(timed) < 2:
+        return {}
+    step_s = ((timed[-1]['seconds'] - timed[0]['seconds'])
+              / (timed[-1]['step'] - timed[0]['step']))
+    facts = {'ms a step': round(1000 * step_s, 1), 'tiles/s': round(batch / step_s)}
+    if script in GFLOP and not rehearse:
+        rate = GFLOP[script] * batch / step_s / 1000
+        facts |= {'TFLOP/s': round(rate, 1), 'share of the product': round(rate / product(), 3)}
+    return facts
+
+
+measured = []
+
+
+def product():
+    """TFLOP/s of a bfloat16 matrix product of 8192 cubed, measured once"""
+    if not measured:
+        n = 256 if rehearse else 8192
+        a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+        measured.append(2 * n ** 3 / seconds(lambda: [a @ b for _ in range(10)]) * 10 / 1e12)
+        keep('bfloat16 product, TFLOP/s', measured[0])
+    return measured[0]
+
+
+def check_fast():
+    """ViT-B/8 at the dissertation's batches, compiled: first all compile, side by side, then each
+    is timed alone"""
+    product()
+    short = ['--max_steps=3'] * (not rehearse)
+    side_by_side([((script, f'warm_{script}', *base(BATCH[script], *short)), {})
+                  for script in PRETRAINERS[rehearse * 2:]])
+    for script in PRETRAINERS:
+        timed(script, 'compiled', '--max_steps=90')
+
+
+def check_eager():
+    for script in PRETRAINERS:
+        timed(script, 'eager', '--compile=false', '--max_steps=70')
+
+
+def timed(script, kind, *flags):
+    if not enough_time(30):
+        return
+    batch = 2 if rehearse else BATCH[script]
+    if rehearse:
+        flags = [flag for flag in flags if 'max_steps' not in flag]
+    facts, log = run(script, f'base_{script}_{kind}', *base(batch, *flags))
+    keep(f'{script}, base, {kind}', {**facts, **speed(log, batch, script)})
+    if not enough_time(30):
+        return
+    # again with the profiler, which slows the host: OUT/NAME_profile.txt and its trace
+    path = os.path.join(out, f'base_{script}_{kind}_profile.txt')
+    short = ['--max_steps=41'] * (not rehearse)
+    facts, log = run(script, f'profile_{script}_{kind}', *base(batch, *flags, *short),
+                     PROFILE=path)
+    keep(f'{script}, base, {kind}, profiled', facts)
+
+
+def check_paths():
+    """Reading, drawing and augmentation alone; the solved decoder; a map of a large scene"""
+    for name in PRETRAINERS:
+        script = __import__(name)
+        preset = {} if rehearse else {**script.PRESETS['base'], 'size': 'base'}
+        batch = 4 if rehearse else BATCH[name]
+        for constant, value in {**preset, 'batch_size': batch}.items():
+            setattr(script, constant, value)
+        tiles = data.Tiles(demo, 'tr', pin_memory=on_gpu)
+        steps = iter(range(1000))
+        keep(f'{name}: reading and drawing a batch of {batch}, ms',
+             round(1000 * seconds(lambda: script.get_batch(tiles, next(steps)), 20), 2))
+        if name == 'pretrain_mae':
+            continue
+        mean, matrix = (t.to(device) for t in data.standardization(tiles.meta, script.whiten))
+        values = data.Statistics(mean, torch.tensor(tiles.meta['std'], device=device), matrix)
+        here = script.to_device(script.get_batch(tiles, 0), device)
+        crops = seconds(lambda: script.make_crops(here, values, tiles.meta['nodata'], 0), 10)
+        keep(f'{name}: crops and light of a batch of {batch}, ms', round(1000 * crops, 2))
+
+    n, width = (500, 32) if rehearse else (50_000, 4 * 768)
+    x, y = torch.randn(n, width, device=device), torch.randint(0, 24, (n,), device=device)
+    keep(f'solved decoder, {n} pixels of {width} features, s',
+         round(seconds(lambda: data.fit_logistic(x, y, 24, 50), 1), 3))
+    del x, y
+
+    side, size = (64, 'tiny') if rehearse else (4000, 'base')
+    encoder = models.ViT(64, 8, 32, **models.SIZES[size])
+    segmenter = models.build_segmenter(encoder, 24, 'linear', True, True).to(device).eval()
+    scene = np.zeros((32, side, side), np.int16)
+
+    def classes(raw):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            return segmenter(raw.to(device).float()).float().softmax(1)
+
+    start = time.perf_counter()
+    rows = sum(part.shape[1] for _, part in data.sliding_window(classes, scene, 64, 32, 24, 64))
+    keep(f'map of {rows} x {side} px, ViT-{size}, windows at half a step, s',
+         round(time.perf_counter() - start, 2))
+
+
+def check_deeplab():
+    """DeepLab at 512 px, batch 8"""
+    side, batch = (16, 2) if rehearse else (512, 8)
+    rng = np.random.default_rng(0)
+    scene = os.path.join(out, 'large.npz')
+    cube = rng.integers(0, 3000, (6 * side, 6 * side, 32), dtype=np.uint16)
+    np.savez(scene, cube=cube, labels=rng.integers(1, 25, cube.shape[:2], dtype=np.uint8))
+    del cube
+    tiles = os.path.join(out, 'large')
+    subprocess.run([sys.executable, os.path.join(ROOT, 'data.py'), 'tile', f'--root={scene}',
+                    f'--out={tiles}', f'--tile_size={side}', '--split_block=1'], check=True,
+                   stdout=subprocess.DEVNULL)
+    os.remove(scene)
+    for kind in ('true', 'false'):
+        if enough_time(45):
+            facts, log = run('baseline_deeplab', f'deeplab_{side}_{kind}', f'--data={tiles}',
+                             f'--batch_size={batch}', '--steps=1000', '--log_every=5',
+                             f'--max_steps={10 if rehearse else 40}', '--eval_every=1000',
+                             '--width=8' if rehearse else '--width=64', f'--compile={kind}')
+            keep(f'baseline_deeplab, {side} px, batch {batch}, compile={kind}',
+                 {**facts, **speed(log, batch)})
+
+
+def check_memory():
+    """The largest batch at --size=base on cards of 16 and 24 GB, and on this one: the
+    dissertation's batch, halved until it fits or doubled until it does not; eager"""
+    steps = ['--compile=false', '--max_steps=3']
+
+    def fits(script, batch, card):
+        name = f'memory_{script}_{card}_{batch}'
+        facts, log = run(script, name, *base(batch, *steps), CARD_GB=str(card))
+        return facts['exit code'] == 0, facts
+
+    def largest(script, card):
+        batch = BATCH[script]
+        if rehearse:
+            return batch, fits(script, batch, card)[1]
+        while batch > 1 and enough_time(20):
+            good, facts = fits(script, batch, card)
+            if good:
+                return batch, facts
+            batch //= 2
+        return 0, {}
+    cases = [(script, card) for card in (16, 24) for script in PRETRAINERS]
+    cases = cases[:1] if rehearse else cases
+    with ThreadPoolExecutor(3) as pool:
+        for (script, card), (batch, facts) in zip(cases, pool.map(lambda c: largest(*c), cases)):
+            keep(f'{script}, base, a card of {card} GB', {'batch that fits': batch, **facts})
+    for script in PRETRAINERS[:0 if rehearse else 3]:
+        for factor in (2, 4, 8):
+            if not enough_time(40):
+                return
+            batch = factor * BATCH[script]
+            facts, log = run(script, f'large_{script}_{batch}',
+                             *base(batch, '--compile=false', '--log_every=5', '--max_steps=20'))
+            keep(f'{script}, base, eager, batch {batch}', {**facts, **speed(log, batch, script)})
+            if facts['exit code']:
+                break
+
+
+def check_peer():
+    """transformers' ViTMAEForPreTraining at the same sizes, where it is installed"""
+    with contextlib.suppress(ImportError):
+        from transformers import ViTMAEConfig, ViTMAEForPreTraining
+        sizes = dict(image_size=64, patch_size=8, num_channels=32)
+        if rehearse:
+            sizes |= dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3,
+                          intermediate_size=96, decoder_hidden_size=48,
+                          decoder_num_hidden_layers=1, decoder_num_attention_heads=3)
+        model = ViTMAEForPreTraining(ViTMAEConfig(**sizes)).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        batch = 2 if rehearse else BATCH['pretrain_mae']
+        x = torch.randn(batch, 32, 64, 64, device=device)
+
+        def step():
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = model(x).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for kind in ('eager', 'compiled')[:1 if rehearse else 2]:
+            if kind == 'compiled':
+                model.compile()
+            ms = 1000 * seconds(lambda: [step() for _ in range(5)], 5) / 5
+            keep(f'peer: ViTMAEForPreTraining, batch {batch}, {kind}',
+                 {'ms a step': round(ms, 1), 'tiles/s': round(1000 * batch / ms)})
+        return
+    keep('peer', 'transformers is not installed')
+
+
+# ============ does it learn? ============
+
+def check_learns():
+    """pretrain_mae.py --size=small on the demo: the probe over the steps"""
+    flags = ['--size=small', '--steps=2000', '--eval_every=500']
+    if rehearse:
+        flags = ['--steps=4', '--eval_every=2', '--batch_size=4', '--probe_tiles=4']
+    facts, log = run('pretrain_mae', 'learns', f'--data={demo}', *flags)
+    probes = {entry['step']: round(entry['probe_miou'], 4)
+              for entry in log if 'probe_miou' in entry}
+    keep('pretrain_mae, small, probe mIoU over steps', {**facts, 'probe': probes})
+
+
+PARTS = {'right': check_right, 'numbers': check_numbers, 'resume': check_resume,
+         'fast': check_fast, 'eager': check_eager, 'paths': check_paths, 'learns': check_learns,
+         'judges': check_judges, 'deeplab': check_deeplab, 'memory': check_memory,
+         'peer': check_peer}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--minutes', type=float, default=9)
     parser.add_argument('--out', default='gpu')
-    parser.add_argument('--rehearse', action='store_true')
-    parser.add_argument('--only', default='right,fast,resume,judges,eager')
+    parser.add_argument('--rehearse', action='store_true', help='toy sizes, on the CPU')
+    parser.add_argument('--only', default=','.join(PARTS), help='some of the parts')
     arguments = parser.parse_args()
     out, rehearse = os.path.abspath(arguments.out), arguments.rehearse
     started = time.time()
     deadline = started + 60 * arguments.minutes
     os.makedirs(out, exist_ok=True)
     results = {}
-    keep('card', nvidia_smi('name,memory.total,driver_version'))
+    if rehearse:
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
     import torch
+
+    import data
+    import models
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not rehearse:
+        sys.exit('no GPU here: python tests/gpu.py --rehearse runs the same on a CPU')
+    device = torch.device('cuda' if on_gpu else 'cpu')
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     keep('torch', torch.__version__)
-    product = 0.0
-    if not rehearse:
-        done = subprocess.run([sys.executable, '-c', PRODUCT], capture_output=True, text=True)
-        product = float(re.findall(r'[\d.]+', done.stdout or '0')[0])
-        keep('bfloat16 product, TFLOP/s', product or done.stderr[-500:])
-    data = os.path.join(out, 'demo')
-    subprocess.run([sys.executable, os.path.join(ROOT, 'data.py'), 'demo', f'--out={data}'],
-                   check=True, stdout=subprocess.DEVNULL)
-    checks = {'right': check_right, 'fast': lambda: check_fast(True), 'resume': check_resume,
-              'judges': check_judges, 'eager': lambda: check_fast(False)}
-    for name in arguments.only.split(','):
-        checks[name]()
+    if on_gpu:
+        memory = torch.cuda.get_device_properties(0).total_memory
+        keep('card', f'{torch.cuda.get_device_name(0)}, {memory / 1e9:.0f} GB')
+    demo = os.path.join(out, 'demo')
+    data.demo(data.parse(['demo', f'--out={demo}']))
+    for part in arguments.only.split(','):
+        if not enough_time(15):
+            keep(f'part {part}', 'not run: the time is up')
+            continue
+        try:
+            PARTS[part]()
+        except Exception:
+            keep(f'part {part}', {'failed': traceback.format_exc()[-1200:]})
     keep('minutes left', round((deadline - time.time()) / 60, 1))

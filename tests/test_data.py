@@ -1,6 +1,7 @@
 """Reading, tiling, labels, scores, augmentation and floors."""
 import functools
 import glob
+import importlib
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -746,9 +748,74 @@ def test_a_data_loader_takes_tiles(workers, scene_data, tmp_path):
     np.testing.assert_array_equal(images, Tiles(str(tmp_path / 't'), 'tr').images)
 
 
-def test_an_epoch_visits_every_tile_once():
-    seen = np.concatenate([data.epoch_ids(10, 4, step, seed=0) for step in range(5)])
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10].tolist() != seen[10:].tolist()
+@pytest.mark.parametrize('windows, batch', [(10, 4), (1, 3), (2, 2), (7, 20), (97, 10), (1000, 64)])
+def test_an_epoch_visits_every_window_once_in_an_order_of_its_own(windows, batch):
+    steps = -(-3 * windows // batch)
+    seen = np.concatenate([data.epoch_ids(windows, batch, step, seed=0) for step in range(steps)])
+    epochs = seen[:3 * windows].reshape(3, windows)
+    assert (np.sort(epochs) == np.arange(windows)).all()
+    if windows > 5:
+        other = np.concatenate([data.epoch_ids(windows, windows, step, seed=1) for step in range(3)]).reshape(3, windows)
+        orders = {tuple(order) for order in (*epochs, *other, range(windows))}
+        assert len(orders) == 7  # each epoch and each seed has its own, and none is the stored order
+
+
+def test_windows_of_a_step_do_not_depend_on_the_steps_before():
+    later = data.epoch_ids(1000, 64, 40, seed=3)
+    stream = np.concatenate([data.epoch_ids(1000, 32, step, seed=3) for step in range(82)])
+    np.testing.assert_array_equal(later, stream[40 * 64:41 * 64])
+
+
+def test_the_order_of_windows_is_random():
+    n, epochs = 30, 2000
+    orders = np.stack([data.shuffled(np.arange(n), n, [0, epoch]) for epoch in range(epochs)])
+    counts = np.stack([np.bincount(orders[:, place], minlength=n) for place in range(n)])
+    chance = np.sqrt(epochs / n * (1 - 1 / n))
+    assert abs(counts - epochs / n).max() < 4.5 * chance  # each window is at each place equally often
+    jumps = np.bincount((np.diff(orders) % n).ravel(), minlength=n)[1:]
+    assert abs(jumps / jumps.mean() - 1).max() < 0.1  # and followed by each other one
+    large = data.shuffled(np.arange(20_000), 20_000, [0, 0])
+    assert abs(np.corrcoef(large[:-1], large[1:])[0, 1]) < 0.03 and abs(np.corrcoef(large, np.arange(20_000))[0, 1]) < 0.03
+
+
+def test_billions_of_windows_are_drawn_without_a_list_of_them():
+    tracemalloc.start()
+    ids = data.epoch_ids(10 ** 10, 64, 123_456_789, seed=0)
+    memory = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert memory < 1e6 and len(set(ids.tolist())) == 64 and 0 <= ids.min() and 5e9 < ids.max() < 10 ** 10
+
+
+def test_tiles_that_are_read_ahead_are_those_of_the_next_batch(scene_data, monkeypatch):
+    tiles, asked = Tiles(scene_data, 'tr'), []
+    monkeypatch.setattr(os, 'posix_fadvise', lambda fd, start, length, advice: asked.append((os.readlink(f'/proc/self/fd/{fd}'), start, length, advice)), raising=False)
+    tiles.read_ahead(np.array([3, 0]))
+    for (path, start, length, advice), (kind, stored, i) in zip(asked, [('images', tiles.images, 3), ('images', tiles.images, 0), ('labels', tiles.labels, 3),
+                                                                          ('labels', tiles.labels, 0)], strict=True):
+        with open(path, 'rb') as file:
+            file.seek(start)
+            assert file.read(length) == stored[i].tobytes() and kind in path and advice == os.POSIX_FADV_WILLNEED
+    asked.clear()
+    tiles.read_ahead([1], side=4)  # a small window of a tile of 16 px: most would be read for nothing
+    assert not asked
+    Tiles(scene_data, 'tr', label_share=0.5).read_ahead([1])  # its labels are in memory
+    assert len(asked) == 1
+    monkeypatch.delattr(os, 'posix_fadvise')
+    tiles.read_ahead([0])  # a system that cannot
+
+
+@pytest.mark.parametrize('script', ['pretrain_mae', 'pretrain_dino_hsi'])
+def test_the_tiles_of_the_next_step_are_read_ahead(script, scene_data, monkeypatch):
+    script = importlib.import_module(script)
+    for name, value in dict(img_size=16, local_crops_size=8, patch_size=4, batch_size=6).items():
+        monkeypatch.setattr(script, name, value, raising=False)
+    tiles, read, ahead = Tiles(scene_data, 'tr'), [], []
+    plain = tiles.batch
+    tiles.batch = lambda ids, *args, **kwargs: (read.append(list(ids)), plain(ids, *args, **kwargs))[1]
+    tiles.read_ahead = lambda ids, side: ahead.append(list(ids))
+    for step in range(4):
+        script.get_batch(tiles, step, rank=1, world=2)
+    assert read[1:] == ahead[:-1] and len(read[0]) == 3
 
 
 def test_resized_crop_is_torchs_bilinear_with_antialias_and_turns_labels_alike():

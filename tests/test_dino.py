@@ -271,6 +271,18 @@ def test_only_masked_tokens_go_through_the_head(script, flags):
         assert [len(value) for value in stream] == [len(big), len(big), len(row), len(small)]
 
 
+def test_what_no_one_asks_for_is_spared_the_last_mlp_and_changes_nothing(monkeypatch):
+    model, seen = small_model(pretrain_dino).eval(), []
+    big, mask, rows, small = inputs(pretrain_dino)
+    model.student.encoder.blocks[-1].mlp.register_forward_hook(lambda mlp, args, out: seen.append(args[0].shape[1]))
+    with_patches = model(big, mask, rows, small)
+    cls_alone = model(big, mask, rows[:0], small)
+    assert seen == [19, 1, 1, 1]  # cls, 2 registers and 16 patches; cls of local crops; cls alone
+    torch.testing.assert_close(cls_alone.cls_features, with_patches.cls_features)
+    torch.testing.assert_close(cls_alone.global_logits, with_patches.global_logits)
+    torch.testing.assert_close(with_patches.local_logits, model.student.head(model.student.encoder(small)[:, 0]))
+
+
 @each_variant
 def test_compiles_without_graph_breaks_for_both_crop_sizes(script, flags):
     from torch._dynamo.testing import CompileCounter
@@ -357,13 +369,53 @@ def test_block_masks_have_their_counts_and_are_blocks(script, constants):
     assert not script.block_masks(64, 8, 8, np.random.default_rng(0)).any()
 
 
+def masks_one_by_one(n, side, rng, probability, low, high):
+    """The masks as BEiT draws them: crop by crop, rectangle by rectangle."""
+    masks, count = np.zeros((n, side, side), bool), round(n * probability)
+    for image, level in zip(rng.permutation(n)[:count], rng.permutation(count)):
+        mask, wanted = masks[image], max(1, round((low + (high - low) * (level + rng.random()) / count) * side * side))
+        while mask.sum() < wanted:
+            area, aspect = rng.uniform(0.3, 1) * (wanted - mask.sum()), np.exp(rng.uniform(-1.2, 1.2))
+            height, width = (int(np.clip(round(math.sqrt(part)), 1, side)) for part in (area * aspect, area / aspect))
+            top, left = rng.integers(side - height + 1), rng.integers(side - width + 1)
+            mask[top:top + height, left:left + width] = True
+        masked = np.flatnonzero(mask)
+        mask.flat[rng.permutation(masked)[:len(masked) - wanted]] = False
+    return masks
+
+
+def shape_of_masks(masks):
+    """What tells masks apart: shares of masked patches with a masked neighbour below, beside, none; of corner and middle; the middle half of counts"""
+    padded = np.pad(masks, ((0, 0), (1, 1), (1, 1))).astype(int)
+    neighbours = padded[:, 2:, 1:-1] + padded[:, :-2, 1:-1] + padded[:, 1:-1, 2:] + padded[:, 1:-1, :-2]
+    counts, total = masks.sum((1, 2)), masks.sum()
+    return np.array([(masks[:, 1:] & masks[:, :-1]).sum() / total, (masks[:, :, 1:] & masks[:, :, :-1]).sum() / total, (masks & (neighbours == 0)).sum() / total,
+                     masks[:, 0, 0].mean(), masks[:, 4, 4].mean(), masks.all(2).any(1).mean(), *np.quantile(counts[counts > 0], [0.25, 0.75]) / 64])
+
+
+@each_script
+def test_masks_of_a_batch_at_once_are_as_those_drawn_one_by_one(script, constants):
+    constants(script, mask_probability=0.8, mask_ratio_min=0.3, mask_ratio_max=0.7)
+    at_once = script.block_masks(3000, 8, 8, np.random.default_rng(0)).numpy().reshape(-1, 8, 8)
+    one_by_one = masks_one_by_one(3000, 8, np.random.default_rng(1), 0.8, 0.3, 0.7)
+    np.testing.assert_allclose(shape_of_masks(at_once), shape_of_masks(one_by_one), atol=0.03)
+    np.testing.assert_allclose(shape_of_masks(at_once)[:3], shape_of_masks(one_by_one)[:3], atol=0.006)
+    counts = np.sort(at_once.sum((1, 2)))
+    assert (counts == np.sort(one_by_one.sum((1, 2)))).mean() > 0.9  # evenly spread ratios, exact counts
+
+
 def test_band_masks_are_runs_of_neighbours(constants):
     constants(pretrain_dino_hsi, mask_probability=0.5, mask_ratio_min=0.3, spectral_mask_ratio_max=0.6)
     masks = pretrain_dino_hsi.band_masks(200, 16, np.random.default_rng(0))
     assert (masks.any(1)).sum() == 100
+    lengths, starts = [], []
     for mask in masks[masks.any(1)]:
         where = mask.nonzero()[:, 0]
         assert 5 <= len(where) <= 10 and where[-1] - where[0] == len(where) - 1
+        lengths.append(len(where)), starts.append(where[0].item())
+    assert set(lengths) == {5, 6, 7, 8, 9, 10} and min(starts) == 0 and max(starts) == 11  # all lengths, anywhere
+    constants(pretrain_dino_hsi, mask_probability=0.0)
+    assert not pretrain_dino_hsi.band_masks(200, 16, np.random.default_rng(0)).any()
 
 
 SMALL_BATCH = dict(img_size=16, patch_size=4, batch_size=8, global_scale_min=0.4, local_scale_min=0.15, local_scale_max=0.4, local_crops_number=3, blur=0.5,

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain_mae
 from conftest import MAE_TINY, ROOT, made_once, make_scene, run
@@ -148,6 +149,59 @@ def test_sigterm_loses_nothing(script, processes, scene_data, whole, tmp_path):
         assert equal(weights(whole(script)), weights(tmp_path / 'run'))
 
 
+class HostReads(TorchDispatchMode):
+    """Tells `note` of each operation whose result the host has to wait for: on a GPU it drains the queue of work."""
+
+    def __init__(self, note):
+        super().__init__()
+        self.note = note
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        by_truth = function is torch.ops.aten.index.Tensor and any(ids is not None and ids.dtype == torch.bool for ids in args[1])
+        if by_truth or function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default):
+            frame, callers = sys._getframe(), set()
+            while frame:
+                callers.add(frame.f_code.co_name)
+                frame = frame.f_back
+            if 'get_batch' not in callers:  # there all tensors are the host's own
+                self.note('host reads')
+        return function(*args, **kwargs or {})
+
+
+def trace_loop(path):
+    """For run(prepare=): what a training loop does, in order, into the file `path`."""
+    sys.path.insert(0, ROOT)
+    import data
+    file = open(path, 'w', buffering=1)
+    note = lambda word: file.write(word + '\n')
+
+    def noted(owner, name, word):
+        plain = getattr(owner, name)
+
+        @functools.wraps(plain)
+        def call(*args, **kwargs):
+            note(word)
+            return plain(*args, **kwargs)
+        setattr(owner, name, call)
+
+    noted(data.Tiles, 'batch', 'batch')
+    noted(data.Tiles, 'read_ahead', 'read ahead')
+    noted(torch.Tensor, 'backward', 'backward')
+    noted(torch.optim.AdamW, 'step', 'optimizer')
+    HostReads(note).__enter__()
+
+
+@pytest.mark.parametrize('script', [slow_unless([('pretrain_dino_hsi.py',), ('segment.py',)], s) for s in SCRIPTS])
+def test_the_host_waits_for_the_gpu_once_a_step_when_all_work_is_launched(script, scene_data, tmp_path):
+    ahead = [] if script in JUDGES else ['read ahead']
+    train(script, scene_data, tmp_path / 'run', '--eval_every=100', '--log_every=100', '--max_steps=4', prepare=functools.partial(trace_loop, tmp_path / 'trace'))
+    words = (tmp_path / 'trace').read_text().split('\n')
+    steps = [place for place, word in enumerate(words) if word == 'optimizer']
+    assert len(steps) == 4
+    for start, end in zip(steps, steps[1:]):  # the next batch is read while the backward pass runs
+        assert words[start:end] == ['optimizer', 'host reads', 'backward', 'batch', *ahead]
+
+
 def limit_file_size(limit):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -165,6 +219,19 @@ def test_a_full_disk_leaves_the_checkpoint_before(scene_data, whole, tmp_path):
     assert load_checkpoint(tmp_path / 'run' / 'last.pt')['step'] == 14 and not (tmp_path / 'run' / 'last.pt.tmp').exists()
 
 
+def note_moves(path):
+    """For run(prepare=): into the file `path`, whether each step of the optimizer moved the weights."""
+    file, plain = open(path, 'a', buffering=1), torch.optim.AdamW.step
+
+    @functools.wraps(plain)
+    def step(optimizer, *args, **kwargs):
+        parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+        before = [p.detach().clone() for p in parameters]
+        plain(optimizer, *args, **kwargs)
+        file.write('kept\n' if all(map(torch.equal, parameters, before)) else 'moved\n')
+    torch.optim.AdamW.step = step
+
+
 @pytest.mark.parametrize('script, processes', [slow_unless([('pretrain_mae.py', 1), ('pretrain_dino.py', 1)], script, n)
                                                for script, n in (*((script, 1) for script in PRETRAINERS), ('pretrain_mae.py', 2))])
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights(script, processes, tmp_path):
@@ -178,8 +245,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights(script, 
     train(script, tmp_path / 'tiles', tmp_path / 'run', '--max_steps=3', '--batch_size=4', processes=processes)
     images[3] = 3e38  # finite, but its square is not
     images.flush()
-    done = train(script, tmp_path / 'tiles', tmp_path / 'run', '--max_steps=6', '--batch_size=4', processes=processes, check=False)
+    done = train(script, tmp_path / 'tiles', tmp_path / 'run', '--max_steps=6', '--batch_size=4', processes=processes, check=False,
+                 prepare=functools.partial(note_moves, tmp_path / 'moves'))
     assert done.returncode and 'the gradient is not finite' in done.stderr and 'step ' in done.stderr
+    moves = (tmp_path / 'moves').read_text().split()
+    assert moves[-processes:] == ['kept'] * processes and set(moves[:-processes]) <= {'moved'}
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / 'run').values())
 
 
