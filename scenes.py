@@ -11,9 +11,11 @@ Shapes: C bands, H rows, W columns; C' bands asked for.
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import xml.etree.ElementTree
 from typing import NamedTuple
 
 import numpy as np
@@ -159,6 +161,7 @@ def read_scene(path, labels='', mmap=False, axes='', nodata=None, drop_bands='',
     scene = read_file(path, mmap, axes)
     scene = check_values(scene, path, nodata)
     scene, missing = choose_bands(scene, path, drop_bands, keep_bad_bands)
+    scene = in_order(one_scale(scene))
     if scene.scale and scene.scale != (1, 0):
         factor, offset = scene.scale
         scene = say(scene, f'the file states physical units = {factor:g} * value + {offset:g}: '
@@ -191,11 +194,14 @@ def read_file(path, mmap=False, axes=''):
     if os.path.getsize(file) == 0:
         raise UserError(f'{path}: the file is empty: copy it again')
     ending = os.path.splitext(file)[1].lower()
-    if ending not in READERS:
+    reader = READERS.get(ending)
+    if reader is None and (not ending or envi_header_of(file)):
+        reader = read_envi  # the data file of an ENVI image may have any name
+    if reader is None:
         raise UserError(f'{path}: files of type "{ending}" are not read: convert it to one of '
                         f'{", ".join(READERS)}')
     try:
-        scene = READERS[ending](file, mmap, name, axes)
+        scene = reader(file, mmap, name, axes)
         if not mmap:
             scene = scene._replace(cube=np.asarray(scene.cube))
         return scene
@@ -424,10 +430,10 @@ def add_labels(scene, path, labels, missing):
     where = labels or path
     if labels:
         found = read_labels(labels)
-        scene = scene._replace(labels=found.labels, class_names=found.class_names,
+        scene = scene._replace(labels=one_of(found.labels, labels), class_names=found.class_names,
                                class_colors=found.class_colors)
         check_same_place(scene.geotags, found.geotags, path, labels)
-    raw = np.asarray(scene.labels)
+    raw = one_of(scene.labels, path)
     raw = raw.squeeze() if raw.ndim == 3 and 1 in raw.shape and min(raw.shape[:2]) > 0 else raw
     H, W = scene.cube.shape[1:]
     if raw.shape != (H, W):
@@ -440,6 +446,14 @@ def add_labels(scene, path, labels, missing):
     if on_missing:
         scene = say(scene, f'{on_missing:,} labels lie on missing pixels: they become 0')
     return scene
+
+
+def one_of(labels, path):
+    """Raw labels; several, {name: labels}, are refused"""
+    if not isinstance(labels, dict):
+        return np.asarray(labels)
+    raise UserError(f'{path}: any of {list_arrays(labels)} could be the labels: choose one, as '
+                    f'--labels={split_name(path)[0]}:{next(iter(labels))}')
 
 
 def read_labels(path):
@@ -772,7 +786,7 @@ def read_tiff(path, mmap, name, axes):
                         'bands only')
     cube = np.moveaxis(image, band_axis(letters, image.shape), 0)
     notes = (shape_note(cube, 'as the TIFF states'),)
-    return Scene(cube, None, None, nodata, None, geotags, notes=notes)
+    return product_metadata(path, Scene(cube, None, None, nodata, None, geotags, notes=notes))
 
 
 def check_tiff_sizes(path, series):
@@ -832,96 +846,787 @@ def read_numpy(path, mmap, name, axes):
     return Scene(cube, arrays.get('labels'), wavelengths, facts.get('nodata'), names, notes=notes)
 
 
-# ============ MATLAB, ENVI ============
+# ============ ENVI ============
 
+ENVI_TYPES = {'1': 'u1', '2': 'i2', '3': 'i4', '4': 'f4', '5': 'f8', '6': 'c8', '9': 'c16',
+              '12': 'u2', '13': 'u4', '14': 'i8', '15': 'u8'}
+ENVI_AXES = {'bsq': 'chw', 'bil': 'hcw', 'bip': 'hwc'}
+ENVI_ENDINGS = ('', '.img', '.dat', '.bsq', '.bil', '.bip', '.raw', '.bin', '.rfl', '.rdn',
+                '.hyspex', '.tif', '.tiff')  # of the data file of x.hdr; AVIRIS has none
+
+
+def files_beside(stem, endings):
+    """-> the files stem + ending that exist, in lower or upper case"""
+    found = []
+    for ending in endings:
+        for path in (stem + ending, stem + ending.upper()):
+            if os.path.isfile(path) and not any(os.path.samefile(path, old) for old in found):
+                found.append(path)
+    return found
+
+
+def envi_header_of(path):
+    """The ENVI header of a data file, x.img.hdr or x.hdr for x.img; None = there is none"""
+    stem = os.path.splitext(path)[0]
+    found = files_beside(path, ['.hdr']) + files_beside(stem, ['.hdr'])
+    return found[0] if found else None
+
+
+def read_envi(path, mmap, name='', axes=''):
+    """An ENVI image, by its header or by its data file"""
+    is_header = path.lower().endswith('.hdr')
+    header_path = path if is_header else envi_header_of(path)
+    if header_path is None:
+        missing = os.path.splitext(path)[0] + '.hdr'
+        raise UserError(f'{path}: an ENVI image is two files, and the header {missing} is not '
+                        'there: copy it beside the data')
+    header = envi_header(header_path)
+    candidates = files_beside(path[:-4], ENVI_ENDINGS) if is_header else [path]
+    if not candidates:
+        raise UserError(f'{path}: its data file {path[:-4]} or {path[:-4]}.img is not there: copy '
+                        'it beside the header')
+    data_path = envi_data(header_path, header, candidates)
+    if data_path.lower().endswith(('.tif', '.tiff')):
+        return envi_facts(read_tiff(data_path, mmap, '', axes), header, header_path)
+    cube = envi_cube(header_path, header, data_path)
+    words = f'{header["interleave"].lower()}, as its ENVI header states'
+    scene = Scene(cube, None, None, None, None, notes=(shape_note(cube, words),))
+    return envi_facts(scene, header, header_path)
+
+
+def envi_header(path):
+    """-> {field: text} of an ENVI header, names in lower case; a {list} may go over many lines"""
+    with open(path, 'rb') as file:
+        content = file.read(1 << 24)
+    try:
+        text = content.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        text = content.decode('latin-1')
+    if not text.lstrip().startswith('ENVI'):
+        raise UserError(f'{path}: is no ENVI header, its first line is not "ENVI": give the '
+                        'header or the data file of an ENVI image')
+    text = re.sub(r'(?m)^[ \t]*;.*$', '', text)  # comments
+    header = {}
+    for field, value in re.findall(r'(?m)^([^={}\n]+?)=[ \t]*(\{[^}]*\}?|[^\r\n]*)', text):
+        if value.startswith('{') and not value.endswith('}'):
+            raise UserError(f'{path}: ends within its list "{field.strip()}": copy the header '
+                            'again')
+        header[' '.join(field.lower().split())] = value.strip()
+    return header
+
+
+def envi_list(header, field):
+    """-> the words of a field {a, b, ...}, [] where it is missing or empty"""
+    text = header.get(field, '').strip('{}').strip()
+    return [word.strip() for word in text.split(',')] if text else []
+
+
+def envi_numbers(header, field, path, counts=()):
+    """-> the numbers of a field, [] where it is missing; `counts`: how many it may have"""
+    words = envi_list(header, field)
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError:
+        raise UserError(f'{path}: its field "{field}" holds no numbers ({header[field][:40]}): '
+                        'correct the header') from None
+    if numbers and counts and len(numbers) not in counts:
+        raise UserError(f'{path}: its field "{field}" has {len(numbers)} values for {counts[0]} '
+                        'bands: correct the header')
+    return numbers
+
+
+def envi_layout(path, header):
+    """-> numpy type, offset in bytes, shape as it lies in the file, its axes ('hwc')"""
+    def wrong(field):
+        return UserError(f'{path}: its field "{field}" is {header.get(field, "missing")}: correct '
+                         'the header, or save the image again as a plain ENVI file')
+    sides = {}
+    for letter, field in (('c', 'bands'), ('h', 'lines'), ('w', 'samples')):
+        if not re.fullmatch(r'0*[1-9]\d{0,8}', header.get(field, '')):
+            raise wrong(field)
+        sides[letter] = int(header[field])
+    axes = ENVI_AXES.get(header.get('interleave', '').lower())
+    code = ENVI_TYPES.get(header.get('data type', ''))
+    offset = header.get('header offset', '0')
+    order = header.get('byte order', '0')
+    for field, good in (('interleave', axes), ('data type', code), ('byte order', order in '01'),
+                        ('header offset', re.fullmatch(r'\d{1,12}', offset)),
+                        ('file compression', header.get('file compression', '0') == '0')):
+        if not good:
+            raise wrong(field)
+    for field in ('major frame offsets', 'minor frame offsets'):
+        if any(envi_numbers(header, field, path)):
+            raise wrong(field)
+    shape = tuple(sides[letter] for letter in axes)
+    return np.dtype('<>'[int(order)] + code), int(offset), shape, axes
+
+
+def envi_data(path, header, candidates):
+    """-> the data file of a header: of several candidates the one that has its size"""
+    if len(candidates) > 1:
+        dtype, offset, shape, _ = envi_layout(path, header)
+        size = offset + math.prod(shape) * dtype.itemsize
+        fitting = [found for found in candidates if os.path.getsize(found) == size]
+        if len(fitting) != 1:
+            raise UserError(f'{path}: {" and ".join(candidates)} could be its data: give the data '
+                            'file instead of the header')
+        candidates = fitting
+    return candidates[0]
+
+
+def envi_cube(path, header, data_path):
+    dtype, offset, shape, axes = envi_layout(path, header)
+    needed = offset + math.prod(shape) * dtype.itemsize
+    size = os.path.getsize(data_path)
+    if size < needed:
+        raise UserError(f'{data_path}: the file is truncated: it has {size} bytes, its header '
+                        f'speaks of {needed}: copy it again')
+    return file_cube(data_path, dtype, shape, axes, offset)
+
+
+def envi_facts(scene, header, path):
+    """-> the scene with what an ENVI header states about its bands, classes and place"""
+    C = len(scene.cube)
+    nm, text = to_nm(envi_numbers(header, 'wavelength', path, [C]) or None,
+                     header.get('wavelength units', ''), 'the header')
+    scene = say(scene._replace(wavelengths_nm=nm), text)
+    widths = envi_numbers(header, 'fwhm', path, [C])
+    if nm and widths:
+        scene = scene._replace(fwhm_nm=to_nm(widths, header.get('wavelength units', ''))[0])
+    ignored = envi_numbers(header, 'data ignore value', path)
+    if ignored:
+        scene = scene._replace(nodata=ignored[0])
+
+    # bands marked as bad: 0 in the list of good ones
+    good = envi_numbers(header, 'bbl', path, [C])
+    if good and not any(good):
+        scene = say(scene, 'the header marks every band as bad (bbl): that is not believed')
+    elif good:
+        scene = scene._replace(bands=[band for band in range(C) if good[band]])
+
+    # physical units
+    divisor = envi_numbers(header, 'reflectance scale factor', path)
+    kind = 'data reflectance' if 'data reflectance gain values' in header else 'data'
+    gains = envi_numbers(header, f'{kind} gain values', path, [C, 1])
+    offsets = envi_numbers(header, f'{kind} offset values', path, [C, 1])
+    if divisor and divisor[0] > 0:
+        scene = scene._replace(scale=(1 / divisor[0], 0.0))
+    elif gains or offsets:
+        scene = scene._replace(scale=(gains or [1.0], offsets or [0.0]))
+
+    # a classification: value 0 is class 0, unlabelled here
+    names = envi_list(header, 'class names')
+    colors = envi_numbers(header, 'class lookup', path)
+    if names:
+        rgb = np.array(colors[:len(colors) // 3 * 3], int).reshape(-1, 3)[1:].tolist()
+        scene = scene._replace(class_names=names[1:], class_colors=[tuple(c) for c in rgb] or None)
+        if names[0].lower() not in NO_CLASS:
+            scene = say(scene, f'value 0, "{names[0]}" in the file, is unlabelled here')
+    wkt = header.get('coordinate system string', '')
+    geotags = envi_geotags(envi_list(header, 'map info'), wkt.strip('{}'))
+    return scene._replace(geotags=geotags or scene.geotags)
+
+
+def envi_geotags(info, wkt=''):
+    """ENVI's "map info" -> GeoTIFF tags; () where nothing is stated.
+
+    info: projection, column and row of a pixel (from 1), its x and y, width and height of a
+    pixel, then for UTM zone and North or South, datum; rotation=degrees, counter-clockwise.
+    wkt: "coordinate system string", where it names an EPSG number or a known UTM zone.
+    """
+    info = [str(word).strip() for word in info]
+    if len(info) < 7:
+        return ()
+    column, row, x, y, width, height = (float(word) for word in info[1:7])
+    angles = [float(word.split('=')[1]) for word in info if word.lower().startswith('rotation=')]
+    epsg = epsg_of(wkt)
+    if {word.lower() for word in info[7:]} & {'wgs-84', 'wgs84', 'wgs 84'}:
+        if info[0] == 'UTM':
+            epsg = int(info[7]) + (32700 if info[8].lower() == 'south' else 32600)
+        elif info[0] == 'Geographic Lat/Lon':
+            epsg = 4326
+    angle = math.radians(sum(angles))
+    matrix = (x, math.cos(angle) * width, math.sin(angle) * height,
+              y, math.sin(angle) * width, -math.cos(angle) * height)
+    return place_tags(matrix, epsg, (column - 1, row - 1))
+
+
+# names of UTM's datums in ESRI's texts, and EPSG number of zone 0 north
+UTM_DATUMS = {'WGS_1984': 32600, 'ETRS_1989': 25800, 'NAD_1983': 26900}
+
+
+def epsg_of(wkt):
+    """The EPSG number of a coordinate system's text, None where it names none"""
+    number = re.search(r'(?:AUTHORITY\["EPSG",\s*"?|ID\["EPSG",\s*)(\d+)"?\]\s*\]\s*$', wkt)
+    if number:
+        return int(number[1])
+    zone = re.match(r'PROJCS\["(\w+?)_UTM_Zone_(\d+)([NS])"', wkt, re.I)
+    if not zone or zone[1] not in UTM_DATUMS or (zone[3] in 'sS' and zone[1] != 'WGS_1984'):
+        return None
+    return UTM_DATUMS[zone[1]] + int(zone[2]) + 100 * (zone[3] in 'sS')
+
+
+def place_tags(matrix, epsg=None, at=(0.0, 0.0)):
+    """GeoTIFF tags of an image whose point `at` (column, row; 0, 0 = the upper left corner) lies at
+    x, y.
+
+    matrix: x, what x gains by a column and by a row, y, what y gains so. epsg: of the system
+    """
+    x, a, b, y, d, e = matrix
+    column, row = at
+    if b == d == 0 and a > 0 > e:
+        tags = ((33550, 12, 3, (a, -e, 0.0)), (33922, 12, 6, (column, row, 0.0, x, y, 0.0)))
+    else:
+        rows = (a, b, 0.0, x - a * column - b * row, d, e, 0.0, y - d * column - e * row)
+        tags = ((34264, 12, 16, (*rows, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)),)
+    if epsg is None:
+        return tags
+    model, key = (2, 2048) if 4000 <= epsg < 5000 else (1, 3072)  # geographic, projected
+    keys = (1, 1, 0, 3, 1024, 0, 1, model, 1025, 0, 1, 1, key, 0, 1, epsg)  # 1025: of areas
+    return (*tags, (34735, 3, 16, keys))
+
+
+# ============ arrays with names: MATLAB, HDF5 ============
+
+class Stored(NamedTuple):
+    """An array in a file: read(slices), one for each axis, gives it as numpy"""
+    shape: tuple
+    dtype: np.dtype
+    read: object
+    attrs: dict = {}  # of HDF5
+
+
+# what names say, of which the last part counts
+LABEL_NAMES = re.compile(r'(\b|_)gt|gt(\b|_)|label|truth|class|map|gnd|train|test|(^|_)(y|tr|te|ts)$',
+                         re.I)
+OTHER_LAYERS = re.compile(r'lidar|ds[mt]|dem$|dtm|height|elevation|abund|endmem|confid', re.I)
+WAVELENGTHS = re.compile(r'wave|lambda|^wl$|centers?$|centres?$', re.I)
+ROWS = re.compile(r'n?_?(rows?|r|lines|h|height)$', re.I)
+COLUMNS = re.compile(r'n?_?(cols?|columns|c|samples|w|width)$', re.I)
+
+
+def last_part(name):
+    """'hsi.info.1' -> 'info': numbers are those of cells"""
+    parts = [part for part in re.split(r'[./]', name) if not part.isdigit()]
+    return parts[-1] if parts else name
+
+
+def list_arrays(arrays):
+    """'HSI (80 x 96 x 8, uint16), ...' for a message"""
+    words = [f'{name} ({shape_text(stored)}, {stored.dtype})' for name, stored in arrays.items()]
+    return ', '.join(words[:8]) + (f' and {len(words) - 8} more' if len(words) > 8 else '')
+
+
+def pick_array(path, arrays, name):
+    """The image among the named arrays of a file -> its name.
+
+    The one that `name` asks for; else the only one of three axes whose name is not one of labels,
+    heights or abundances; else the only one of two axes.
+    """
+    numeric = {key: stored for key, stored in arrays.items()
+               if stored.dtype.kind in 'iufb' and len(stored.shape) in (2, 3)
+               and min(stored.shape, default=0) > 0}
+    if name:
+        asked = [key for key in numeric if key == name] or [
+            key for key in numeric if last_part(key) == name]
+        if len(asked) != 1:
+            raise UserError(f'{path}: holds no array "{name}" that could be an image, but '
+                            f'{list_arrays(numeric) or "none at all"}: choose one of these')
+        return asked[0]
+    cubes = {key: stored for key, stored in numeric.items()
+             if len(stored.shape) == 3 and min(stored.shape) > 1}
+    named_so = {key: stored for key, stored in cubes.items()
+                if not OTHER_LAYERS.search(last_part(key))
+                and not LABEL_NAMES.search(last_part(key))}
+    flat = {key: stored for key, stored in numeric.items()
+            if key not in cubes and sorted(stored.shape)[-2] > 1}
+    for group in (named_so, cubes, flat):
+        if len(group) == 1:
+            return next(iter(group))
+        if group:
+            break
+    found = list_arrays(group or numeric)
+    if not group:
+        raise UserError(f'{path}: holds no array of two or three axes ({found or "none"}): give '
+                        'the file with the image')
+    raise UserError(f'{path}: any of {found} could be meant: choose one, as '
+                    f'{os.path.basename(path)}:{next(iter(group))}')
+
+
+def named_scene(path, arrays, name, axes, order=''):
+    """A Scene of the named arrays of a file.
+
+    arrays: name -> Stored. name: of the image, '' = it is found. order: axes of the image if the
+    file states them, as 'hwc'. Labels and wavelengths are found beside it by names and lengths.
+    """
+    key = pick_array(path, arrays, name)
+    image = arrays[key]
+    words = f'array "{key}"'
+    if len(image.shape) == 2:
+        unfolded = unfold(path, key, arrays)
+        if unfolded is None:  # labels, or an image of one band
+            cube = np.asarray(image.read((slice(None),) * 2))[None]
+            return Scene(cube, None, None, None, None, notes=(shape_note(cube, words),))
+        image, order, text = unfolded
+        words = f'{words}, {text}'
+
+    # wavelengths: as many as one side has
+    def vector(pattern):
+        found = {other: stored for other, stored in arrays.items()
+                 if pattern.search(last_part(other)) and stored.dtype.kind in 'iuf'
+                 and max(stored.shape, default=0) == math.prod(stored.shape)
+                 and math.prod(stored.shape) in image.shape}
+        return next(iter(found.items()), (None, None))
+    wave_name, wave = vector(WAVELENGTHS)
+    count = math.prod(wave.shape) if wave else None
+    maps = {other: stored for other, stored in arrays.items() if len(stored.shape) == 2
+            and stored.shape in (image.shape[:2], image.shape[1:])}
+    if axes or not order:
+        sizes = {stored.shape for stored in maps.values()}
+        order, text = choose_axes(image.shape, path, axes, count,
+                                  sizes.pop() if len(sizes) == 1 else None)
+        words = f'{words}, {text}'
+    cube = stored_cube(image, order)
+    scene = Scene(cube, None, None, None, None, notes=(shape_note(cube, words),))
+    if wave and count == len(cube):
+        values = np.asarray(wave.read((slice(None),) * len(wave.shape))).ravel()
+        unit = text_of(wave.attrs.get('units', wave.attrs.get('Units', '')))
+        nm, text = to_nm(values.tolist(), unit, f'"{wave_name}"')
+        scene = say(scene._replace(wavelengths_nm=nm), text)
+        width = vector(re.compile('fwhm', re.I))[1]
+        if nm and width and math.prod(width.shape) == count:
+            widths = np.asarray(width.read((slice(None),) * len(width.shape))).ravel()
+            scene = scene._replace(fwhm_nm=to_nm(widths.tolist(), unit)[0])
+    if name:
+        return scene
+    return named_labels(scene, {other: stored for other, stored in maps.items()
+                                if stored.shape == cube.shape[1:]})
+
+
+def named_labels(scene, maps):
+    """-> the scene with the one of `maps` that is named as labels are; with all of them, where
+    there are several, for the caller to refuse"""
+    maps = {name: stored for name, stored in maps.items()
+            if not OTHER_LAYERS.search(last_part(name)) and stored.dtype.kind in 'iufb'}
+    named_so = {name: stored for name, stored in maps.items()
+                if LABEL_NAMES.search(last_part(name))}
+    labels = {name: np.asarray(stored.read((slice(None),) * 2))
+              for name, stored in named_so.items()}
+    if len(labels) > 1:
+        return scene._replace(labels=labels)
+    for name, raw in labels.items():
+        scene = say(scene._replace(labels=raw), f'labels from "{name}"')
+    if maps and not labels:
+        scene = say(scene, f'{list_arrays(maps)} may be labels: if so, pass --labels=FILE:NAME')
+    return scene
+
+
+def stored_cube(stored, order):
+    """A Stored of three axes in `order`, as 'hwc' -> Lazy (C, H, W)"""
+    def read(rows, cols):
+        key = {'c': slice(None), 'h': rows, 'w': cols}
+        block = np.asarray(stored.read(tuple(key[letter] for letter in order)))
+        return block.transpose([order.index(letter) for letter in 'chw'])
+    return Lazy([stored.shape[order.index(letter)] for letter in 'chw'], stored.dtype, read)
+
+
+def unfold(path, key, arrays):
+    """bands x pixels, as unmixing data are -> Stored (C, H, W) or (C, W, H), its axes, words; None
+    for another array. Numbers of rows and columns stand beside it."""
+    flat = arrays[key]
+
+    def number(pattern):
+        found = [stored for name, stored in arrays.items()
+                 if math.prod(stored.shape) == 1 and pattern.fullmatch(last_part(name))]
+        return int(np.asarray(found[0].read((slice(None),) * len(found[0].shape))).ravel()[0]) \
+            if found else 0
+    H, W = number(ROWS), number(COLUMNS)
+    if H * W not in flat.shape or H * W == 0 or min(H, W) < 2:
+        if max(flat.shape) > 40 * min(flat.shape) and not LABEL_NAMES.search(last_part(key)):
+            raise UserError(f'{path}: "{key}" of {shape_text(flat)} looks like bands x pixels, and '
+                            'nothing says how many rows and columns: save it as rows x columns x '
+                            'bands')
+        return None
+    pixels = np.asarray(flat.read((slice(None),) * 2))
+    pixels = pixels if flat.shape[1] == H * W else pixels.T  # (C, pixels)
+    # column by column, as MATLAB folds, or row by row: neighbours in the image are alike
+    sample = pixels[:, :H * W].astype(np.float64)
+    steps = {distance: np.abs(sample[:, distance:] - sample[:, :-distance]).mean()
+             for distance in (H, W)}
+    by_columns = H == W or steps[H] <= steps[W]
+    shape, order = ((W, H), 'cwh') if by_columns else ((H, W), 'chw')
+    cube = pixels.reshape(-1, *shape)
+    text = f'bands x pixels folded to {H} x {W} {"column by column" if by_columns else "row by row"}'
+    return Stored(cube.shape, cube.dtype, cube.__getitem__), order, text
+
+
+def text_of(value):
+    """An attribute of HDF5 -> str"""
+    value = value.ravel()[0] if isinstance(value, np.ndarray) and value.size else value
+    return value.decode('utf-8', 'replace') if isinstance(value, bytes) else str(value)
+
+
+# ============ MATLAB ============
+
+# names of arrays inside structs and cells are put together with dots
 READ_MAT = """
 import sys, numpy, scipy.io
-arrays = [a for a in scipy.io.loadmat(sys.argv[1]).values()
-          if isinstance(a, numpy.ndarray) and a.dtype.kind in 'iuf' and a.ndim in (2, 3)]
-numpy.savez(sys.argv[2], *arrays)
+found = {}
+def collect(name, value, depth=0):
+    if not isinstance(value, numpy.ndarray) or depth > 8 or len(found) > 1000:
+        return
+    if value.dtype.names:
+        for field in value.dtype.names:
+            for item in value[field].ravel()[:50]:
+                collect(name + '.' + field, item, depth + 1)
+    elif value.dtype.kind == 'O':
+        for number, item in enumerate(value.ravel()[:200], 1):
+            collect(name + '.' + str(number), item, depth + 1)
+    elif value.dtype.kind in 'iufb' and value.size:
+        found.setdefault(name, value)
+for name, value in scipy.io.loadmat(sys.argv[1]).items():
+    if not name.startswith('__'):
+        collect(name, value)
+numpy.savez(sys.argv[2], *found.values(), names=numpy.array(list(found), str))
 """
 
 
 def load_mat(path):
-    """The numeric arrays of a .mat file, 2-d and 3-d. They are read in a process of its own:
+    """The numeric arrays of a .mat file -> {name: Stored}. They are read in a process of its own:
     scipy's reader crashes the whole process on some damaged files."""
     import scipy.io  # noqa: F401  where it is missing, say so before a process is started
     with tempfile.TemporaryDirectory() as folder:
         kept = os.path.join(folder, 'arrays.npz')
         done = subprocess.run([sys.executable, '-c', READ_MAT, path, kept], capture_output=True,
                               text=True, errors='replace')
-        if 'NotImplementedError' in done.stderr:
-            raise UserError(f'{path}: MATLAB 7.3 files are not read: save it again with '
-                            'save(..., "-v7")')
         if done.returncode or not os.path.exists(kept):
             lines = done.stderr.strip().splitlines()
             reason = lines[-1] if lines else f'the reader crashed, code {done.returncode}'
             raise UserError(f'{path}: cannot be read ({one_line(reason)}): copy or convert it '
                             'again')
-        return list(np.load(kept).values())
+        with np.load(kept) as file:
+            names = file['names'].tolist()
+            arrays = [file[f'arr_{number}'] for number in range(len(names))]
+    return {name: Stored(array.shape, array.dtype, array.__getitem__)
+            for name, array in zip(names, arrays)}
 
 
 def read_mat(path, mmap, name, axes):
-    arrays = load_mat(path)
-    cubes = [array for array in arrays if array.ndim == 3]
-    flat = [array for array in arrays if array.ndim == 2 and min(array.shape) > 1]
-    if not cubes and len(flat) != 1:
-        raise UserError(f'{path}: holds no 3-d array: give the file with the image as the root, '
-                        'the labels with --labels')
-    if not cubes:
-        cube = flat[0][None]
-        notes = (shape_note(cube, 'one band'),)
-        return Scene(cube, None, None, None, None, notes=notes)
-    cubes.sort(key=np.size)
-    cube = np.moveaxis(cubes[-1], 2, 0)
-    fitting = [array for array in flat if array.shape == cube.shape[1:]]
-    notes = (shape_note(cube, 'bands last, the habit of the field'),)
-    return Scene(cube, fitting[0] if fitting else None, None, None, None, notes=notes)
+    with open(path, 'rb') as file:
+        head = file.read(1 << 12)
+    if b'MATLAB 7.3' in head[:128] or HDF5_START in head:  # HDF5 with its axes reversed
+        arrays = {key.replace('/', '.'): turned(stored) for key, stored in h5_arrays(path).items()}
+        return named_scene(path, arrays, name, axes)
+    return named_scene(path, load_mat(path), name, axes)
 
 
-def read_envi(path, mmap, name, axes):
-    import spectral
-    image = spectral.open_image(path)
-    header = image.metadata
-    nodata = float(header['data ignore value']) if 'data ignore value' in header else None
-    cube = image.open_memmap() if image.using_memmap else image.load(dtype=image.dtype)
-    cube = np.moveaxis(np.asarray(cube), 2, 0)
-    geotags = envi_geotags(header.get('map info', []))
-    notes = (shape_note(cube, f'{image.interleave}, as ENVI states'),)
-    return Scene(cube, None, image.bands.centers, nodata, None, geotags, notes=notes)
+def turned(stored):
+    """An array of MATLAB 7.3 with its axes in MATLAB's order"""
+    def read(key):
+        return stored.read(key[::-1]).transpose()
+    return stored._replace(shape=stored.shape[::-1], read=read)
 
 
-def envi_geotags(info):
-    """ENVI's "map info" -> GeoTIFF tags; () where nothing or a rotation is stated.
+# ============ HDF5 and NetCDF ============
 
-    info: projection, column and row of a pixel (from 1), its x and y, width and height of a
-    pixel, then for UTM zone and North or South, datum. The tags are pixel scale and tie point,
-    and for UTM or longitude and latitude on WGS-84 the keys that hold their EPSG number.
-    """
-    info = [str(word).strip() for word in info]
-    rotations = [word for word in info if word.lower().startswith('rotation')]
-    if len(info) < 7 or any(float(word.split('=')[1]) for word in rotations):
+HDF5_START = b'\x89HDF\r\n\x1a\n'
+
+
+def h5_arrays(path):
+    """The numeric arrays of an HDF5 file -> {'group/name': Stored}; of references, as MATLAB's
+    cells are, what they refer to. What lies in other files is left out."""
+    import h5py
+    found = {}
+
+    def read_from(name):
+        def read(key):
+            with h5py.File(path, 'r') as file:
+                return file[name][key]
+        return read
+
+    def collect(name, item, depth=0):
+        if depth > 8 or len(found) > 2000 or item is None:
+            return
+        if isinstance(item, h5py.Group):
+            for key in item:
+                hard = item.get(key, getclass=True, getlink=True) is h5py.HardLink
+                if hard and not key.startswith('#'):
+                    collect(f'{name}/{key}' if name else key, item.get(key), depth + 1)
+        elif not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
+            return
+        elif item.dtype == h5py.ref_dtype and item.size:
+            for number, reference in enumerate(item[()].ravel()[:200], 1):
+                collect(f'{name}/{number}', item.file[reference] if reference else None, depth + 1)
+        elif item.dtype.kind in 'iufb' and item.size and not is_text(item):
+            found[name] = Stored(item.shape, item.dtype, read_from(item.name), dict(item.attrs))
+
+    def is_text(item):
+        return text_of(item.attrs.get('MATLAB_class', '')) == 'char'
+
+    with h5py.File(path, 'r') as file:
+        collect('', file)
+    return found
+
+
+def read_h5(path, mmap, name, axes):
+    """An HDF5 or NetCDF-4 file: a product that is known by its groups, or one cube with a name"""
+    import h5py
+    with open(path, 'rb') as file:
+        if HDF5_START not in file.read(1 << 12):
+            raise UserError(f'{path}: is no HDF5 or NetCDF-4 file (older NetCDF and HDF4 are not '
+                            'read): convert it, as nccopy -k netCDF-4 does')
+    with h5py.File(path, 'r') as file:
+        prisma = [key for key in file.get('HDFEOS/SWATHS', {}) if re.match('PRS_L.*_HCO', key)]
+        attrs = dict(file.attrs)
+    if prisma and not name:
+        return read_prisma(h5_arrays(path), attrs, prisma[0])
+    arrays = h5_arrays(path)
+    if 'sensor_band_parameters/wavelengths' in arrays and not name:
+        return read_emit(path, arrays)
+    key = pick_array(path, arrays, name)
+    scene = named_scene(path, arrays, key if name else '', axes, netcdf_order(path, key))
+    return stored_facts(scene, arrays[key].attrs, h5_place(path, key))
+
+
+def netcdf_order(path, name):
+    """Axes of an array whose dimensions have the names that NetCDF gives them; '' = they do not"""
+    import h5py
+    letters = {'c': r'band|wave|channel|lambda|spectral', 'h': r'^(y|lat|row|line|down|north)',
+               'w': r'^(x|lon|col|sample|cross|east)'}
+    with h5py.File(path, 'r') as file:
+        names = []
+        for dimension in file[name].dims:
+            scales = [os.path.basename(scale.name) for scale in dimension.values()]
+            names.append((scales or [dimension.label])[0])
+    order = ''.join(letter for name in names for letter, pattern in letters.items()
+                    if re.search(pattern, name, re.I))
+    return order if sorted(order) == ['c', 'h', 'w'] else ''
+
+
+def number_of(attrs, *names):
+    """The first of these attributes that is there, as a number; None = there is none"""
+    for name in names:
+        if name in attrs and np.size(attrs[name]):
+            try:
+                return float(np.ravel(attrs[name])[0])
+            except (TypeError, ValueError):
+                return None
+    return None
+
+
+def stored_facts(scene, attrs, geotags):
+    """-> the scene with the nodata value and the scale among an array's attributes (CF, NEON)"""
+    nodata = number_of(attrs, '_FillValue', 'missing_value', 'Data_Ignore_Value', 'nodata')
+    factor, offset = number_of(attrs, 'scale_factor'), number_of(attrs, 'add_offset')
+    divisor = number_of(attrs, 'Scale_Factor')  # NEON: reflectance = value / this
+    if divisor:
+        factor = 1 / divisor
+    if factor or offset:
+        scene = scene._replace(scale=(factor or 1.0, offset or 0.0))
+    return scene._replace(nodata=nodata, geotags=geotags)
+
+
+def h5_place(path, name):
+    """GeoTIFF tags of an array: NEON's Map_Info, CF's GeoTransform; () = none is stated"""
+    import h5py
+    with h5py.File(path, 'r') as file:
+        group = file[name].parent
+        info = group.get('Metadata/Coordinate_System/Map_Info')
+        if isinstance(info, h5py.Dataset):
+            wkt = group.get('Metadata/Coordinate_System/Coordinate_System_String')
+            wkt = text_of(wkt[()]) if isinstance(wkt, h5py.Dataset) else ''
+            return envi_geotags(text_of(info[()]).split(','), wkt)
+        mapping = text_of(file[name].attrs.get('grid_mapping', ''))
+        mapping = group.get(mapping) if mapping else None
+        attrs = dict(mapping.attrs) if mapping is not None else {}
+    try:
+        numbers = [float(word) for word in text_of(attrs.get('GeoTransform', '')).split()]
+    except ValueError:
         return ()
-    column, row, x, y, width, height = (float(word) for word in info[1:7])
-    scale = (33550, 12, 3, (width, height, 0.0))
-    tie_point = (33922, 12, 6, (column - 1, row - 1, 0.0, x, y, 0.0))
-    words = {word.lower() for word in info[7:]}
-    if not words & {'wgs-84', 'wgs84', 'wgs 84'}:
-        return scale, tie_point
-    if info[0] == 'UTM':
-        model, key = 1, 3072  # projected
-        epsg = int(info[7]) + (32700 if info[8].lower() == 'south' else 32600)
-    elif info[0] == 'Geographic Lat/Lon':
-        model, key = 2, 2048  # geographic
-        epsg = 4326
-    else:
-        return scale, tie_point
-    keys = (1, 1, 0, 3, 1024, 0, 1, model, 1025, 0, 1, 1, key, 0, 1, epsg)  # 1025: of areas
-    return scale, tie_point, (34735, 3, 16, keys)
+    if len(numbers) != 6:
+        return ()
+    wkt = text_of(attrs.get('crs_wkt', attrs.get('spatial_ref', '')))
+    return place_tags(numbers, epsg_of(wkt))
+
+
+def read_emit(path, arrays):
+    """EMIT L1B and L2A: one cube (rows, columns, bands) in the sensor's geometry"""
+    key = next((key for key in ('reflectance', 'radiance') if key in arrays), None)
+    if key is None:
+        raise UserError(f'{path}: an EMIT file without reflectance or radiance, but '
+                        f'{list_arrays(arrays)}: give the RFL or RAD file')
+    cube = stored_cube(arrays[key], 'hwc')
+
+    def parameters(name):
+        stored = arrays.get(f'sensor_band_parameters/{name}')
+        return stored.read((slice(None),)).tolist() if stored else None
+    nm, text = to_nm(parameters('wavelengths'), 'nm', 'sensor_band_parameters')
+    notes = (shape_note(cube, f'EMIT {key}, bands last'), text,
+             'in the geometry of the sensor: its look-up table to the map (glt) is not applied')
+    good = parameters('good_wavelengths')
+    kept = [band for band in range(len(cube)) if good[band]] if good and any(good) else None
+    nodata = number_of(arrays[key].attrs, '_FillValue')
+    return Scene(cube, None, nm, nodata, None, fwhm_nm=parameters('fwhm'), bands=kept, notes=notes)
+
+
+def read_prisma(arrays, attrs, swath):
+    """PRISMA L1 and L2: the cubes (rows, bands, columns) of two detectors that overlap -> bands in
+    the order of their wavelengths, in physical units, NaN where all bands hold 0"""
+    fields = f'HDFEOS/SWATHS/{swath}/Data Fields'
+    detectors = [arrays[f'{fields}/{name}_Cube'] for name in ('VNIR', 'SWIR')]
+    level = swath.split('_')[1]
+
+    def lists(pattern):
+        return np.concatenate([np.ravel(attrs[pattern.format(name)]) for name in ('Vnir', 'Swir')])
+    nm = lists('List_Cw_{}').astype(float)
+    measured = (nm > 0) & (lists('List_Cw_{}_Flags') > 0)  # the others were never recorded
+    order = np.argsort(np.where(measured, nm, np.inf), kind='stable')[:measured.sum()]
+    counts = [stored.shape[1] for stored in detectors]
+    if level == 'L1':  # radiance
+        factors = [1 / float(attrs[f'ScaleFactor_{name}']) for name in ('Vnir', 'Swir')]
+        offsets = [-float(attrs[f'Offset_{name}']) for name in ('Vnir', 'Swir')]
+    else:  # reflectance
+        offsets = [float(attrs[f'L2Scale{name}Min']) for name in ('Vnir', 'Swir')]
+        highest = [float(attrs[f'L2Scale{name}Max']) for name in ('Vnir', 'Swir')]
+        factors = [(high - low) / 65535 for low, high in zip(offsets, highest)]
+    factor = np.repeat(factors, counts)[order].astype(np.float32)[:, None, None]
+    offset = np.repeat(offsets, counts)[order].astype(np.float32)[:, None, None]
+
+    def read(rows, cols):
+        blocks = [stored.read((rows, slice(None), cols)) for stored in detectors]
+        return np.concatenate(blocks, 1)[:, order].transpose(1, 0, 2)
+
+    def physical(numbers, rows, cols):
+        values = numbers * factor + offset
+        values[:, (numbers == 0).all(0)] = np.nan
+        return values
+    H, _, W = detectors[0].shape
+    stored = Lazy((len(order), H, W), detectors[0].dtype, read)
+    cube = when_read(stored, physical, np.float32)
+    words = f'PRISMA {level}, VNIR and SWIR in the order of their wavelengths'
+    kind = 'radiance' if level == 'L1' else 'reflectance'
+    notes = [shape_note(cube, words), to_nm(nm[order], 'nm', 'List_Cw_Vnir and List_Cw_Swir')[1],
+             f'values brought to {kind} by the scale of each detector']
+
+    # 0 in a band of level 2 is a retrieval that failed, as in the bands of water vapour
+    kept = None
+    if level != 'L1':
+        zeros, pixels = np.zeros(len(order), int), 0
+        for strip in strips(stored):
+            numbers = stored[:, strip]
+            inside = (numbers != 0).any(0)
+            zeros += (numbers[:, inside] == 0).sum(1)
+            pixels += inside.sum()
+        kept = np.flatnonzero(zeros <= pixels / 2).tolist()
+        share = zeros[kept].sum() / max(pixels * len(kept), 1)
+        if share:
+            notes.append(f'{share:.2%} of the values are 0, where the retrieval failed: kept as '
+                         f'{kind} 0')
+        kept = None if len(kept) == len(order) else kept
+    geotags = prisma_place(attrs, H, W) if level == 'L2D' else ()
+    return Scene(cube, None, nm[order].tolist(), None, None, geotags, bands=kept,
+                 fwhm_nm=lists('List_Fwhm_{}')[order].tolist(), notes=tuple(notes))
+
+
+def prisma_place(attrs, H, W):
+    """GeoTIFF tags of a PRISMA L2D image, by the centres of its corner pixels"""
+    left, top = (float(attrs[f'Product_ULcorner_{name}']) for name in ('easting', 'northing'))
+    right, bottom = (float(attrs[f'Product_LRcorner_{name}']) for name in ('easting', 'northing'))
+    width, height = (right - left) / max(W - 1, 1), (top - bottom) / max(H - 1, 1)
+    if not 0.98 < width / height < 1.02:
+        return ()  # the corners are not those of this image
+    matrix = (left - width / 2, width, 0.0, top + height / 2, 0.0, -height)
+    return place_tags(matrix, int(attrs['Epsg_Code']))
+
+
+# ============ GeoTIFF with METADATA.XML: EnMAP, DESIS ============
+
+def product_metadata(path, scene):
+    """-> the scene of NAME-SPECTRAL_IMAGE.TIF with what NAME-METADATA.XML states of its bands"""
+    match = re.fullmatch(r'(.*)-SPECTRAL_IMAGE(_VNIR|_SWIR|)(?:_COG)?\.TIFF?', path, re.I | re.S)
+    if not match:
+        return scene
+    found = files_beside(match[1], ['-METADATA.xml', '-METADATA.XML'])
+    if not found:
+        return say(scene, f'its {match[1]}-METADATA.XML is not there: nothing is known of its bands')
+    try:
+        root = xml.etree.ElementTree.parse(found[0]).getroot()
+    except xml.etree.ElementTree.ParseError as error:
+        raise UserError(f'{found[0]}: cannot be read ({one_line(error)}): copy it again') from None
+    for element in root.iter():
+        element.tag = str(element.tag).rpartition('}')[2]
+
+    # EnMAP: bandID number="1", FWHMOfBand; DESIS: band with bandNumber, wavelengthWidthOfBand
+    section = root.find('.//bandCharacterisation')
+    bands = [] if section is None else [
+        (int(band.get('number') or band.findtext('bandNumber')),
+         *(float(band.findtext(name) or band.findtext(other)) for name, other in (
+             ('wavelengthCenterOfBand', ''), ('FWHMOfBand', 'wavelengthWidthOfBand'),
+             ('GainOfBand', 'gainOfBand'), ('OffsetOfBand', 'offsetOfBand'))))
+        for band in section if band.find('wavelengthCenterOfBand') is not None]
+    bands.sort()
+    C = len(scene.cube)
+    if match[2] and len(bands) > C:  # the detectors of EnMAP L1B have a file each
+        bands = bands[:C] if match[2].upper() == '_VNIR' else bands[-C:]
+    if len(bands) != C:
+        raise UserError(f'{found[0]}: describes {len(bands)} bands, {path} has {C}: they do not '
+                        'belong together')
+    numbers, nm, fwhm, gains, offsets = (list(column) for column in zip(*bands))
+    nm, text = to_nm(nm, 'nm', os.path.basename(found[0]))
+    scene = say(scene._replace(wavelengths_nm=nm, fwhm_nm=fwhm, scale=(gains, offsets)), text)
+    background = root.findtext('.//specific/backgroundValue')
+    if scene.nodata is None and background:
+        scene = scene._replace(nodata=float(background))
+    elif scene.nodata is None and scene.cube.dtype == np.int16:
+        scene = say(scene._replace(nodata=-32768.0), 'nodata is not stated: -32768, as usual there')
+    return scene
+
+
+# ============ scales and orders that differ from band to band ============
+
+def one_scale(scene):
+    """Gains and offsets of all bands: equal ones become one scale, which is stated and not applied;
+    others are applied, as bands of different units could not be mixed -> float32, NaN = missing"""
+    if not scene.scale or np.ndim(scene.scale[0]) == 0:
+        return scene
+    every = scene.bands or range(max(len(scene.cube), *(len(side) for side in scene.scale)))
+    gains, offsets = (np.array([side[band if len(side) > 1 else 0] for band in every], np.float32)
+                      for side in scene.scale)
+    if np.ptp(gains) == 0 and np.ptp(offsets) == 0:
+        return scene._replace(scale=(float(scene.scale[0][0]), float(scene.scale[1][0])))
+
+    def physical(values, rows, cols):
+        scaled = values * gains[:, None, None] + offsets[:, None, None]
+        scaled[:, ~valid_pixels(values, scene.nodata)] = np.nan
+        return scaled
+    cube = when_read(scene.cube, physical, np.float32)
+    return say(scene._replace(cube=cube, nodata=None, scale=None), 'gains and offsets differ from '
+               'band to band: values brought to physical units, float32')
+
+
+def in_order(scene):
+    """Bands of detectors that overlap, one behind the other in the file -> sorted by wavelength"""
+    nm = scene.wavelengths_nm
+    if not nm or not np.isfinite(nm).all():
+        return scene
+    back = np.flatnonzero(np.diff(nm) <= 0) + 1  # where the next detector starts
+    lengths = np.diff([0, *back, len(nm)])
+    if not 0 < len(back) < 8 or lengths.min() < 3:
+        return scene  # in order, or in one that someone chose
+    order = np.argsort(nm, kind='stable').tolist()
+    kept = scene.bands or range(len(nm))
+    fwhm = scene.fwhm_nm and [scene.fwhm_nm[band] for band in order]
+    scene = scene._replace(cube=take_bands(scene.cube, order), fwhm_nm=fwhm,
+                           wavelengths_nm=[nm[band] for band in order],
+                           bands=[kept[band] for band in order])
+    return say(scene, f'wavelengths of {len(back) + 1} detectors overlap: the bands are in the '
+               'order of their wavelengths')
 
 
 # ============ the readers by the ending of a name ============
 
 # each: reader(path, mmap, name, axes) -> Scene; cube (C, H, W), mmap a Lazy, labels as they are
 READERS = {'.tif': read_tiff, '.tiff': read_tiff, '.npz': read_numpy, '.npy': read_numpy,
-           '.mat': read_mat, '.hdr': read_envi}
+           '.mat': read_mat, '.hdr': read_envi, '.img': read_envi, '.dat': read_envi,
+           '.bsq': read_envi, '.bil': read_envi, '.bip': read_envi, '.raw': read_envi,
+           '.h5': read_h5, '.hdf5': read_h5, '.he5': read_h5, '.nc': read_h5}
