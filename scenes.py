@@ -531,7 +531,7 @@ def shape_note(cube, words):
         return f'shape {shape_text(cube)}'  # refused later
     C, H, W = cube.shape
     bands = '1 band' if C == 1 else f'{C} bands'
-    return f'{bands} of {H} x {W} px, {cube.dtype} ({words})'
+    return f'{bands} of {H} x {W} px, {cube.dtype.name} ({words})'
 
 
 # nm in one of each unit that files state wavelengths in
