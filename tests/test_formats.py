@@ -24,7 +24,7 @@ def write_envi(path, cube=CUBE, interleave='bsq', big_endian=False, offset=0, he
     C, H, W = cube.shape
     dtype = cube.dtype.newbyteorder('>' if big_endian else '<')
     with open(path, 'wb') as file:
-        file.write(b'\7' * offset + cube.transpose(ORDERS[interleave]).astype(dtype).tobytes())
+        file.write(b'\7' * offset + cube.transpose(ORDERS.get(interleave, (0, 1, 2))).astype(dtype).tobytes())
     fields = {'samples': W, 'lines': H, 'bands': C, 'header offset': offset, 'file type': 'ENVI Standard', 'data type': TYPES[cube.dtype.name],
               'interleave': interleave, 'byte order': int(big_endian)} | {name.replace('_', ' '): value for name, value in fields.items()}
     lines = [f'{name} = {{{", ".join(map(str, value))}}}' if isinstance(value, (list, tuple, np.ndarray)) else f'{name} = {value}'
@@ -111,7 +111,7 @@ def test_wrong_envi_headers_are_refused_by_the_name_of_the_field(fields, word, t
                                           ('', NM / 1000), ('Index', None), ('Furlongs', None)])
 def test_wavelengths_of_every_unit_become_nm(unit, values, tmp_path):
     fields = {'wavelength units': unit} if unit else {}
-    scene = read(write_envi(tmp_path / 'a.img', wavelength=range(1, C + 1) if values is None else values, **fields))
+    scene = read(write_envi(tmp_path / 'a.img', wavelength=[*range(1, C + 1)] if values is None else values, **fields))
     if values is None:
         assert scene.wavelengths_nm is None and told(scene, unit, 'unknown unit')
     else:
