@@ -1601,8 +1601,12 @@ def h5_arrays(path):
 
     def read_from(name):
         def read(key):
-            with h5py.File(path, 'r') as file:
-                return file[name][key]
+            try:
+                with h5py.File(path, 'r') as file:
+                    return file[name][key]
+            except (OSError, RuntimeError, KeyError, ValueError) as error:
+                raise UserError(f'{path}: its array {name} cannot be read ({one_line(error)}): '
+                                'copy it again') from None
         return read
 
     def collect(name, item, depth=0):
@@ -1618,6 +1622,9 @@ def h5_arrays(path):
         elif item.dtype == h5py.ref_dtype and item.size:
             for number, reference in enumerate(item[()].ravel()[:200], 1):
                 collect(f'{name}/{number}', item.file[reference] if reference else None, depth + 1)
+        elif item.size * item.dtype.itemsize > 100_000 * os.path.getsize(path):
+            raise UserError(f'{path}: its array {name} claims {item.size / 1e9:.0f} billion values: '
+                            'the file is damaged, copy it again')
         elif item.dtype.kind in 'iufb' and item.size and not is_text(item):
             found[name] = Stored(item.shape, item.dtype, read_from(item.name), dict(item.attrs))
 
