@@ -1118,7 +1118,7 @@ ENVI_ENDINGS = ('', '.img', '.dat', '.bsq', '.bil', '.bip', '.raw', '.bin', '.rf
 
 
 def files_beside(stem, endings):
-    """-> the files stem + ending that exist, in lower or upper case"""
+    """-> the files stem + ending that exist, in small or in capital letters"""
     found = []
     for ending in endings:
         for path in (stem + ending, stem + ending.upper()):
@@ -1129,35 +1129,47 @@ def files_beside(stem, endings):
 
 def envi_header_of(path):
     """The ENVI header of a data file, x.img.hdr or x.hdr for x.img; None = there is none"""
-    stem = os.path.splitext(path)[0]
-    found = files_beside(path, ['.hdr']) + files_beside(stem, ['.hdr'])
+    found = files_beside(path, ['.hdr']) + files_beside(os.path.splitext(path)[0], ['.hdr'])
     return found[0] if found else None
 
 
-def read_envi(path, mmap, name='', axes=''):
+def read_envi(path, mmap, name, axes):
     """An ENVI image, by its header or by its data file"""
-    is_header = path.lower().endswith('.hdr')
-    header_path = path if is_header else envi_header_of(path)
-    if header_path is None:
-        missing = os.path.splitext(path)[0] + '.hdr'
-        raise UserError(f'{path}: an ENVI image is two files, and the header {missing} is not '
-                        'there: copy it beside the data')
+    if path.lower().endswith('.hdr'):
+        header_path, missing = path, f'{path[:-4]} or {path[:-4]}.img'
+        candidates = files_beside(path[:-4], ENVI_ENDINGS)
+    else:
+        header_path, missing = envi_header_of(path), f'{os.path.splitext(path)[0]}.hdr'
+        candidates = [path]
+    if not header_path or not candidates:
+        raise UserError(f'{path}: an ENVI image is two files, and {missing} is not there: copy it '
+                        'beside this one')
     header = envi_header(header_path)
-    candidates = files_beside(path[:-4], ENVI_ENDINGS) if is_header else [path]
-    if not candidates:
-        raise UserError(f'{path}: its data file {path[:-4]} or {path[:-4]}.img is not there: copy '
-                        'it beside the header')
-    data_path = envi_data(header_path, header, candidates)
+    dtype, offset, shape, axes = envi_layout(header_path, header)
+    needed = offset + math.prod(shape) * dtype.itemsize
+
+    # the data: of several files the one that has the size
+    fitting = [found for found in candidates if os.path.getsize(found) == needed]
+    if len(candidates) > 1 and len(fitting) != 1:
+        raise UserError(f'{path}: {" and ".join(candidates)} could be its data: give the data file '
+                        'instead of the header')
+    data_path = (fitting or candidates)[0]
     if data_path.lower().endswith(('.tif', '.tiff')):
-        return envi_facts(read_tiff(data_path, mmap, '', axes), header, header_path)
-    cube = envi_cube(header_path, header, data_path)
-    words = f'{header["interleave"].lower()}, as its ENVI header states'
-    scene = Scene(cube, None, None, None, None, notes=(shape_note(cube, words),))
+        return envi_facts(read_tiff(data_path, mmap, name, ''), header, header_path)
+    size = os.path.getsize(data_path)
+    if size < needed:
+        raise UserError(f'{data_path}: the file is truncated: it has {size} bytes, its header '
+                        f'speaks of {needed}: copy it again')
+    cube = file_cube(data_path, dtype, shape, axes, offset)
+    notes = [shape_note(cube, f'{header["interleave"].lower()}, as its ENVI header states')]
+    if size > needed:
+        notes.append(f'{data_path} has {size - needed} bytes more than its header speaks of')
+    scene = Scene(cube, None, None, None, None, notes=tuple(notes))
     return envi_facts(scene, header, header_path)
 
 
 def envi_header(path):
-    """-> {field: text} of an ENVI header, names in lower case; a {list} may go over many lines"""
+    """-> {field: text} of an ENVI header, names in small letters; a {list} may have many lines"""
     with open(path, 'rb') as file:
         content = file.read(1 << 24)
     try:
@@ -1199,51 +1211,24 @@ def envi_numbers(header, field, path, counts=()):
 
 def envi_layout(path, header):
     """-> numpy type, offset in bytes, shape as it lies in the file, its axes ('hwc')"""
-    def wrong(field):
-        return UserError(f'{path}: its field "{field}" is {header.get(field, "missing")}: correct '
-                         'the header, or save the image again as a plain ENVI file')
-    sides = {}
-    for letter, field in (('c', 'bands'), ('h', 'lines'), ('w', 'samples')):
-        if not re.fullmatch(r'0*[1-9]\d{0,8}', header.get(field, '')):
-            raise wrong(field)
-        sides[letter] = int(header[field])
-    axes = ENVI_AXES.get(header.get('interleave', '').lower())
-    code = ENVI_TYPES.get(header.get('data type', ''))
-    offset = header.get('header offset', '0')
-    order = header.get('byte order', '0')
-    for field, good in (('interleave', axes), ('data type', code), ('byte order', order in '01'),
-                        ('header offset', re.fullmatch(r'\d{1,12}', offset)),
-                        ('file compression', header.get('file compression', '0') == '0')):
-        if not good:
-            raise wrong(field)
+    header = {'header offset': '0', 'byte order': '0', 'file compression': '0', **header}
+    patterns = {'bands': '0*[1-9][0-9]{0,8}', 'lines': '0*[1-9][0-9]{0,8}',
+                'samples': '0*[1-9][0-9]{0,8}', 'header offset': '[0-9]{1,12}',
+                'interleave': 'bsq|bil|bip', 'data type': '|'.join(ENVI_TYPES),
+                'byte order': '0|1', 'file compression': '0'}
+    for field, pattern in patterns.items():
+        if not re.fullmatch(pattern, header.get(field, ''), re.IGNORECASE):
+            raise UserError(f'{path}: its field "{field}" is {header.get(field, "missing")}: '
+                            'correct the header, or save the image again as a plain ENVI file')
     for field in ('major frame offsets', 'minor frame offsets'):
         if any(envi_numbers(header, field, path)):
-            raise wrong(field)
-    shape = tuple(sides[letter] for letter in axes)
-    return np.dtype('<>'[int(order)] + code), int(offset), shape, axes
-
-
-def envi_data(path, header, candidates):
-    """-> the data file of a header: of several candidates the one that has its size"""
-    if len(candidates) > 1:
-        dtype, offset, shape, _ = envi_layout(path, header)
-        size = offset + math.prod(shape) * dtype.itemsize
-        fitting = [found for found in candidates if os.path.getsize(found) == size]
-        if len(fitting) != 1:
-            raise UserError(f'{path}: {" and ".join(candidates)} could be its data: give the data '
-                            'file instead of the header')
-        candidates = fitting
-    return candidates[0]
-
-
-def envi_cube(path, header, data_path):
-    dtype, offset, shape, axes = envi_layout(path, header)
-    needed = offset + math.prod(shape) * dtype.itemsize
-    size = os.path.getsize(data_path)
-    if size < needed:
-        raise UserError(f'{data_path}: the file is truncated: it has {size} bytes, its header '
-                        f'speaks of {needed}: copy it again')
-    return file_cube(data_path, dtype, shape, axes, offset)
+            raise UserError(f'{path}: its {field} are not 0, which is not read: save the image '
+                            'again as a plain ENVI file')
+    axes = ENVI_AXES[header['interleave'].lower()]
+    sides = {'c': 'bands', 'h': 'lines', 'w': 'samples'}
+    shape = tuple(int(header[sides[letter]]) for letter in axes)
+    dtype = np.dtype('<>'[int(header['byte order'])] + ENVI_TYPES[header['data type']])
+    return dtype, int(header['header offset']), shape, axes
 
 
 def envi_facts(scene, header, path):
@@ -1251,41 +1236,39 @@ def envi_facts(scene, header, path):
     C = len(scene.cube)
     centres = envi_numbers(header, 'wavelength', path, [C])
     nm, text = to_nm(centres, header.get('wavelength units', ''), 'the header')
-    scene = say(scene._replace(wavelengths_nm=nm), text)
     widths = envi_numbers(header, 'fwhm', path, [C])
-    if nm and widths:
-        scene = scene._replace(fwhm_nm=widths_nm(widths, centres, nm))
+    scene = say(scene._replace(wavelengths_nm=nm, fwhm_nm=widths_nm(widths, centres, nm)), text)
     ignored = envi_numbers(header, 'data ignore value', path)
     if ignored:
         scene = scene._replace(nodata=ignored[0])
 
-    # bands marked as bad: 0 in the list of good ones
+    # 1 = good, 0 = bad
     good = envi_numbers(header, 'bbl', path, [C])
-    if good and not any(good):
-        scene = say(scene, 'the header marks every band as bad (bbl): that is not believed')
-    elif good:
+    if any(good):
         scene = scene._replace(bands=[band for band in range(C) if good[band]])
+    elif good:
+        scene = say(scene, 'the header marks every band as bad (bbl): that is not believed')
 
     # physical units
     divisor = envi_numbers(header, 'reflectance scale factor', path)
     kind = 'data reflectance' if 'data reflectance gain values' in header else 'data'
     gains = envi_numbers(header, f'{kind} gain values', path, [C, 1])
     offsets = envi_numbers(header, f'{kind} offset values', path, [C, 1])
-    if divisor and divisor[0] > 0:
+    if any(divisor):
         scene = scene._replace(scale=(1 / divisor[0], 0.0))
     elif gains or offsets:
         scene = scene._replace(scale=(gains or [1.0], offsets or [0.0]))
 
-    # a classification: value 0 is class 0, unlabelled here
+    # a classification: value 0 is its first class, and unlabelled here
     names = envi_list(header, 'class names')
-    colors = envi_numbers(header, 'class lookup', path)
     if names:
-        rgb = np.array(colors[:len(colors) // 3 * 3], int).reshape(-1, 3)[1:].tolist()
-        scene = scene._replace(class_names=names[1:], class_colors=[tuple(c) for c in rgb] or None)
+        colors = envi_numbers(header, 'class lookup', path)
+        rgb = zip(*(map(int, colors[start::3]) for start in range(3)))
+        scene = scene._replace(class_names=names[1:], class_colors=list(rgb)[1:] or None)
         if names[0].lower() not in NO_CLASS:
             scene = say(scene, f'value 0, "{names[0]}" in the file, is unlabelled here')
-    wkt = header.get('coordinate system string', '')
-    geotags = envi_geotags(envi_list(header, 'map info'), wkt.strip('{}'))
+    wkt = header.get('coordinate system string', '').strip('{}')
+    geotags = envi_geotags(envi_list(header, 'map info'), wkt)
     return scene._replace(geotags=geotags or scene.geotags)
 
 
@@ -1294,38 +1277,36 @@ def envi_geotags(info, wkt=''):
 
     info: projection, column and row of a pixel (from 1), its x and y, width and height of a
     pixel, then for UTM zone and North or South, datum; rotation=degrees, counter-clockwise.
-    wkt: "coordinate system string", where it names an EPSG number or a known UTM zone.
+    wkt: its "coordinate system string"
     """
     info = [str(word).strip() for word in info]
     if len(info) < 7:
         return ()
     column, row, x, y, width, height = (float(word) for word in info[1:7])
     angles = [float(word.split('=')[1]) for word in info if word.lower().startswith('rotation=')]
+    angle = math.radians(sum(angles))
     epsg = epsg_of(wkt)
     if {word.lower() for word in info[7:]} & {'wgs-84', 'wgs84', 'wgs 84'}:
         if info[0] == 'UTM':
             epsg = int(info[7]) + (32700 if info[8].lower() == 'south' else 32600)
         elif info[0] == 'Geographic Lat/Lon':
             epsg = 4326
-    angle = math.radians(sum(angles))
     matrix = (x, math.cos(angle) * width, math.sin(angle) * height,
               y, math.sin(angle) * width, -math.cos(angle) * height)
     return place_tags(matrix, epsg, (column - 1, row - 1))
 
 
-# names of UTM's datums in ESRI's texts, and EPSG number of zone 0 north
-UTM_DATUMS = {'WGS_1984': 32600, 'ETRS_1989': 25800, 'NAD_1983': 26900}
-
-
 def epsg_of(wkt):
-    """The EPSG number of a coordinate system's text, None where it names none"""
-    number = re.search(r'(?:AUTHORITY\["EPSG",\s*"?|ID\["EPSG",\s*)(\d+)"?\]\s*\]\s*$', wkt)
+    """The EPSG number of a coordinate system's text; None where it names none"""
+    number = re.search(r'(AUTHORITY|ID)\["EPSG",\s*"?(\d+)"?\]\s*\]\s*$', wkt)
     if number:
-        return int(number[1])
-    zone = re.match(r'PROJCS\["(\w+?)_UTM_Zone_(\d+)([NS])"', wkt, re.I)
-    if not zone or zone[1] not in UTM_DATUMS or (zone[3] in 'sS' and zone[1] != 'WGS_1984'):
-        return None
-    return UTM_DATUMS[zone[1]] + int(zone[2]) + 100 * (zone[3] in 'sS')
+        return int(number[2])
+    # ESRI's names of UTM zones
+    zone = re.match(r'PROJCS\["(WGS_1984|ETRS_1989|NAD_1983)_UTM_Zone_(\d+)([NS])"', wkt)
+    north = {'WGS_1984': 32600, 'ETRS_1989': 25800, 'NAD_1983': 26900}
+    south = {'WGS_1984': 32700}
+    known = {'N': north, 'S': south}[zone[3]] if zone else {}
+    return known[zone[1]] + int(zone[2]) if zone and zone[1] in known else None
 
 
 def place_tags(matrix, epsg=None, at=(0.0, 0.0)):
@@ -1351,179 +1332,155 @@ def place_tags(matrix, epsg=None, at=(0.0, 0.0)):
 # ============ arrays with names: MATLAB, HDF5 ============
 
 class Stored(NamedTuple):
-    """An array in a file: read(slices), one for each axis, gives it as numpy"""
+    """An array in a file: read(...) gives all of it as numpy, read((slice, ...)) a piece"""
     shape: tuple
     dtype: np.dtype
     read: object
     attrs: dict = {}  # of HDF5
+    axes: tuple = ()  # names of its axes, of HDF5
 
 
-# what names say, of which the last part counts
-LABEL_NAMES = re.compile(r'(\b|_)gt|gt(\b|_)|label|truth|class|map|gnd|train|test|(^|_)(tr|te|ts)$', re.I)
-OTHER_LAYERS = re.compile(r'lidar|ds[mt]|dem$|dtm|height|elevation|abund|endmem|confid', re.I)
-WAVELENGTHS = re.compile(r'wave|lambda|^wl$|centers?$|centres?$', re.I)
-ROWS = re.compile(r'n?_?(rows?|r|lines|h|height)$', re.I)
-COLUMNS = re.compile(r'n?_?(cols?|columns|c|samples|w|width)$', re.I)
+# what the last part of a name says
+LABEL_NAMES = re.compile(r'(\b|_)gt|gt(\b|_)|label|truth|class|map|gnd|train|test|(^|_)t[res]$',
+                         re.IGNORECASE)
+OTHER_LAYERS = re.compile(r'lidar|ds[mt]|dem$|dtm|height|elev|abund|endmem|conf', re.IGNORECASE)
+WAVELENGTHS = re.compile(r'wave|lambda|^wl$|centers?$|centres?$', re.IGNORECASE)
+ROWS = re.compile(r'^n?_?(rows?|r|lines|h|height)$', re.IGNORECASE)
+COLUMNS = re.compile(r'^n?_?(cols?|columns|c|samples|w|width)$', re.IGNORECASE)
 
 
 def last_part(name):
     """'hsi.info.1' -> 'info': numbers are those of cells"""
-    parts = [part for part in re.split(r'[./]', name) if not part.isdigit()]
+    parts = [part for part in re.split('[./]', name) if not part.isdigit()]
     return parts[-1] if parts else name
 
 
 def list_arrays(arrays):
-    """'HSI (80 x 96 x 8, uint16), ...' for a message"""
+    """'HSI (80 x 96 x 8, uint16), ...'"""
     words = [f'{name} ({shape_text(stored)}, {stored.dtype})' for name, stored in arrays.items()]
     return ', '.join(words[:8]) + (f' and {len(words) - 8} more' if len(words) > 8 else '')
 
 
 def pick_array(path, arrays, name):
-    """The image among the named arrays of a file -> its name.
+    """The image among the arrays of a file -> its name.
 
-    The one that `name` asks for; else the only one of three axes whose name is not one of labels,
-    heights or abundances; else the only one of two axes.
+    The one that `name` asks for; else the only one of three axes whose name does not speak of
+    labels, heights or abundances; else the only one of three axes, or of two.
     """
-    numeric = {key: stored for key, stored in arrays.items()
-               if stored.dtype.kind in 'iufb' and len(stored.shape) in (2, 3)
-               and min(stored.shape, default=0) > 0}
-    if name:
-        asked = [key for key in numeric if key == name] or [
-            key for key in numeric if last_part(key) == name]
-        if len(asked) != 1:
-            raise UserError(f'{path}: holds no array "{name}" that could be an image, but '
-                            f'{list_arrays(numeric) or "none at all"}: choose one of these')
-        return asked[0]
-    cubes = {key: stored for key, stored in numeric.items()
+    arrays = {key: stored for key, stored in arrays.items()
+              if len(stored.shape) in (2, 3) and stored.dtype.kind in 'iufb'}
+    cubes = {key: stored for key, stored in arrays.items()
              if len(stored.shape) == 3 and min(stored.shape) > 1}
-    named_so = {key: stored for key, stored in cubes.items()
-                if not OTHER_LAYERS.search(last_part(key))
-                and not LABEL_NAMES.search(last_part(key))}
-    flat = {key: stored for key, stored in numeric.items()
-            if key not in cubes and sorted(stored.shape)[-2] > 1}
-    for group in (named_so, cubes, flat):
-        if len(group) == 1:
-            return next(iter(group))
-        if group:
-            break
-    found = list_arrays(group or numeric)
-    if not group:
-        raise UserError(f'{path}: holds no array of two or three axes ({found or "none"}): give '
-                        'the file with the image')
-    raise UserError(f'{path}: any of {found} could be meant: choose one, as '
-                    f'{os.path.basename(path)}:{next(iter(group))}')
+    images = {key: stored for key, stored in cubes.items() if not (
+        OTHER_LAYERS.search(last_part(key)) or LABEL_NAMES.search(last_part(key)))}
+    layers = {key: stored for key, stored in arrays.items()
+              if key not in cubes and sorted(stored.shape)[-2] > 1}
+    candidates = images or cubes or layers or arrays
+    if name:
+        candidates = {key: stored for key, stored in arrays.items()
+                      if key == name or last_part(key) == name}
+        candidates = {name: arrays[name]} if name in arrays else candidates
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    if not candidates:
+        what = f'no array "{name}"' if name else 'no array of two or three axes'
+        raise UserError(f'{path}: holds {what}, but {list_arrays(arrays) or "others"}: give a file '
+                        'or a name of an image')
+    raise UserError(f'{path}: any of {list_arrays(candidates)} could be meant: choose one, as '
+                    f'{os.path.basename(path)}:{next(iter(candidates))}')
+
+
+def find_vector(arrays, pattern, counts):
+    """The first array of numbers in a row that has such a name and one of these `counts` of values
+    -> its name, the list of its numbers, their unit; '', [], '' where there is none"""
+    for name, stored in arrays.items():
+        size = math.prod(stored.shape)
+        if (pattern.search(last_part(name)) and size == max(stored.shape, default=1)
+                and size in counts and stored.dtype.kind in 'iuf'):
+            unit = text_of(stored.attrs.get('units', stored.attrs.get('Units', '')))
+            return name, np.ravel(stored.read(...)).tolist(), unit
+    return '', [], ''
 
 
 def named_scene(path, arrays, name, axes, order=''):
     """A Scene of the named arrays of a file.
 
-    arrays: name -> Stored. name: of the image, '' = it is found. order: axes of the image if the
-    file states them, as 'hwc'. Labels and wavelengths are found beside it by names and lengths.
+    arrays: name -> Stored. name: of the image, '' = it is found, and labels beside it. order: the
+    axes of the image where the file states them, as 'hwc'.
     """
     key = pick_array(path, arrays, name)
-    image = arrays[key]
-    words = f'array "{key}"'
+    image, words = arrays[key], f'array "{key}"'
     if len(image.shape) == 2:
-        unfolded = unfold(path, key, arrays)
-        if unfolded is None:  # labels, or an image of one band
-            cube = np.asarray(image.read((slice(None),) * 2))[None]
+        folded = fold(path, key, arrays)
+        if folded is None:  # labels, or an image of one band
+            cube = image.read(...)[None]
             return Scene(cube, None, None, None, None, notes=(shape_note(cube, words),))
-        image, order, text = unfolded
-        words = f'{words}, {text}'
-
-    # wavelengths: as many as one side has
-    def vector(pattern):
-        found = {other: stored for other, stored in arrays.items()
-                 if pattern.search(last_part(other)) and stored.dtype.kind in 'iuf'
-                 and max(stored.shape, default=0) == math.prod(stored.shape)
-                 and math.prod(stored.shape) in image.shape}
-        return next(iter(found.items()), (None, None))
-    wave_name, wave = vector(WAVELENGTHS)
-    count = math.prod(wave.shape) if wave else None
-    maps = {other: stored for other, stored in arrays.items() if len(stored.shape) == 2
+        image, order, text = folded
+        words += f', {text}'
+    wave_name, values, unit = find_vector(arrays, WAVELENGTHS, image.shape)
+    maps = {other: stored for other, stored in arrays.items() if stored.dtype.kind in 'iufb'
             and stored.shape in (image.shape[:2], image.shape[1:])}
     if axes or not order:
         sizes = {stored.shape for stored in maps.values()}
-        order, text = choose_axes(image.shape, path, axes, count,
-                                  sizes.pop() if len(sizes) == 1 else None)
-        words = f'{words}, {text}'
-    cube = stored_cube(image, order)
-    scene = Scene(cube, None, None, None, None, notes=(shape_note(cube, words),))
-    if wave and count == len(cube):
-        values = np.asarray(wave.read((slice(None),) * len(wave.shape))).ravel()
-        unit = text_of(wave.attrs.get('units', wave.attrs.get('Units', '')))
-        nm, text = to_nm(values.tolist(), unit, f'"{wave_name}"')
-        scene = say(scene._replace(wavelengths_nm=nm), text)
-        width = vector(re.compile('fwhm', re.I))[1]
-        if nm and width and math.prod(width.shape) == count:
-            widths = np.asarray(width.read((slice(None),) * len(width.shape))).ravel()
-            scene = scene._replace(fwhm_nm=widths_nm(widths.tolist(), values.tolist(), nm))
-    if name:
-        return scene
-    return named_labels(scene, {other: stored for other, stored in maps.items()
-                                if stored.shape == cube.shape[1:]})
+        pixels = sizes.pop() if len(sizes) == 1 else None
+        order, text = choose_axes(image.shape, path, axes, len(values), pixels)
+        words += f', {text}'
+
+    def read(rows, cols):
+        key = {'c': slice(None), 'h': rows, 'w': cols}
+        return to_chw(image.read(tuple(key[letter] for letter in order)), order)
+    sides = [image.shape[order.index(letter)] for letter in 'chw']
+    cube = Lazy(sides, image.dtype, read)
+    values = values if len(values) == len(cube) else []
+    nm, text = to_nm(values, unit, f'"{wave_name}"')
+    widths = find_vector(arrays, re.compile('fwhm', re.IGNORECASE), [len(cube)])[1]
+    scene = Scene(cube, None, nm, None, None, fwhm_nm=widths_nm(widths, values, nm),
+                  notes=(shape_note(cube, words), text))
+    maps = {other: stored for other, stored in maps.items() if stored.shape == cube.shape[1:]}
+    return scene if name else named_labels(scene, maps)
 
 
 def named_labels(scene, maps):
-    """-> the scene with the one of `maps` that is named as labels are; with all of them, where
-    there are several, for the caller to refuse"""
-    maps = {name: stored for name, stored in maps.items()
-            if not OTHER_LAYERS.search(last_part(name)) and stored.dtype.kind in 'iufb'}
-    named_so = {name: stored for name, stored in maps.items()
-                if LABEL_NAMES.search(last_part(name))}
-    labels = {name: np.asarray(stored.read((slice(None),) * 2))
-              for name, stored in named_so.items()}
-    if len(labels) > 1:
-        return scene._replace(labels=labels)
-    for name, raw in labels.items():
-        scene = say(scene._replace(labels=raw), f'labels from "{name}"')
+    """-> the scene with the one of the layers `maps` that is named as labels are; where several
+    are, all of them as {name: layer}, for the caller to refuse"""
+    maps = {name: stored for name, stored in maps.items() if not OTHER_LAYERS.search(name)}
+    labels = {name: stored.read(...) for name, stored in maps.items() if LABEL_NAMES.search(name)}
+    if len(labels) == 1:
+        name, layer = next(iter(labels.items()))
+        return say(scene._replace(labels=layer), f'labels from "{name}"')
     if maps and not labels:
         scene = say(scene, f'{list_arrays(maps)} may be labels: if so, pass --labels=FILE:NAME')
-    return scene
+    return scene._replace(labels=labels or None)
 
 
-def stored_cube(stored, order):
-    """A Stored of three axes in `order`, as 'hwc' -> Lazy (C, H, W)"""
-    def read(rows, cols):
-        key = {'c': slice(None), 'h': rows, 'w': cols}
-        block = np.asarray(stored.read(tuple(key[letter] for letter in order)))
-        return block.transpose([order.index(letter) for letter in 'chw'])
-    return Lazy([stored.shape[order.index(letter)] for letter in 'chw'], stored.dtype, read)
-
-
-def unfold(path, key, arrays):
-    """bands x pixels, as unmixing data are -> Stored (C, H, W) or (C, W, H), its axes, words; None
-    for another array. Numbers of rows and columns stand beside it."""
+def fold(path, key, arrays):
+    """bands x pixels, as unmixing data are -> Stored of three axes, their order, words; None for
+    another array. The numbers of rows and columns stand beside it."""
     flat = arrays[key]
-
-    def number(pattern):
-        found = [stored for name, stored in arrays.items()
-                 if math.prod(stored.shape) == 1 and pattern.fullmatch(last_part(name))]
-        return int(np.asarray(found[0].read((slice(None),) * len(found[0].shape))).ravel()[0]) \
-            if found else 0
-    H, W = number(ROWS), number(COLUMNS)
-    if H * W not in flat.shape or H * W == 0 or min(H, W) < 2:
-        if max(flat.shape) > 40 * min(flat.shape) and not LABEL_NAMES.search(last_part(key)):
+    H, W = (int(find_vector(arrays, pattern, [1])[1][0]) if find_vector(arrays, pattern, [1])[1]
+            else 0 for pattern in (ROWS, COLUMNS))
+    if min(H, W) < 2 or H * W not in flat.shape:
+        if max(flat.shape) > 40 * min(flat.shape):
             raise UserError(f'{path}: "{key}" of {shape_text(flat)} looks like bands x pixels, and '
                             'nothing says how many rows and columns: save it as rows x columns x '
                             'bands')
         return None
-    pixels = np.asarray(flat.read((slice(None),) * 2))
+    pixels = flat.read(...)
     pixels = pixels if flat.shape[1] == H * W else pixels.T  # (C, pixels)
     # column by column, as MATLAB folds, or row by row: neighbours in the image are alike
-    sample = pixels[:, :H * W].astype(np.float64)
-    steps = {distance: np.abs(sample[:, distance:] - sample[:, :-distance]).mean()
-             for distance in (H, W)}
-    by_columns = H == W or steps[H] <= steps[W]
-    shape, order = ((W, H), 'cwh') if by_columns else ((H, W), 'chw')
-    cube = pixels.reshape(-1, *shape)
-    text = f'bands x pixels folded to {H} x {W} {"column by column" if by_columns else "row by row"}'
+    x = pixels[::max(len(pixels) // 16, 1)].astype(np.float64)
+    across, down = (np.abs(x[:, step:] - x[:, :-step]).mean() for step in (H, W))
+    if across <= down:
+        cube, order, how = pixels.reshape(-1, W, H), 'cwh', 'column by column'
+    else:
+        cube, order, how = pixels.reshape(-1, H, W), 'chw', 'row by row'
+    text = f'bands x pixels, folded {how} to {H} x {W}'
     return Stored(cube.shape, cube.dtype, cube.__getitem__), order, text
 
 
 def text_of(value):
-    """An attribute of HDF5 -> str"""
-    value = value.ravel()[0] if isinstance(value, np.ndarray) and value.size else value
+    """An attribute or a text of HDF5 -> str"""
+    value = np.ravel(value)[0] if np.size(value) else ''
     return value.decode('utf-8', 'replace') if isinstance(value, bytes) else str(value)
 
 
@@ -1536,18 +1493,16 @@ found = {}
 def collect(name, value, depth=0):
     if not isinstance(value, numpy.ndarray) or depth > 8 or len(found) > 1000:
         return
-    if value.dtype.names:
-        for field in value.dtype.names:
-            for item in value[field].ravel()[:50]:
-                collect(name + '.' + field, item, depth + 1)
-    elif value.dtype.kind == 'O':
+    for field in value.dtype.names or ():
+        for item in value[field].ravel()[:50]:
+            collect(name + '.' + field, item, depth + 1)
+    if value.dtype.kind == 'O':
         for number, item in enumerate(value.ravel()[:200], 1):
-            collect(name + '.' + str(number), item, depth + 1)
-    elif value.dtype.kind in 'iufb' and value.size:
+            collect(f'{name}.{number}', item, depth + 1)
+    if value.dtype.kind in 'iufbc' and value.size:
         found.setdefault(name, value)
 for name, value in scipy.io.loadmat(sys.argv[1]).items():
-    if not name.startswith('__'):
-        collect(name, value)
+    collect(name, value)
 numpy.savez(sys.argv[2], *found.values(), names=numpy.array(list(found), str))
 """
 
@@ -1566,36 +1521,37 @@ def load_mat(path):
             raise UserError(f'{path}: cannot be read ({one_line(reason)}): copy or convert it '
                             'again')
         with np.load(kept) as file:
-            names = file['names'].tolist()
-            arrays = [file[f'arr_{number}'] for number in range(len(names))]
-    return {name: Stored(array.shape, array.dtype, array.__getitem__)
-            for name, array in zip(names, arrays)}
+            arrays = {name: file[f'arr_{number}'] for number, name in enumerate(file['names'])}
+    return {str(name): Stored(array.shape, array.dtype, array.__getitem__)
+            for name, array in arrays.items()}
 
 
 def read_mat(path, mmap, name, axes):
-    with open(path, 'rb') as file:
-        head = file.read(1 << 12)
-    if b'MATLAB 7.3' in head[:128] or HDF5_START in head:  # HDF5 with its axes reversed
-        arrays = {key.replace('/', '.'): turned(stored) for key, stored in h5_arrays(path).items()}
-        return named_scene(path, arrays, name, axes)
-    return named_scene(path, load_mat(path), name, axes)
+    if not is_hdf5(path):
+        return named_scene(path, load_mat(path), name, axes)
+    arrays = {}  # MATLAB 7.3 is HDF5 with the axes reversed
+    for key, stored in h5_arrays(path).items():
+        arrays[key.replace('/', '.')] = turned(stored)
+    return named_scene(path, arrays, name, axes)
 
 
 def turned(stored):
-    """An array of MATLAB 7.3 with its axes in MATLAB's order"""
+    """An array with its axes in reversed order"""
     def read(key):
-        return stored.read(key[::-1]).transpose()
+        return stored.read(key if key is ... else key[::-1]).transpose()
     return stored._replace(shape=stored.shape[::-1], read=read)
 
 
 # ============ HDF5 and NetCDF ============
 
-HDF5_START = b'\x89HDF\r\n\x1a\n'
+def is_hdf5(path):
+    with open(path, 'rb') as file:
+        return b'\x89HDF\r\n\x1a\n' in file.read(1 << 13)
 
 
 def h5_arrays(path):
-    """The numeric arrays of an HDF5 file -> {'group/name': Stored}; of references, as MATLAB's
-    cells are, what they refer to. What lies in other files is left out."""
+    """The arrays of an HDF5 file -> {'group/name': Stored}; of references, which MATLAB's cells
+    are, what they refer to. What lies in other files is left out."""
     import h5py
     found = {}
 
@@ -1610,7 +1566,7 @@ def h5_arrays(path):
         return read
 
     def collect(name, item, depth=0):
-        if depth > 8 or len(found) > 2000 or item is None:
+        if depth > 8 or len(found) > 2000:
             return
         if isinstance(item, h5py.Group):
             for key in item:
@@ -1620,16 +1576,17 @@ def h5_arrays(path):
         elif not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
             return
         elif item.dtype == h5py.ref_dtype and item.size:
-            for number, reference in enumerate(item[()].ravel()[:200], 1):
-                collect(f'{name}/{number}', item.file[reference] if reference else None, depth + 1)
+            for number, reference in enumerate(np.ravel(item[()])[:200], 1):
+                if reference:
+                    collect(f'{name}/{number}', item.file[reference], depth + 1)
         elif item.size * item.dtype.itemsize > 100_000 * os.path.getsize(path):
-            raise UserError(f'{path}: its array {name} claims {item.size / 1e9:.0f} billion values: '
-                            'the file is damaged, copy it again')
-        elif item.dtype.kind in 'iufb' and item.size and not is_text(item):
-            found[name] = Stored(item.shape, item.dtype, read_from(item.name), dict(item.attrs))
-
-    def is_text(item):
-        return text_of(item.attrs.get('MATLAB_class', '')) == 'char'
+            raise UserError(f'{path}: its array {name} claims {item.size / 1e9:.0f} billion '
+                            'values: the file is damaged, copy it again')
+        elif item.size and text_of(item.attrs.get('MATLAB_class', '')) != 'char':
+            axes = [([os.path.basename(scale.name) for scale in axis.values()] or [axis.label])[0]
+                    for axis in item.dims]
+            found[name] = Stored(item.shape, item.dtype, read_from(item.name), dict(item.attrs),
+                                 tuple(axes))
 
     with h5py.File(path, 'r') as file:
         collect('', file)
@@ -1637,172 +1594,145 @@ def h5_arrays(path):
 
 
 def read_h5(path, mmap, name, axes):
-    """An HDF5 or NetCDF-4 file: a product that is known by its groups, or one cube with a name"""
-    import h5py
-    with open(path, 'rb') as file:
-        if HDF5_START not in file.read(1 << 12):
-            raise UserError(f'{path}: is no HDF5 or NetCDF-4 file (older NetCDF and HDF4 are not '
-                            'read): convert it, as nccopy -k netCDF-4 does')
-    with h5py.File(path, 'r') as file:
-        prisma = [key for key in file.get('HDFEOS/SWATHS', {}) if re.match('PRS_L.*_HCO', key)]
-        attrs = dict(file.attrs)
-    if prisma and not name:
-        return read_prisma(h5_arrays(path), attrs, prisma[0])
+    """HDF5 or NetCDF-4: a product that is known by its names, or the one cube, or the named one"""
+    if not is_hdf5(path):
+        raise UserError(f'{path}: is no HDF5 or NetCDF-4 file (older NetCDF and HDF4 are not '
+                        'read): convert it, as nccopy -k netCDF-4 does')
     arrays = h5_arrays(path)
-    if 'sensor_band_parameters/wavelengths' in arrays and not name:
+    if not name and any(key.endswith('_HCO/Data Fields/VNIR_Cube') for key in arrays):
+        return read_prisma(path, arrays)
+    if not name and 'sensor_band_parameters/wavelengths' in arrays:
         return read_emit(path, arrays)
     key = pick_array(path, arrays, name)
-    scene = named_scene(path, arrays, key if name else '', axes, netcdf_order(path, key))
-    return stored_facts(scene, arrays[key].attrs, h5_place(path, key))
+    attrs = arrays[key].attrs
 
+    # NetCDF names the axes
+    order = ''
+    for axis in arrays[key].axes:
+        for letter, words in (('c', 'band|wave|channel|lambda|spectral'),
+                              ('h', '^(y|lat|row|line|down|north)'),
+                              ('w', '^(x|lon|col|sample|cross|east)')):
+            order += letter if re.search(words, axis, re.IGNORECASE) else ''
+    order = order if sorted(order) == ['c', 'h', 'w'] else ''
+    scene = named_scene(path, arrays, name, axes, order)
 
-def netcdf_order(path, name):
-    """Axes of an array whose dimensions have the names that NetCDF gives them; '' = they do not"""
-    import h5py
-    letters = {'c': r'band|wave|channel|lambda|spectral', 'h': r'^(y|lat|row|line|down|north)',
-               'w': r'^(x|lon|col|sample|cross|east)'}
-    with h5py.File(path, 'r') as file:
-        names = []
-        for dimension in file[name].dims:
-            scales = [os.path.basename(scale.name) for scale in dimension.values()]
-            names.append((scales or [dimension.label])[0])
-    order = ''.join(letter for name in names for letter, pattern in letters.items()
-                    if re.search(pattern, name, re.I))
-    return order if sorted(order) == ['c', 'h', 'w'] else ''
-
-
-def number_of(attrs, *names):
-    """The first of these attributes that is there, as a number; None = there is none"""
-    for name in names:
-        if name in attrs and np.size(attrs[name]):
-            try:
-                return float(np.ravel(attrs[name])[0])
-            except (TypeError, ValueError):
-                return None
-    return None
-
-
-def stored_facts(scene, attrs, geotags):
-    """-> the scene with the nodata value and the scale among an array's attributes (CF, NEON)"""
-    nodata = number_of(attrs, '_FillValue', 'missing_value', 'Data_Ignore_Value', 'nodata')
-    factor, offset = number_of(attrs, 'scale_factor'), number_of(attrs, 'add_offset')
-    divisor = number_of(attrs, 'Scale_Factor')  # NEON: reflectance = value / this
-    if divisor:
-        factor = 1 / divisor
+    # attributes by the CF conventions, and NEON's
+    def number(*names):
+        found = [attrs[name] for name in names if name in attrs]
+        return read_number(text_of(found[0])) if found else None
+    factor, offset = number('scale_factor'), number('add_offset')
+    if number('Scale_Factor'):
+        factor = 1 / number('Scale_Factor')
     if factor or offset:
         scene = scene._replace(scale=(factor or 1.0, offset or 0.0))
-    return scene._replace(nodata=nodata, geotags=geotags)
+    nodata = number('_FillValue', 'missing_value', 'Data_Ignore_Value', 'nodata')
+    return scene._replace(nodata=nodata, geotags=h5_place(arrays, key))
 
 
-def h5_place(path, name):
-    """GeoTIFF tags of an array: NEON's Map_Info, CF's GeoTransform; () = none is stated"""
-    import h5py
-    with h5py.File(path, 'r') as file:
-        group = file[name].parent
-        info = group.get('Metadata/Coordinate_System/Map_Info')
-        if isinstance(info, h5py.Dataset):
-            wkt = group.get('Metadata/Coordinate_System/Coordinate_System_String')
-            wkt = text_of(wkt[()]) if isinstance(wkt, h5py.Dataset) else ''
-            return envi_geotags(text_of(info[()]).split(','), wkt)
-        mapping = text_of(file[name].attrs.get('grid_mapping', ''))
-        mapping = group.get(mapping) if mapping else None
-        attrs = dict(mapping.attrs) if mapping is not None else {}
-    try:
-        numbers = [float(word) for word in text_of(attrs.get('GeoTransform', '')).split()]
-    except ValueError:
+def h5_place(arrays, key):
+    """GeoTIFF tags of an array: NEON's Map_Info, or GeoTransform as GDAL writes it for CF"""
+    group = key[:key.rfind('/') + 1]
+
+    def text(name):
+        stored = arrays.get(f'{group}Metadata/Coordinate_System/{name}')
+        return text_of(stored.read(...)) if stored else ''
+    if text('Map_Info'):
+        return envi_geotags(text('Map_Info').split(','), text('Coordinate_System_String'))
+    mapping = arrays.get(group + text_of(arrays[key].attrs.get('grid_mapping', '')))
+    attrs = mapping.attrs if mapping else {}
+    numbers = [read_number(word) for word in text_of(attrs.get('GeoTransform', '')).split()]
+    if len(numbers) != 6 or None in numbers:
         return ()
-    if len(numbers) != 6:
-        return ()
-    wkt = text_of(attrs.get('crs_wkt', attrs.get('spatial_ref', '')))
-    return place_tags(numbers, epsg_of(wkt))
+    return place_tags(numbers, epsg_of(text_of(attrs.get('crs_wkt', attrs.get('spatial_ref', '')))))
 
 
 def read_emit(path, arrays):
-    """EMIT L1B and L2A: one cube (rows, columns, bands) in the sensor's geometry"""
-    key = next((key for key in ('reflectance', 'radiance') if key in arrays), None)
-    if key is None:
-        raise UserError(f'{path}: an EMIT file without reflectance or radiance, but '
-                        f'{list_arrays(arrays)}: give the RFL or RAD file')
-    cube = stored_cube(arrays[key], 'hwc')
+    """EMIT L1B and L2A: one cube (rows, columns, bands) in the geometry of the sensor"""
+    names = [name for name in ('reflectance', 'radiance') if name in arrays]
+    if not names:
+        raise UserError(f'{path}: an EMIT file without reflectance or radiance: give the RFL or '
+                        'the RAD file')
+    parameters = {name.split('/')[1]: stored.read(...).tolist() for name, stored in arrays.items()
+                  if name.startswith('sensor_band_parameters/')}
+    only = {name: arrays[name] for name in names[:1]}
+    scene = named_scene(path, only, '', '', 'hwc')
+    nm, text = to_nm(parameters['wavelengths'], 'nm', 'sensor_band_parameters')
+    good = parameters.get('good_wavelengths', [1] * len(nm))
+    notes = (scene.notes[0], text, 'EMIT, in the geometry of the sensor: its look-up table to the '
+             'map (glt) is not applied')
+    return scene._replace(
+        wavelengths_nm=nm, fwhm_nm=parameters.get('fwhm'), notes=notes,
+        bands=[band for band in range(len(good)) if good[band] == 1],
+        nodata=read_number(text_of(only[names[0]].attrs.get('_FillValue', -9999))))
 
-    def parameters(name):
-        stored = arrays.get(f'sensor_band_parameters/{name}')
-        return stored.read((slice(None),)).tolist() if stored else None
-    nm, text = to_nm(parameters('wavelengths'), 'nm', 'sensor_band_parameters')
-    notes = (shape_note(cube, f'EMIT {key}, bands last'), text,
-             'in the geometry of the sensor: its look-up table to the map (glt) is not applied')
-    good = parameters('good_wavelengths')
-    kept = [band for band in range(len(cube)) if good[band]] if good and any(good) else None
-    nodata = number_of(arrays[key].attrs, '_FillValue')
-    return Scene(cube, None, nm, nodata, None, fwhm_nm=parameters('fwhm'), bands=kept, notes=notes)
 
+def read_prisma(path, arrays):
+    """PRISMA L1 and L2: the cubes (rows, bands, columns) of two detectors -> bands in the order of
+    their wavelengths, in physical units, NaN where all bands hold 0"""
+    import h5py
+    with h5py.File(path, 'r') as file:
+        attrs = dict(file.attrs)
+    names = ('Vnir', 'Swir')
+    fields = next(key for key in arrays if key.endswith('_HCO/Data Fields/VNIR_Cube'))[:-9]
+    cubes = [arrays[f'{fields}{name.upper()}_Cube'] for name in names]
+    level = fields.split('PRS_')[1].split('_')[0]
 
-def read_prisma(arrays, attrs, swath):
-    """PRISMA L1 and L2: the cubes (rows, bands, columns) of two detectors that overlap -> bands in
-    the order of their wavelengths, in physical units, NaN where all bands hold 0"""
-    fields = f'HDFEOS/SWATHS/{swath}/Data Fields'
-    detectors = [arrays[f'{fields}/{name}_Cube'] for name in ('VNIR', 'SWIR')]
-    level = swath.split('_')[1]
-
-    def lists(pattern):
-        return np.concatenate([np.ravel(attrs[pattern.format(name)]) for name in ('Vnir', 'Swir')])
-    nm = lists('List_Cw_{}').astype(float)
-    measured = (nm > 0) & (lists('List_Cw_{}_Flags') > 0)  # the others were never recorded
-    order = np.argsort(np.where(measured, nm, np.inf), kind='stable')[:measured.sum()]
-    counts = [stored.shape[1] for stored in detectors]
-    if level == 'L1':  # radiance
-        factors = [1 / float(attrs[f'ScaleFactor_{name}']) for name in ('Vnir', 'Swir')]
-        offsets = [-float(attrs[f'Offset_{name}']) for name in ('Vnir', 'Swir')]
-    else:  # reflectance
-        offsets = [float(attrs[f'L2Scale{name}Min']) for name in ('Vnir', 'Swir')]
-        highest = [float(attrs[f'L2Scale{name}Max']) for name in ('Vnir', 'Swir')]
-        factors = [(high - low) / 65535 for low, high in zip(offsets, highest)]
-    factor = np.repeat(factors, counts)[order].astype(np.float32)[:, None, None]
-    offset = np.repeat(offsets, counts)[order].astype(np.float32)[:, None, None]
+    def stated(pattern):
+        """One value for each band of both detectors, of lists or of single numbers"""
+        values = [np.ravel(attrs[pattern.format(name)]).astype(float) for name in names]
+        return np.concatenate([np.broadcast_to(one, cube.shape[1])
+                               for one, cube in zip(values, cubes)])
+    nm = stated('List_Cw_{}')
+    recorded = (nm > 0) & (stated('List_Cw_{}_Flags') > 0)
+    order = [band for band in np.argsort(nm, kind='stable') if recorded[band]]
+    if level == 'L1':
+        kind, factor, offset = 'radiance', 1 / stated('ScaleFactor_{}'), -stated('Offset_{}')
+    else:
+        kind, offset = 'reflectance', stated('L2Scale{}Min')
+        factor = (stated('L2Scale{}Max') - offset) / 65535
+    factor, offset = (side[order, None, None].astype(np.float32) for side in (factor, offset))
 
     def read(rows, cols):
-        blocks = [stored.read((rows, slice(None), cols)) for stored in detectors]
+        blocks = [cube.read((rows, slice(None), cols)) for cube in cubes]
         return np.concatenate(blocks, 1)[:, order].transpose(1, 0, 2)
 
     def physical(numbers, rows, cols):
         values = numbers * factor + offset
         values[:, (numbers == 0).all(0)] = np.nan
         return values
-    H, _, W = detectors[0].shape
-    stored = Lazy((len(order), H, W), detectors[0].dtype, read)
-    cube = when_read(stored, physical, np.float32)
-    words = f'PRISMA {level}, VNIR and SWIR in the order of their wavelengths'
-    kind = 'radiance' if level == 'L1' else 'reflectance'
-    notes = [shape_note(cube, words), to_nm(nm[order], 'nm', 'List_Cw_Vnir and List_Cw_Swir')[1],
+    H, _, W = cubes[0].shape
+    numbers = Lazy((len(order), H, W), cubes[0].dtype, read)
+    cube = when_read(numbers, physical, np.float32)
+    nm, text = to_nm(nm[order], 'nm', 'List_Cw_Vnir and List_Cw_Swir')
+    notes = [shape_note(cube, f'PRISMA {level}, two detectors in the order of wavelengths'), text,
              f'values brought to {kind} by the scale of each detector']
 
-    # 0 in a band of level 2 is a retrieval that failed, as in the bands of water vapour
-    kept = None
+    # 0 in a band of level 2 is a retrieval that failed; where most did, in the bands of water
+    # vapour, the band is bad
+    bands = None
     if level != 'L1':
-        zeros, pixels = np.zeros(len(order), int), 0
-        for strip in strips(stored):
-            numbers = stored[:, strip]
-            inside = (numbers != 0).any(0)
-            zeros += (numbers[:, inside] == 0).sum(1)
+        failed, pixels = np.zeros(len(order), int), 0
+        for strip in strips(numbers):
+            block = numbers[:, strip]
+            inside = (block != 0).any(0)
+            failed += (block[:, inside] == 0).sum(1)
             pixels += inside.sum()
-        kept = np.flatnonzero(zeros <= pixels / 2).tolist()
-        share = zeros[kept].sum() / max(pixels * len(kept), 1)
-        if share:
-            notes.append(f'{share:.2%} of the values are 0, where the retrieval failed: kept as '
-                         f'{kind} 0')
-        kept = None if len(kept) == len(order) else kept
+        bands = np.flatnonzero(failed <= pixels / 2).tolist()
+        if failed[bands].any():
+            share = failed[bands].sum() / (pixels * len(bands))
+            notes.append(f'{share:.2%} of the values are 0, where the retrieval failed: kept as 0')
     geotags = prisma_place(attrs, H, W) if level == 'L2D' else ()
-    return Scene(cube, None, nm[order].tolist(), None, None, geotags, bands=kept,
-                 fwhm_nm=lists('List_Fwhm_{}')[order].tolist(), notes=tuple(notes))
+    return Scene(cube, None, nm, None, None, geotags, bands=bands, notes=tuple(notes),
+                 fwhm_nm=stated('List_Fwhm_{}')[order].tolist())
 
 
 def prisma_place(attrs, H, W):
-    """GeoTIFF tags of a PRISMA L2D image, by the centres of its corner pixels"""
-    left, top = (float(attrs[f'Product_ULcorner_{name}']) for name in ('easting', 'northing'))
-    right, bottom = (float(attrs[f'Product_LRcorner_{name}']) for name in ('easting', 'northing'))
+    """GeoTIFF tags of PRISMA L2D, which states the centres of its corner pixels"""
+    left, top, right, bottom = (float(attrs[f'Product_{corner}']) for corner in (
+        'ULcorner_easting', 'ULcorner_northing', 'LRcorner_easting', 'LRcorner_northing'))
     width, height = (right - left) / max(W - 1, 1), (top - bottom) / max(H - 1, 1)
-    if not 0.98 < width / height < 1.02:
-        return ()  # the corners are not those of this image
+    if not 0.98 * height < width < 1.02 * height:
+        return ()  # these corners are not those of this image
     matrix = (left - width / 2, width, 0.0, top + height / 2, 0.0, -height)
     return place_tags(matrix, int(attrs['Epsg_Code']))
 
@@ -1811,27 +1741,27 @@ def prisma_place(attrs, H, W):
 
 def product_metadata(path, scene):
     """-> the scene of NAME-SPECTRAL_IMAGE.TIF with what NAME-METADATA.XML states of its bands"""
-    match = re.fullmatch(r'(.*)-SPECTRAL_IMAGE(_VNIR|_SWIR|)(?:_COG)?\.TIFF?', path, re.I | re.S)
+    match = re.fullmatch(r'(.*)-SPECTRAL_IMAGE(_VNIR|_SWIR|)(_COG)?\.TIFF?', path, re.I | re.S)
     if not match:
         return scene
     found = files_beside(match[1], ['-METADATA.xml', '-METADATA.XML'])
     if not found:
-        return say(scene, f'its {match[1]}-METADATA.XML is not there: nothing is known of its bands')
+        return say(scene, f'{match[1]}-METADATA.XML is not there: nothing is known of the bands')
     try:
         root = ElementTree.parse(found[0]).getroot()
     except ElementTree.ParseError as error:
         raise UserError(f'{found[0]}: cannot be read ({one_line(error)}): copy it again') from None
-    for element in root.iter():
-        element.tag = str(element.tag).rpartition('}')[2]
 
-    # EnMAP: bandID number="1", FWHMOfBand; DESIS: band with bandNumber, wavelengthWidthOfBand
-    section = root.find('.//bandCharacterisation')
-    bands = [] if section is None else [
-        (int(band.get('number') or band.findtext('bandNumber')),
-         *(float(band.findtext(name) or band.findtext(other)) for name, other in (
-             ('wavelengthCenterOfBand', ''), ('FWHMOfBand', 'wavelengthWidthOfBand'),
-             ('GainOfBand', 'gainOfBand'), ('OffsetOfBand', 'offsetOfBand'))))
-        for band in section if band.find('wavelengthCenterOfBand') is not None]
+    # EnMAP: <bandID number="1"> with FWHMOfBand; DESIS: <band> with bandNumber
+    bands = []
+    for section in root.iterfind('.//{*}bandCharacterisation'):
+        for band in section:
+            stated = {child.tag.rpartition('}')[2].lower(): child.text for child in band}
+            stated |= {name.lower(): value for name, value in band.attrib.items()}
+            bands.append([float(stated.get(name) or stated[other]) for name, other in (
+                ('number', 'bandnumber'), ('wavelengthcenterofband', ''),
+                ('fwhmofband', 'wavelengthwidthofband'), ('gainofband', ''),
+                ('offsetofband', ''))])
     bands.sort()
     C = len(scene.cube)
     if match[2] and len(bands) > C:  # the detectors of EnMAP L1B have a file each
@@ -1839,34 +1769,35 @@ def product_metadata(path, scene):
     if len(bands) != C:
         raise UserError(f'{found[0]}: describes {len(bands)} bands, {path} has {C}: they do not '
                         'belong together')
-    numbers, nm, fwhm, gains, offsets = (list(column) for column in zip(*bands))
-    nm, text = to_nm(nm, 'nm', os.path.basename(found[0]))
+    _, centres, fwhm, gains, offsets = (list(column) for column in zip(*bands))
+    nm, text = to_nm(centres, 'nm', os.path.basename(found[0]))
     notes = [note for note in scene.notes if note != NO_WAVELENGTHS]
-    scene = scene._replace(wavelengths_nm=nm, fwhm_nm=fwhm, scale=(gains, offsets),
-                           notes=(*notes, text))
-    background = root.findtext('.//specific/backgroundValue')
-    if scene.nodata is None and background:
-        scene = scene._replace(nodata=float(background))
-    elif scene.nodata is None and scene.cube.dtype == np.int16:
-        scene = say(scene._replace(nodata=-32768.0), 'nodata is not stated: -32768, as usual there')
-    return scene
+    background = root.findtext('.//{*}backgroundValue')
+    nodata = scene.nodata
+    if nodata is None and (background or scene.cube.dtype == np.int16):
+        nodata = float(background or -32768)
+        where = 'from METADATA.XML' if background else 'stated nowhere, but usual there'
+        text += f'; nodata {nodata:g} ({where})'
+    return scene._replace(wavelengths_nm=nm, fwhm_nm=fwhm, scale=(gains, offsets), nodata=nodata,
+                          notes=(*notes, text))
 
 
 # ============ scales and orders that differ from band to band ============
 
 def one_scale(scene):
-    """Gains and offsets of all bands: equal ones become one scale, which is stated and not applied;
-    others are applied, as bands of different units could not be mixed -> float32, NaN = missing"""
+    """A reader's lists of gains and offsets: equal ones become one scale, which is not applied;
+    others are, for bands of different units could not be mixed -> float32, NaN = missing"""
     if not scene.scale or np.ndim(scene.scale[0]) == 0:
         return scene
-    every = scene.bands or range(max(len(scene.cube), *(len(side) for side in scene.scale)))
-    gains, offsets = (np.array([side[band if len(side) > 1 else 0] for band in every], np.float32)
-                      for side in scene.scale)
+    C = max(len(scene.cube), *map(len, scene.scale))
+    kept = scene.bands or list(range(len(scene.cube)))
+    gains, offsets = (np.broadcast_to(side, C)[kept] for side in scene.scale)
     if np.ptp(gains) == 0 and np.ptp(offsets) == 0:
-        return scene._replace(scale=(float(scene.scale[0][0]), float(scene.scale[1][0])))
+        return scene._replace(scale=(float(gains[0]), float(offsets[0])))
+    gains, offsets = (side[:, None, None].astype(np.float32) for side in (gains, offsets))
 
     def physical(values, rows, cols):
-        scaled = values * gains[:, None, None] + offsets[:, None, None]
+        scaled = values * gains + offsets
         scaled[:, ~valid_pixels(values, scene.nodata)] = np.nan
         return scaled
     cube = when_read(scene.cube, physical, np.float32)
@@ -1877,20 +1808,18 @@ def one_scale(scene):
 def in_order(scene):
     """Bands of detectors that overlap, one behind the other in the file -> sorted by wavelength"""
     nm = scene.wavelengths_nm
-    if not nm or not np.isfinite(nm).all():
-        return scene
-    back = np.flatnonzero(np.diff(nm) <= 0) + 1  # where the next detector starts
-    lengths = np.diff([0, *back, len(nm)])
-    if not 0 < len(back) < 8 or lengths.min() < 3:
+    starts = [0, *np.flatnonzero(np.diff(nm) <= 0) + 1, len(nm)] if nm else []
+    lengths = np.diff(starts)  # of the detectors
+    if not 1 < len(lengths) < 9 or lengths.min() < 3 or not np.isfinite(nm).all():
         return scene  # in order, or in one that someone chose
     order = np.argsort(nm, kind='stable').tolist()
     kept = scene.bands or range(len(nm))
-    fwhm = scene.fwhm_nm and [scene.fwhm_nm[band] for band in order]
-    scene = scene._replace(cube=take_bands(scene.cube, order), fwhm_nm=fwhm,
-                           wavelengths_nm=[nm[band] for band in order],
-                           bands=[kept[band] for band in order])
-    return say(scene, f'wavelengths of {len(back) + 1} detectors overlap: the bands are in the '
-               'order of their wavelengths')
+    scene = scene._replace(
+        cube=take_bands(scene.cube, order), bands=[kept[band] for band in order],
+        wavelengths_nm=[nm[band] for band in order],
+        fwhm_nm=scene.fwhm_nm and [scene.fwhm_nm[band] for band in order])
+    return say(scene, f'the wavelengths of {len(lengths)} detectors overlap: the bands are put in '
+               'the order of their wavelengths')
 
 
 # ============ the readers by the ending of a name ============
