@@ -37,12 +37,13 @@ def write_envi(path, cube=CUBE, interleave='bsq', big_endian=False, offset=0, he
 def read(path, *args, **kwargs):
     """read_scene() twice, from memory and from disk, which must agree -> the Scene"""
     scene = read_scene(str(path), *args, **kwargs)
-    lazy = read_scene(str(path), *args, mmap=True, **kwargs)
-    assert isinstance(scene.cube, np.ndarray) and lazy.cube.shape == scene.cube.shape and lazy.cube.dtype == scene.cube.dtype
+    if '.mat' in str(path) and not kwargs.get('mmap'):  # read in a process of its own, a second each time
+        return scene
+    lazy = read_scene(str(path), *args, **{**kwargs, 'mmap': True})
+    assert lazy.cube.shape == scene.cube.shape and lazy.cube.dtype == scene.cube.dtype
     np.testing.assert_array_equal(np.asarray(lazy.cube), scene.cube)
-    np.testing.assert_array_equal(lazy.cube[1:, 2:5, ::2] if len(scene.cube) > 1 else lazy.cube[:, 2:5, ::2],
-                                  scene.cube[1:, 2:5, ::2] if len(scene.cube) > 1 else scene.cube[:, 2:5, ::2])
-    assert lazy[1:] [1:] == scene[1:][1:] or lazy.notes == scene.notes
+    np.testing.assert_array_equal(lazy.cube[::-1, 2:5, ::2], scene.cube[::-1, 2:5, ::2])
+    assert lazy.notes == scene.notes
     return scene
 
 
@@ -331,7 +332,7 @@ def save73(path, arrays):
 
 def test_matlab_73_is_read_with_its_axes_turned_round(tmp_path):
     path = save73(tmp_path / 'a.mat', {'scene': {'data': HWC, 'wavelengths': NM[None]}, 'paviaU_gt': LABELS, 'list': [LABELS + 1, NM[None]]})
-    scene = read(path)
+    scene = read(path, mmap=True)
     np.testing.assert_array_equal(scene.cube, CUBE)
     np.testing.assert_array_equal(scene.labels, LABELS)
     np.testing.assert_allclose(scene.wavelengths_nm, NM)
