@@ -1759,16 +1759,18 @@ def read_h5(path, mmap, name, axes):
     scene = named_scene(path, arrays, name, axes, order)
 
     # attributes by the CF conventions, and NEON's
+    notes = []
+
     def number(*names):
-        found = [attrs[name] for name in names if name in attrs]
-        return read_number(text_of(found[0])) if found else None
+        found = [text_of(attrs[name]) for name in names if name in attrs]
+        return read_number(found[0], notes) if found else None
     factor, offset = number('scale_factor'), number('add_offset')
     if number('Scale_Factor'):
         factor = 1 / number('Scale_Factor')
     if factor or offset:
         scene = scene._replace(scale=(factor or 1.0, offset or 0.0))
     nodata = number('_FillValue', 'missing_value', 'Data_Ignore_Value', 'nodata')
-    return scene._replace(nodata=nodata, geotags=h5_place(arrays, key))
+    return say(scene._replace(nodata=nodata, geotags=h5_place(arrays, key)), *notes)
 
 
 def h5_place(arrays, key):
@@ -1782,7 +1784,7 @@ def h5_place(arrays, key):
         return envi_geotags(text('Map_Info').split(','), text('Coordinate_System_String'))
     mapping = arrays.get(group + text_of(arrays[key].attrs.get('grid_mapping', '')))
     attrs = mapping.attrs if mapping else {}
-    numbers = [read_number(word) for word in text_of(attrs.get('GeoTransform', '')).split()]
+    numbers = [read_number(word, []) for word in text_of(attrs.get('GeoTransform', '')).split()]
     if len(numbers) != 6 or None in numbers:
         return ()
     return place_tags(numbers, epsg_of(text_of(attrs.get('crs_wkt', attrs.get('spatial_ref', '')))))
@@ -1805,7 +1807,7 @@ def read_emit(path, arrays):
     return scene._replace(
         wavelengths_nm=nm, fwhm_nm=parameters.get('fwhm'), notes=notes,
         bands=[band for band in range(len(good)) if good[band] == 1],
-        nodata=read_number(text_of(only[names[0]].attrs.get('_FillValue', -9999))))
+        nodata=float(text_of(only[names[0]].attrs.get('_FillValue', -9999))))
 
 
 def read_prisma(path, arrays):
