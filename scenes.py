@@ -197,7 +197,7 @@ def read_file(path, mmap=False, axes=''):
         raise UserError(f'{path}: the file is empty: copy it again')
     ending = os.path.splitext(file)[1].lower()
     reader = READERS.get(ending)
-    if reader is None and (not ending or envi_header_of(file)):
+    if reader is None and (ending in ENVI_ENDINGS or envi_header_of(file)):
         reader = read_envi  # the data file of an ENVI image may have any name
     if reader is None:
         raise UserError(f'{path}: files of type "{ending}" are not read: convert it to one of '
@@ -1970,6 +1970,5 @@ def in_order(scene):
 
 # each: reader(path, mmap, name, axes) -> Scene; cube (C, H, W), mmap a Lazy, labels as they are
 READERS = {'.tif': read_tiff, '.tiff': read_tiff, '.npz': read_numpy, '.npy': read_numpy,
-           '.mat': read_mat, '.hdr': read_envi, '.img': read_envi, '.dat': read_envi,
-           '.bsq': read_envi, '.bil': read_envi, '.bip': read_envi, '.raw': read_envi,
-           '.h5': read_h5, '.hdf5': read_h5, '.he5': read_h5, '.nc': read_h5}
+           '.mat': read_mat, '.hdr': read_envi, '.h5': read_h5, '.hdf5': read_h5,
+           '.he5': read_h5, '.nc': read_h5}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from conftest import ROOT
+from data import list_inputs
 from scenes import UserError, band_matrix, read_scene
 
 # ============ ENVI, MATLAB, HDF5 and agencies' products ============
@@ -79,6 +79,13 @@ def test_either_file_of_an_envi_image_is_enough(data, header, tmp_path):
     write_envi(tmp_path / data, header=tmp_path / header)
     np.testing.assert_array_equal(read(tmp_path / data).cube, CUBE)
     np.testing.assert_array_equal(read(tmp_path / header).cube, CUBE)
+
+
+def test_a_folder_of_envi_images_is_listed_once(tmp_path):
+    for split in ('tr', 'ts'):
+        os.makedirs(tmp_path / split / 'image')
+        write_envi(tmp_path / split / 'image' / 'a.img')
+    assert [item.name for item in list_inputs(str(tmp_path), '')] == ['tr/a.hdr', 'ts/a.hdr']
 
 
 def test_what_is_missing_of_an_envi_image_is_named(tmp_path):
