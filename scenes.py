@@ -1756,7 +1756,11 @@ def read_h5(path, mmap, name, axes):
                               ('w', '^(x|lon|col|sample|cross|east)')):
             order += letter if re.search(words, axis, re.IGNORECASE) else ''
     order = order if sorted(order) == ['c', 'h', 'w'] else ''
-    scene = named_scene(path, arrays, name, axes, order)
+    # labels may lie beside the image, other layers of a product in other groups
+    group = key[:key.rfind('/') + 1]
+    beside = {other: stored for other, stored in arrays.items()
+              if len(stored.shape) < 2 or other[:other.rfind('/') + 1] == group}
+    scene = named_scene(path, beside, name, axes, order)
 
     # attributes by the CF conventions, and NEON's
     notes = []

@@ -401,7 +401,7 @@ def test_a_neon_reflectance_file(tmp_path):
         f'{site}/Reflectance_Data': (data, {'Data_Ignore_Value': -9999.0, 'Scale_Factor': 10000.0}),
         f'{site}/Metadata/Spectral_Data/Wavelength': (NM, {'Units': 'nanometers'}), f'{site}/Metadata/Spectral_Data/FWHM': np.full(C, 5.0),
         f'{site}/Metadata/Coordinate_System/Map_Info': np.bytes_('UTM,  1.000, 1.000, 257000.0, 4112000.0, 1.0, 1.0, 11, North, WGS-84, units=Meters, 0'),
-        f'{site}/Metadata/Ancillary_Imagery/Path_Length': CUBE[0].astype(np.float32)})
+        f'{site}/Metadata/Ancillary_Imagery/Haze_Cloud_Water_Map': LABELS, f'{site}/Metadata/Ancillary_Imagery/Path_Length': CUBE[0]})
     scene = read(path)
     np.testing.assert_array_equal(scene.cube, data.transpose(2, 0, 1))
     np.testing.assert_allclose(scene.wavelengths_nm, NM)
