@@ -109,7 +109,7 @@ def test_what_is_missing_of_an_envi_image_is_named(tmp_path):
 @pytest.mark.parametrize('fields, word', [
     (dict(bands=0), 'bands'), (dict(samples='eleven'), 'samples'), (dict(data_type=99), 'data type'), (dict(interleave='bsx'), 'interleave'),
     (dict(lines=None), 'lines'), (dict(wavelength=[450, 500]), 'wavelength'), (dict(bbl=[1, 0]), 'bbl'), (dict(byte_order=2), 'byte order'),
-    (dict(file_compression=1), 'compression'), (dict(wavelength='{450, 500, 550'), 'wavelength'), (dict(fwhm=['a'] * C), 'fwhm'),
+    (dict(file_compression=1), 'compression'), (dict(wavelength='{450, 500, 550'), 'ends within'), (dict(fwhm=['a'] * C), 'fwhm'),
     (dict(major_frame_offsets=[2, 0]), 'frame offsets'), (dict(data_type=6, lines=2), 'complex')])
 def test_wrong_envi_headers_are_refused_by_the_name_of_the_field(fields, word, tmp_path):
     refused(write_envi(tmp_path / 'a.img', **fields), word, 'a.')
@@ -181,7 +181,7 @@ def test_names_and_colours_of_an_envi_classification_come_with_its_labels(tmp_pa
 
 def test_headers_of_other_languages_and_with_comments_are_read(tmp_path):
     path = write_envi(tmp_path / 'a.img', description='{Fläche = 3 m², Überflug}', band_names=['a = 1'] * C, wavelength=NM)
-    text = (tmp_path / 'a.hdr').read_bytes().replace(b'wavelength = {', b'; bands = 99\n  Wavelength  = {\n ').replace(b'samples', b'SAMPLES')
+    text = (tmp_path / 'a.hdr').read_bytes().replace(b'wavelength = {', b'; bands = 99\n  Wavelength  = {\n; in nm, \xb5m elsewhere\n ').replace(b'samples', b'SAMPLES')
     (tmp_path / 'a.hdr').write_bytes(text.replace(b'\n', b'\r\n'))
     scene = read(path)
     np.testing.assert_array_equal(scene.cube, CUBE)
