@@ -34,7 +34,7 @@ BAND_SETS = {
 GEOTAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 NO_CLASS = ('unlabelled', 'unlabeled', 'undefined', 'background', 'unclassified', 'nodata', '')
 SAMPLE_PIXELS = 20_000  # of a scene, that tell what values it has
-STRIP_BYTES = 64e6  # as much of a cube is in memory at once where it is gone through
+STRIP_BYTES = 32e6  # as much of a cube is in memory at once where it is gone through
 
 
 class UserError(ValueError):
@@ -113,7 +113,7 @@ def mapped_cube(mapped):
     cube = mapped()  # a file that is too short is found here
 
     def read(rows, cols):
-        return np.array(mapped()[:, rows, cols])
+        return np.array(mapped()[:, rows, cols], order='C')
     return Lazy(cube.shape, cube.dtype, read)
 
 
@@ -280,15 +280,18 @@ def survey(cube, nodata):
     samples = []
     for strip in strips(cube):
         x = cube[:, strip]
-        gone = ~np.isfinite(x) if nodata is None else ~np.isfinite(x) | (x == nodata)
-        lacking += gone.sum((1, 2))
-        missing_bands[strip] = gone.sum(0)
-        for band in range(C):
-            values = x[band][~gone[band]] if gone[band].any() else x[band]
+        sample = x[:, ::step, ::step].astype(np.float64)
+        for band, plane in enumerate(x):
+            values = plane
+            if cube.dtype.kind == 'f' or nodata is not None:
+                gone = ~valid_pixels(plane[None], nodata)
+                lacking[band] += np.count_nonzero(gone)
+                missing_bands[strip] += gone
+                sample[band][gone[::step, ::step]] = np.nan
+                values = plane[~gone]
             if values.size:
                 low[band] = min(low[band], values.min())
                 high[band] = max(high[band], values.max())
-        sample = np.where(gone, np.nan, x)[:, ::step, ::step]
         samples.append(sample.reshape(C, -1))
     empty = np.flatnonzero(lacking == H * W).tolist()
     missing = missing_bands > (len(empty) if len(empty) < C else 0)
@@ -1019,7 +1022,8 @@ def unpack_tiff(pages):
         written = 0
         offset = number * first.nbytes
         image = np.memmap(file, first.dtype, 'r+', offset, first.shaped)
-        for segment, (s, d, h, w, _), (depth, length, width, _) in page.segments():
+        segments = page.segments(buffersize=int(STRIP_BYTES))
+        for segment, (s, d, h, w, _), (depth, length, width, _) in segments:
             place = image[s, d:d + depth, h:h + length, w:w + width]  # ends at the border
             if segment is None:  # not stored, as in a sparse file
                 place[...] = first.nodata
@@ -1081,23 +1085,26 @@ def split_alpha(cube, marked):
     value. A marked one with other values is an image band: many programs write four bands as RGBA.
     """
     alpha, sentences = {}, []
-    C, H, W = cube.shape
+    C = len(cube)
     integers = cube.dtype.kind in 'iu'
     highest = np.iinfo(cube.dtype).max if integers else 1
     suspects = marked | {C - 1} if integers else marked
-    step = math.ceil(math.sqrt(H * W / SAMPLE_PIXELS))
-    sample = cube[:, ::step, ::step]
     for band in sorted(suspects) if C > 1 else ():
-        values = sample[band]
-        ends = ((values == 0) | (values == highest)).mean()
-        if band in marked and ends < 0.9:
+        planes, ends = [], []
+        for strip in strips(cube):
+            planes.append(cube[:, strip][band])
+            ends.append(((planes[-1] == 0) | (planes[-1] == highest)).mean())
+            if band not in marked and ends[-1] < 1:
+                break
+        mask = np.concatenate(planes) != 0
+        if band in marked and np.mean(ends) < 0.9:
             sentences.append(f'band {band + 1} is marked as alpha but has the values of an image: '
                              'kept as a band')
-        elif band in marked or ends == 1:
-            mask = np.asarray(cube[band]) != 0
-            how = '' if band in marked else ' by its values (0 and the highest)'
-            if band in marked or mask.any() and not mask.all():
-                alpha[band] = mask, f'band {band + 1} is an alpha band{how}, taken out'
+        elif band in marked:
+            alpha[band] = mask, f'band {band + 1} is an alpha band, taken out'
+        elif min(ends) == 1 and mask.any() and not mask.all():
+            alpha[band] = mask, (f'band {band + 1} holds only 0 and {highest}, as an alpha band '
+                                 'does: taken out')
     return take_bands(cube, [band for band in range(C) if band not in alpha]), alpha, sentences
 
 
