@@ -9,6 +9,7 @@ only. In this order: the Scene; reading and checking; bands; a reader for each f
 Shapes: C bands, H rows, W columns; C' bands asked for.
 """
 import collections
+import contextlib
 import logging
 import math
 import os
@@ -160,7 +161,8 @@ def read_scene(path, labels='', mmap=False, axes='', nodata=None, drop_bands='',
     """
     scene = read_file(path, mmap, axes)
     scene = check_values(scene, path, nodata)
-    scene, missing = choose_bands(scene, path, drop_bands, keep_bad_bands)
+    with one_sentence(path):  # what stays on disk is gone through here
+        scene, missing = choose_bands(scene, path, drop_bands, keep_bad_bands)
     if scene.scale == (1, 0):
         scene = scene._replace(scale=None)
     if scene.scale:
@@ -198,17 +200,22 @@ def read_file(path, mmap=False, axes=''):
     if ending not in READERS:
         raise UserError(f'{path}: files of type "{ending}" are not read: convert it to one of '
                         f'{", ".join(READERS)}')
-    try:
+    with one_sentence(path):
         scene = READERS[ending](file, mmap, name, axes)
-        if not mmap:
-            scene = scene._replace(cube=np.asarray(scene.cube))
-        return scene
+        return scene if mmap else scene._replace(cube=np.asarray(scene.cube))
+
+
+@contextlib.contextmanager
+def one_sentence(path):
+    """Makes a UserError of whatever a damaged file makes a reader do"""
+    try:
+        yield
     except UserError:
         raise
     except ImportError as error:
         raise UserError(f'{path}: reading it needs a package that is missing: '
                         f'pip install {error.name}') from None
-    except Exception as error:  # whatever a damaged file makes a reader do
+    except Exception as error:
         raise UserError(f'{path}: cannot be read ({type(error).__name__}: {one_line(error)}): '
                         'copy or convert it again') from None
 
@@ -233,7 +240,10 @@ def check_values(scene, path, nodata):
     small_integers = cube.dtype.kind in 'iu' and cube.dtype.itemsize <= 2
     dtype = cube.dtype.newbyteorder('=') if small_integers else np.dtype(np.float32)
     if cube.dtype != dtype:
-        cube = when_read(cube, lambda x, rows, cols: x, dtype)
+        def converted(x, rows, cols):
+            with np.errstate(over='ignore'):  # infinite, so missing
+                return x.astype(dtype)
+        cube = when_read(cube, converted, dtype)
     scene = scene._replace(cube=cube)
     stated = scene.nodata if nodata is None else nodata
     value = fitting_nodata(stated, dtype)

@@ -644,6 +644,22 @@ def test_mixed_and_normalised_cubes_stay_on_disk_and_have_the_same_values(tmp_pa
     np.testing.assert_allclose(mix_bands(memory, weights).cube[:, 5, 9], weights @ CUBE[:, 5, 9], rtol=1e-5)
 
 
+def test_a_file_that_breaks_while_it_is_gone_through_is_one_sentence(tmp_path, monkeypatch):
+    def read(rows, cols):
+        raise OSError('wrong checksum')
+    monkeypatch.setitem(scenes.READERS, '.npy', lambda *args: scene_of(Lazy(CUBE.shape, CUBE.dtype, read)))
+    path = saved(tmp_path / 'a.npy', CUBE)
+    assert 'a.npy: cannot be read (OSError: wrong checksum)' in refused('copy or convert', path, mmap=True)
+
+
+@pytest.mark.filterwarnings('error')
+def test_values_beyond_float32_are_missing(tmp_path):
+    wide = hidden(REFLECTANCE.astype(np.float64), -1.7976931348623157e308)
+    for mmap in (False, True):
+        scene = read_scene(saved(tmp_path / 'a.npy', wide), axes='chw', mmap=mmap)
+        np.testing.assert_array_equal(missing_of(scene), LEFT)
+
+
 def test_only_what_is_sliced_is_read():
     asked = []
 
