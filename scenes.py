@@ -9,6 +9,7 @@ only. In this order: the Scene; reading and checking; bands; a reader for each f
 Shapes: C bands, H rows, W columns; C' bands asked for.
 """
 import collections
+import contextlib
 import logging
 import math
 import os
@@ -34,7 +35,7 @@ BAND_SETS = {
 GEOTAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 NO_CLASS = ('unlabelled', 'unlabeled', 'undefined', 'background', 'unclassified', 'nodata', '')
 SAMPLE_PIXELS = 20_000  # of a scene, that tell what values it has
-STRIP_BYTES = 64e6  # as much of a cube is in memory at once where it is gone through
+STRIP_BYTES = 32e6  # as much of a cube is in memory at once where it is gone through
 
 
 class UserError(ValueError):
@@ -113,7 +114,7 @@ def mapped_cube(mapped):
     cube = mapped()  # a file that is too short is found here
 
     def read(rows, cols):
-        return np.array(mapped()[:, rows, cols])
+        return np.array(mapped()[:, rows, cols], order='C')
     return Lazy(cube.shape, cube.dtype, read)
 
 
@@ -160,7 +161,8 @@ def read_scene(path, labels='', mmap=False, axes='', nodata=None, drop_bands='',
     """
     scene = read_file(path, mmap, axes)
     scene = check_values(scene, path, nodata)
-    scene, missing = choose_bands(scene, path, drop_bands, keep_bad_bands)
+    with one_sentence(path):  # what stays on disk is gone through here
+        scene, missing = choose_bands(scene, path, drop_bands, keep_bad_bands)
     scene = in_order(one_scale(scene))
     if scene.scale == (1, 0):
         scene = scene._replace(scale=None)
@@ -202,17 +204,22 @@ def read_file(path, mmap=False, axes=''):
     if reader is None:
         raise UserError(f'{path}: files of type "{ending}" are not read: convert it to one of '
                         f'{", ".join(READERS)}')
-    try:
+    with one_sentence(path):
         scene = reader(file, mmap, name, axes)
-        if not mmap:
-            scene = scene._replace(cube=np.asarray(scene.cube))
-        return scene
+        return scene if mmap else scene._replace(cube=np.asarray(scene.cube))
+
+
+@contextlib.contextmanager
+def one_sentence(path):
+    """Makes a UserError of whatever a damaged file makes a reader do"""
+    try:
+        yield
     except UserError:
         raise
     except ImportError as error:
         raise UserError(f'{path}: reading it needs a package that is missing: '
                         f'pip install {error.name}') from None
-    except Exception as error:  # whatever a damaged file makes a reader do
+    except Exception as error:
         raise UserError(f'{path}: cannot be read ({type(error).__name__}: {one_line(error)}): '
                         'copy or convert it again') from None
 
@@ -237,7 +244,10 @@ def check_values(scene, path, nodata):
     small_integers = cube.dtype.kind in 'iu' and cube.dtype.itemsize <= 2
     dtype = cube.dtype.newbyteorder('=') if small_integers else np.dtype(np.float32)
     if cube.dtype != dtype:
-        cube = when_read(cube, lambda x, rows, cols: x, dtype)
+        def converted(x, rows, cols):
+            with np.errstate(over='ignore'):  # infinite, so missing
+                return x.astype(dtype)
+        cube = when_read(cube, converted, dtype)
     scene = scene._replace(cube=cube)
     stated = scene.nodata if nodata is None else nodata
     value = fitting_nodata(stated, dtype)
@@ -285,15 +295,18 @@ def survey(cube, nodata):
     samples = []
     for strip in strips(cube):
         x = cube[:, strip]
-        gone = ~np.isfinite(x) if nodata is None else ~np.isfinite(x) | (x == nodata)
-        lacking += gone.sum((1, 2))
-        missing_bands[strip] = gone.sum(0)
-        for band in range(C):
-            values = x[band][~gone[band]] if gone[band].any() else x[band]
+        sample = x[:, ::step, ::step].astype(np.float64)
+        for band, plane in enumerate(x):
+            values = plane
+            if cube.dtype.kind == 'f' or nodata is not None:
+                gone = ~valid_pixels(plane[None], nodata)
+                lacking[band] += np.count_nonzero(gone)
+                missing_bands[strip] += gone
+                sample[band][gone[::step, ::step]] = np.nan
+                values = plane[~gone]
             if values.size:
                 low[band] = min(low[band], values.min())
                 high[band] = max(high[band], values.max())
-        sample = np.where(gone, np.nan, x)[:, ::step, ::step]
         samples.append(sample.reshape(C, -1))
     empty = np.flatnonzero(lacking == H * W).tolist()
     missing = missing_bands > (len(empty) if len(empty) < C else 0)
@@ -1039,7 +1052,8 @@ def unpack_tiff(pages):
         written = 0
         offset = number * first.nbytes
         image = np.memmap(file, first.dtype, 'r+', offset, first.shaped)
-        for segment, (s, d, h, w, _), (depth, length, width, _) in page.segments():
+        segments = page.segments(buffersize=int(STRIP_BYTES))
+        for segment, (s, d, h, w, _), (depth, length, width, _) in segments:
             place = image[s, d:d + depth, h:h + length, w:w + width]  # ends at the border
             if segment is None:  # not stored, as in a sparse file
                 place[...] = first.nodata
@@ -1101,23 +1115,26 @@ def split_alpha(cube, marked):
     value. A marked one with other values is an image band: many programs write four bands as RGBA.
     """
     alpha, sentences = {}, []
-    C, H, W = cube.shape
+    C = len(cube)
     integers = cube.dtype.kind in 'iu'
     highest = np.iinfo(cube.dtype).max if integers else 1
     suspects = marked | {C - 1} if integers else marked
-    step = math.ceil(math.sqrt(H * W / SAMPLE_PIXELS))
-    sample = cube[:, ::step, ::step]
     for band in sorted(suspects) if C > 1 else ():
-        values = sample[band]
-        ends = ((values == 0) | (values == highest)).mean()
-        if band in marked and ends < 0.9:
+        planes, ends = [], []
+        for strip in strips(cube):
+            planes.append(cube[:, strip][band])
+            ends.append(((planes[-1] == 0) | (planes[-1] == highest)).mean())
+            if band not in marked and ends[-1] < 1:
+                break
+        mask = np.concatenate(planes) != 0
+        if band in marked and np.mean(ends) < 0.9:
             sentences.append(f'band {band + 1} is marked as alpha but has the values of an image: '
                              'kept as a band')
-        elif band in marked or ends == 1:
-            mask = np.asarray(cube[band]) != 0
-            how = '' if band in marked else ' by its values (0 and the highest)'
-            if band in marked or mask.any() and not mask.all():
-                alpha[band] = mask, f'band {band + 1} is an alpha band{how}, taken out'
+        elif band in marked:
+            alpha[band] = mask, f'band {band + 1} is an alpha band, taken out'
+        elif min(ends) == 1 and mask.any() and not mask.all():
+            alpha[band] = mask, (f'band {band + 1} holds only 0 and {highest}, as an alpha band '
+                                 'does: taken out')
     return take_bands(cube, [band for band in range(C) if band not in alpha]), alpha, sentences
 
 

@@ -236,6 +236,9 @@ def test_bands_of_overlapping_detectors_are_put_in_order_and_resampled_rightly(t
     for values in (scene.cube[:, 1, 1], ):
         np.testing.assert_allclose(band_matrix(scene.wavelengths_nm, [500, 667, 900], 30.0) @ values, [500, 667, 900], atol=0.5)
     np.testing.assert_allclose(band_matrix(nm, [500, 667, 900], 30.0) @ cube[:, 1, 1], [500, 667, 900], atol=0.5)  # in any order
+    scene = read(tmp_path / 'f1_rfl', drop_bands='1')  # numbers stay those of the file
+    np.testing.assert_array_equal(nm[scene.bands], scene.wavelengths_nm)
+    assert 0 not in scene.bands and len(scene.bands) == len(nm) - 1
     chosen = [860, 650, 550, 450, 2200, 1600]  # an order that someone chose stays
     scene = read(write_envi(tmp_path / 'b.img', wavelength=chosen))
     assert scene.wavelengths_nm == chosen and scene.bands is None
@@ -267,7 +270,7 @@ def test_names_decide_what_is_image_and_what_labels_in_a_mat(tmp_path):
     np.testing.assert_array_equal(scene.cube, CUBE)
     np.testing.assert_array_equal(scene.labels, classes)
     assert told(scene, 'HSI', 'array') and told(scene, 'labels from "gt"')
-    scene = read(savemat(tmp_path / 'b.mat', {'HSI': HWC, 'LiDAR': lidar, 'DSM': lidar, 'abundances': CUBE[1].astype(float)}))
+    scene = read(savemat(tmp_path / 'b.mat', {'HSI': HWC, 'LiDAR': lidar, 'DSM': lidar, 'abundances': HWC[..., :3] / 4000.0}))
     assert scene.labels is None
     scene = read(savemat(tmp_path / 'c.mat', {'HSI': HWC, 'layer': classes}))
     assert scene.labels is None and told(scene, 'layer (9 x 11, uint8)', '--labels')
