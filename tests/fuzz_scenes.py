@@ -63,7 +63,7 @@ def make_files(folder):
 def pixel_ranges(path):
     """-> (start, end) of the stretches of a sound file that hold nothing but pixels, and whether a damaged pixel can be told from a sound one"""
     import tifffile
-    if path.endswith('.tif'):
+    if path.lower().endswith('.tif'):
         with tifffile.TiffFile(path) as tif:
             pages = [page for page in tif.pages if not page.keyframe.subfiletype & 4]
             packed = pages[0].keyframe.compression != 1
@@ -96,6 +96,32 @@ def check_values(sound, scene, before, after, ranges, packed):
     return True
 
 
+def more_files(folder):
+    """-> [(file to damage, path to read)] of formats whose files test_formats.py writes; those of HDF5 where h5py is installed"""
+    import test_formats as formats
+    from pathlib import Path
+    folder = Path(folder)
+    header = dict(wavelength=formats.NM, bbl=[1, 1, 0, 1, 1, 1], map_info=[*formats.UTM, 'rotation=20'], data_ignore_value=-9999,
+                  data_gain_values=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], class_names=['a', 'b', 'c'], class_lookup=[0, 0, 0, 1, 1, 1, 2, 2, 2])
+    data = formats.write_envi(folder / 'envi.bsq', big_endian=True, offset=64, **header)
+    struct = formats.savemat(folder / 'struct.mat', {'hsi': {'Data': formats.HWC, 'info': {'wavelength': formats.NM}, 'gt': formats.LABELS}})
+    tif = formats.tiff(folder / 'ENMAP01-L2A-SPECTRAL_IMAGE.TIF', formats.CUBE, -32768)
+    formats.enmap(folder / 'ENMAP01-L2A-METADATA.XML', formats.NM, [1e-4] * formats.C)
+    pairs = [(str(folder / 'envi.hdr'), data), (data, data), (struct, struct), (str(folder / 'ENMAP01-L2A-METADATA.XML'), tif)]
+    try:
+        import h5py
+    except ImportError:
+        return pairs
+    files = [formats.save73(folder / 'v73.mat', {'scene': {'data': formats.HWC, 'wavelengths': formats.NM[None]}, 'gt': formats.LABELS, 'list': [formats.NM]}),
+             formats.prisma(folder / 'PRS_L2D.he5', 'L2D')[0], formats.prisma(folder / 'PRS_L1.he5', 'L1')[0], str(folder / 'chunks.h5'),
+             formats.h5(folder / 'EMIT.nc', {'reflectance': (formats.HWC.astype(np.float32), {'_FillValue': np.float32([-9999])}),
+                                             'sensor_band_parameters/wavelengths': formats.NM, 'sensor_band_parameters/good_wavelengths': np.uint8([1] * 6)})]
+    with h5py.File(folder / 'chunks.h5', 'w') as file:
+        file.create_dataset('x/cube', data=formats.HWC, chunks=(3, 4, 6), compression='gzip')
+        file['wavelength'] = formats.NM
+    return pairs + [(path, path) for path in files]
+
+
 def damage(content, rng):
     """bytes -> damaged bytes"""
     data = bytearray(content)
@@ -120,34 +146,32 @@ def damage(content, rng):
 
 def fuzz(folder, count, seed):
     """Read `count` damaged files -> how many gave a scene, how many a sentence, how many scenes were compared. Anything else is raised."""
-    rng, files, read, compared = np.random.default_rng(seed), make_files(folder), 0, 0
-    sound = {path: (read_scene(path), *pixel_ranges(path)) for path in files}
+    rng, read, compared = np.random.default_rng(seed), 0, 0
+    files = [(path, path) for path in make_files(folder)] + more_files(folder)
+    sound = {source: (open(source, 'rb').read(), read_scene(path), *pixel_ranges(source)) for source, path in files}
     for i in range(count):
-        source = files[i % len(files)]
-        path = os.path.join(folder, f'damaged{os.path.splitext(source)[1]}')
-        if source.endswith('.hdr') and not os.path.exists(os.path.join(folder, 'damaged.img')):
-            os.link(source.replace('.hdr', '.img'), os.path.join(folder, 'damaged.img'))
-        before = open(source, 'rb').read()
+        source, path = files[i % len(files)]
+        before, sound_scene, ranges, packed = sound[source]
         content = damage(before, rng)
-        open(path, 'wb').write(content)
+        open(source, 'wb').write(content)
         signal.alarm(20)  # a hang ends the process
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 scene = read_scene(path, mmap=bool(rng.integers(2)))
+            np.asarray(scene.cube)  # what stays on disk can be read
             assert scene.cube.ndim == 3 and scene.cube.dtype.kind in 'iuf' and (scene.labels is None or scene.labels.dtype == np.uint8)
             assert scene.notes and all(isinstance(note, str) and '\n' not in note for note in scene.notes), scene.notes
-            scene.cube[:, :3]  # of what is on disk
-            sound_scene, ranges, packed = sound[source]
             compared += check_values(sound_scene, scene, before, content, ranges, packed)
             read += 1
         except UserError as error:
-            assert path in str(error) and '\n' not in str(error), f'{i}: {error}'
+            assert (path in str(error) or source in str(error)) and '\n' not in str(error), f'{i}: {error}'
         except BaseException as error:
             open(os.path.join(tempfile.gettempdir(), 'fuzz_failure' + os.path.splitext(source)[1]), 'wb').write(content)
             raise AssertionError(f'file {i} of seed {seed}, made of {os.path.basename(source)}: {type(error).__name__}: {error}') from error
         finally:
             signal.alarm(0)
+            open(source, 'wb').write(before)
     return read, count - read, compared
 
 
