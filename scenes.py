@@ -538,7 +538,8 @@ def label_text(labels, names):
         return ['labels: all 0, which is unlabelled']
     names = dict(enumerate(names or [], 1))
     listed = ', '.join(f'{f"{k} {names.get(k, str())}".strip()}: {counts[k]:,}' for k in used[:30])
-    sentences = [f'labels: pixels of {len(used)} classes ({listed}), {counts[0]:,} unlabelled']
+    number = f'{len(used)} classes' if len(used) > 1 else '1 class'
+    sentences = [f'labels: pixels of {number} ({listed}), {counts[0]:,} unlabelled']
     if len(used) == 1:
         sentences.append('WARNING: only one class: 0 means unlabelled here; number background 1 '
                          'and object 2')
