@@ -1,8 +1,10 @@
 """From the files of sensors and programs to a Scene; other bands; the place on the earth.
 
-read_scene() reads GeoTIFF, NumPy, MATLAB and ENVI files. resample_bands() brings a cube from one
-sensor's wavelengths to another's. Whatever a file does wrong becomes one sentence (UserError).
-data.py and tools/ use this module; the experiments see tiles only.
+read_scene() reads GeoTIFF, NumPy, MATLAB and ENVI files: it finds out what a file holds, checks
+it, leaves out bands without data, and says all this in plain sentences, scene.notes. Whatever a
+file does wrong becomes one sentence too (UserError). resample_bands() brings a cube from one
+sensor's wavelengths to another's. data.py and tools/ use this module; the experiments see tiles
+only. In this order: the Scene; reading and checking; bands; a reader for each family of files.
 
 Shapes: C bands, H rows, W columns; C' bands asked for.
 """
@@ -28,7 +30,9 @@ BAND_SETS = {
 # GeoTIFF tags: pixel scale, tie points, transformation; keys, their numbers and their texts
 GEOTAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 GDAL_NODATA = 42113
-NO_CLASS = ('unlabelled', 'unlabeled', 'undefined', 'background')  # names that label 0 may have
+NO_CLASS = ('unlabelled', 'unlabeled', 'undefined', 'background', 'unclassified', 'nodata', '')
+SAMPLE_PIXELS = 20_000  # of a scene, that tell what values it has
+STRIP_BYTES = 64e6  # as much of a cube is in memory at once where it is gone through
 
 
 class UserError(ValueError):
@@ -39,12 +43,82 @@ class UserError(ValueError):
 
 
 class Scene(NamedTuple):
-    cube: np.ndarray  # (C, H, W) in the file's own type
+    cube: object  # (C, H, W): a numpy array, or a Lazy of a file that stays on disk
     labels: np.ndarray  # (H, W) uint8, 0 = unlabelled; or None
     wavelengths_nm: list  # of length C; or None
     nodata: float  # value that marks missing pixels; or None. NaN always does
     class_names: list  # names of classes 1, 2, ...; or None
     geotags: tuple = ()  # GeoTIFF tags (code, type, count, value) of its place; () = none
+    fwhm_nm: list = None  # widths of the bands, where the file states them
+    class_colors: list = None  # (r, g, b), 0 to 255, of classes 1, 2, ..., where it states them
+    scale: tuple = None  # (factor, offset), not applied: stored * factor + offset = physical units
+    bands: list = None  # numbers (from 0) of the kept bands among the file's; None = all
+    notes: tuple = ()  # plain sentences: what was read, how it was understood, what was left out
+
+
+class Lazy:
+    """(C, H, W) of a file that stays on disk: what is sliced is read.
+
+    read(rows, cols) gives (C, h, w) for two slices, with or without a step.
+    """
+    ndim = 3
+
+    def __init__(self, shape, dtype, read):
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        self.read = read
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, key):
+        """[bands], [bands, rows] or [bands, rows, cols]; bands an int, a slice or a list"""
+        key = key if isinstance(key, tuple) else (key,)
+        bands, rows, cols = key + (slice(None),) * (3 - len(key))
+        if isinstance(bands, slice) and bands == slice(None):
+            return self.read(rows, cols)
+        # a few bands of a large file: what is in memory at once stays small
+        blocks = [self.read(strip, cols)[bands] for strip in strips(self, rows)]
+        return np.concatenate(blocks, -2)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self[:], dtype)
+
+
+def strips(cube, rows=slice(None)):
+    """Slices that cut the rows of a cube into strips of STRIP_BYTES"""
+    start, stop, step = rows.indices(cube.shape[1])
+    row_bytes = cube.shape[0] * cube.shape[2] * cube.dtype.itemsize
+    height = step * max(int(STRIP_BYTES / row_bytes), 1)
+    for top in range(start, max(stop, start + 1), height):
+        yield slice(top, min(top + height, stop), step)
+
+
+def when_read(cube, function, dtype, num_bands=None):
+    """-> the cube of what function(values, rows, cols) makes of `cube`: an array at once, a Lazy
+    each time that it is read"""
+    if not isinstance(cube, Lazy):
+        return function(cube, slice(None), slice(None)).astype(dtype, copy=False)
+
+    def read(rows, cols):
+        return function(cube[:, rows, cols], rows, cols).astype(dtype, copy=False)
+    return Lazy((num_bands or len(cube), *cube.shape[1:]), dtype, read)
+
+
+def file_cube(file, dtype, shape, axes, offset=0):
+    """-> a Lazy of the numbers that lie one behind the other in a file.
+
+    file: a path or an open file. axes: of `shape`, as 'hwc'. The file is mapped anew each time,
+    so that what was read does not stay in memory.
+    """
+    order = [axes.index(letter) for letter in 'chw']
+
+    def mapped():
+        return np.memmap(file, dtype, 'r', offset, shape).transpose(order)
+
+    def read(rows, cols):
+        return np.array(mapped()[:, rows, cols])
+    return Lazy(mapped().shape, dtype, read)  # a file that is too short is found here
 
 
 def one_line(error):
@@ -56,57 +130,75 @@ def shape_text(array):
 
 
 def valid_pixels(x, nodata, band_dim=-3):
-    """True where a pixel is real: all bands finite and not all equal to `nodata`.
+    """True where a pixel is real: no band is NaN, infinite or `nodata`.
 
+    Only in 8-bit images 0 is a value like others: with nodata 0 all their bands have to be 0.
     x: numpy or torch, any leading dimensions; the dimension of the bands goes.
     """
     library = torch if isinstance(x, torch.Tensor) else np
     valid = library.isfinite(x).all(band_dim)
     if nodata is None:
         return valid
-    return valid & ~(x == nodata).all(band_dim)
+    if nodata == 0 and x.dtype in (np.uint8, torch.uint8):
+        return valid & (x != 0).any(band_dim)
+    return valid & (x != nodata).all(band_dim)
 
 
 # ============ reading a scene ============
 
-def read_scene(path, labels='', mmap=False):
-    """Read a scene from a .tif, .npz, .npy, .mat or ENVI .hdr file.
+def read_scene(path, labels='', mmap=False, axes='', nodata=None, drop_bands='',
+               keep_bad_bands=False):
+    """Read a scene; its notes say what was read, how it was understood and what was left out.
 
-    A .tif states its axes; arrays of the others are (H, W, C), the habit of the field. An .npz
-    holds `cube` and, if known, `labels`, `wavelengths_nm`, `class_names`, `nodata`; a .mat its
-    largest 3-d array, and labels as a 2-d array of the same H x W. `labels` names a second file,
-    of labels. With `mmap`, .tif and .npy stay on disk (compressed .tif are unpacked into a
-    temporary file) unless their type has to be converted. Raises UserError naming the file.
+    `path` names a file of one of READERS' types, or an array in it, as file.mat:name; `labels` a
+    second one, of labels. With `mmap` the cube is a Lazy: it stays on disk. `axes` ('hwc', 'chw')
+    and `nodata` settle what a file leaves open. Left out are bands that the file marks as bad
+    (unless `keep_bad_bands`), those of `drop_bands` ('1,5,100-110', '1380-1410nm'), and those
+    without one value. Raises UserError naming the file.
     """
-    scene = read_file(path, mmap)
-    if labels:
-        raw = read_labels(labels)
-        if raw.shape != scene.cube.shape[1:]:
-            raise UserError(f'{labels}: labels of {shape_text(raw)} pixels for an image of '
-                            f'{shape_text(scene.cube[0])} ({path}): give the label file of the '
-                            'same scene')
-        scene = scene._replace(labels=raw)
-    if scene.labels is not None:
-        scene = scene._replace(labels=checked_labels(scene.labels, labels or path))
-    scene = scene._replace(cube=checked_cube(scene.cube, path))
-    if scene.wavelengths_nm:
-        nm = checked_wavelengths(scene.wavelengths_nm, path, len(scene.cube))
-        scene = scene._replace(wavelengths_nm=nm.tolist())
-    return scene
+    scene = read_file(path, mmap, axes)
+    scene = check_values(scene, path, nodata)
+    scene, missing = choose_bands(scene, path, drop_bands, keep_bad_bands)
+    if scene.scale and scene.scale != (1, 0):
+        factor, offset = scene.scale
+        scene = say(scene, f'the file states physical units = {factor:g} * value + {offset:g}: '
+                    'its values are kept as stored')
+    if labels or scene.labels is not None:
+        scene = add_labels(scene, path, labels, missing)
+    return say(scene, place_text(scene.geotags))
 
 
-def read_file(path, mmap):
-    """The file as its reader gives it -> Scene, not checked yet"""
-    if not os.path.isfile(path):
+def say(scene, *sentences):
+    return scene._replace(notes=(*scene.notes, *sentences))
+
+
+def split_name(path):
+    """'file.mat:name' -> 'file.mat', 'name'; the name is '' where none is given"""
+    if os.path.exists(path) or ':' not in path:
+        return path, ''
+    file, _, name = path.rpartition(':')
+    return (file, name) if os.path.isfile(file) else (path, '')
+
+
+def read_file(path, mmap=False, axes=''):
+    """What the reader of its type makes of a file -> Scene, not checked yet.
+
+    Its `labels` are raw, its `bands` are those that the file does not mark as bad.
+    """
+    file, name = split_name(path)
+    if not os.path.isfile(file):
         raise UserError(f'{path}: there is no such file: check the path')
-    if os.path.getsize(path) == 0:
+    if os.path.getsize(file) == 0:
         raise UserError(f'{path}: the file is empty: copy it again')
-    ending = os.path.splitext(path)[1].lower()
+    ending = os.path.splitext(file)[1].lower()
     if ending not in READERS:
         raise UserError(f'{path}: files of type "{ending}" are not read: convert it to one of '
                         f'{", ".join(READERS)}')
     try:
-        return READERS[ending](path, mmap)
+        scene = READERS[ending](file, mmap, name, axes)
+        if not mmap:
+            scene = scene._replace(cube=np.asarray(scene.cube))
+        return scene
     except UserError:
         raise
     except ImportError as error:
@@ -117,30 +209,269 @@ def read_file(path, mmap):
                         'copy or convert it again') from None
 
 
-def read_labels(path):
-    """A file of labels -> (H, W), not checked yet; its nodata value becomes 0"""
-    scene = read_scene(path)
-    if scene.labels is not None:
-        return scene.labels
-    first_band = scene.cube[0]
-    return np.where(first_band == scene.nodata, 0, first_band)
+def check_values(scene, path, nodata):
+    """Refuses what is no image; integers of up to 16 bits stay, wider ones become float32.
 
-
-def checked_cube(cube, path):
-    """Refuses what is no image. Integers of up to 16 bits stay, wider ones become float32."""
+    `nodata`, where it is given, wins over the file's. NaN is none, it is always missing; neither
+    is a value that this type cannot have.
+    """
+    cube = scene.cube
     if cube.ndim != 3 or min(cube.shape) == 0:
         raise UserError(f'{path}: an image of shape {shape_text(cube)} is not bands x rows x '
                         'columns: give a 3-d array')
     if cube.dtype.kind not in 'iuf':
         raise UserError(f'{path}: values of type {cube.dtype} are not supported: save it as '
                         'integers or floats')
+    for what, values in (('wavelengths', scene.wavelengths_nm), ('widths', scene.fwhm_nm)):
+        if values and len(values) != len(cube):
+            raise UserError(f'{path}: has {len(values)} {what} for {len(cube)} bands: give one '
+                            'for each')
     small_integers = cube.dtype.kind in 'iu' and cube.dtype.itemsize <= 2
-    dtype = cube.dtype.newbyteorder('=') if small_integers else np.float32
-    return cube.astype(dtype, copy=False)
+    dtype = cube.dtype.newbyteorder('=') if small_integers else np.dtype(np.float32)
+    if cube.dtype != dtype:
+        cube = when_read(cube, lambda x, rows, cols: x, dtype)
+    scene = scene._replace(cube=cube)
+    stated = scene.nodata if nodata is None else nodata
+    value = fitting_nodata(stated, dtype)
+    if value is not None:
+        scene = say(scene, f'nodata {value:g}')
+    elif stated is not None and not math.isnan(stated):
+        scene = say(scene, f'nodata {stated:g} is stated, which no {dtype} pixel can have')
+    return scene._replace(nodata=value)
+
+
+def fitting_nodata(nodata, dtype):
+    """A nodata value as an array of `dtype` holds it; None where it holds no such value"""
+    if nodata is None or not math.isfinite(nodata):
+        return None
+    if dtype.kind == 'f':
+        with np.errstate(over='ignore'):
+            nodata = float(dtype.type(nodata))
+        return nodata if math.isfinite(nodata) else None
+    limits = np.iinfo(dtype)
+    return float(nodata) if nodata == int(nodata) and limits.min <= nodata <= limits.max else None
+
+
+# ============ which bands, which pixels ============
+
+class Survey(NamedTuple):
+    """What one pass over a cube finds"""
+    missing: np.ndarray  # (H, W) True where a pixel is missing; empty bands are not counted
+    empty: list  # numbers of the bands without one value
+    lacking: np.ndarray  # (C,) share of the pixels that have no value in this band
+    fillers: dict  # value far outside the rest -> numbers of the bands that have it
+
+
+def survey(cube, nodata):
+    """One pass over a cube, strip by strip -> Survey"""
+    C, H, W = cube.shape
+    lacking = np.zeros(C, np.int64)
+    missing_bands = np.zeros((H, W), np.uint16)  # in how many of its bands a pixel has no value
+    low, high = np.full(C, np.inf), np.full(C, -np.inf)
+    step = math.ceil(math.sqrt(H * W / SAMPLE_PIXELS))
+    samples = []
+    for strip in strips(cube):
+        x = cube[:, strip]
+        gone = ~np.isfinite(x) if nodata is None else ~np.isfinite(x) | (x == nodata)
+        lacking += gone.sum((1, 2))
+        missing_bands[strip] = gone.sum(0)
+        for band in range(C):
+            values = x[band][~gone[band]] if gone[band].any() else x[band]
+            if values.size:
+                low[band] = min(low[band], values.min())
+                high[band] = max(high[band], values.max())
+        sample = np.where(gone, np.nan, x)[:, ::step, ::step]
+        samples.append(sample.reshape(C, -1))
+    empty = np.flatnonzero(lacking == H * W).tolist()
+    if nodata == 0 and cube.dtype == np.uint8:
+        missing = missing_bands == C
+    else:
+        missing = missing_bands > (len(empty) if len(empty) < C else 0)
+    fillers = find_fillers(np.concatenate(samples, 1), low, high)
+    return Survey(missing, empty, lacking / (H * W), fillers)
+
+
+def find_fillers(sample, low, high):
+    """Values that stand for "nothing here" although no one says so -> value -> numbers of bands.
+
+    sample: (C, n) values, NaN = missing. low, high: (C,) of all pixels, not only of these. Such a
+    value is the lowest or the highest of its band, far from all others, and there again and again;
+    a value that comes once has to be much farther away, it may be a glint.
+    """
+    fillers = {}
+    for band, values in enumerate(sample):
+        values = values[~np.isnan(values)]
+        for value in (low[band], high[band]):
+            rest = values[values != value]
+            if rest.size < 20:
+                continue
+            bottom, top = np.percentile(rest, (1, 99))
+            distance = max(bottom - value, value - top)
+            repeated = values.size - rest.size > max(2, values.size / 10_000)
+            if distance > (3 if repeated else 1000) * (top - bottom) > 0:
+                fillers.setdefault(float(value), []).append(band)
+    return fillers
+
+
+def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
+    """Leaves out bands, and says what is missing -> the Scene, (H, W) True where a pixel is
+    missing"""
+    C, nm = len(scene.cube), scene.wavelengths_nm
+    marked = [] if scene.bands is None else sorted(set(range(C)) - set(scene.bands))
+    dropped = numbers_of_bands(drop_bands, C, nm)
+    if keep_bad_bands and marked:
+        scene = say(scene, f'{name_bands(marked, nm)} marked as bad, kept as asked')
+        marked = []
+    kept = [band for band in range(C) if band not in {*marked, *dropped}]
+    if not kept:
+        raise UserError(f'{path}: of its {C} bands {len(marked)} are marked as bad and '
+                        f'{len(dropped)} are dropped: none is left, drop fewer')
+    found = survey(take_bands(scene.cube, kept), scene.nodata)
+    empty = [kept[number] for number in found.empty]
+    if len(empty) == len(kept):  # nothing at all in this file
+        empty = []
+    for numbers, reason in ((marked, 'marked as bad'), (dropped, 'dropped as asked'),
+                            (empty, 'without one value')):
+        if numbers:
+            scene = say(scene, f'{name_bands(numbers, nm)} left out: {reason}')
+    names = [name_bands([band], nm) for band in kept]
+    scene = say(scene, *missing_text(found, names, len(empty)))
+    for value, numbers in found.fillers.items():
+        bands = name_bands([kept[number] for number in numbers], nm)
+        scene = say(scene, f'{bands}: values far outside the rest ({value:g}): a filler? pass '
+                    f'--nodata={value:g}')
+    kept = [band for band in kept if band not in empty]
+    if len(kept) == C:
+        return scene._replace(bands=None), found.missing
+    return scene._replace(
+        cube=take_bands(scene.cube, kept), bands=kept,
+        wavelengths_nm=nm and [nm[band] for band in kept],
+        fwhm_nm=scene.fwhm_nm and [scene.fwhm_nm[band] for band in kept]), found.missing
+
+
+def take_bands(cube, kept):
+    if len(kept) == len(cube):
+        return cube
+    return when_read(cube, lambda x, rows, cols: x[kept], cube.dtype, len(kept))
+
+
+def missing_text(found, names, num_empty):
+    """Sentences on the missing pixels of a survey; names: of its bands"""
+    share = found.missing.mean()
+    if not share:
+        return []
+    sentence = f'{share:.1%} of the pixels are missing'
+    lacking = found.lacking.copy()
+    if num_empty < len(lacking):
+        lacking[found.empty] = 0
+    worst = int(lacking.argmax())
+    fewest = lacking[lacking > 0].min(initial=1) if (lacking > 0).all() else 0
+    if share > fewest + 0.0005:  # some of them in a few bands only
+        sentence += (f', {share - fewest:.1%} of them in some bands only (most in {names[worst]}: '
+                     f'--drop_bands leaves bands out)')
+    return [sentence]
+
+
+def compact(numbers):
+    """[1, 2, 3, 7] -> '1-3, 7'"""
+    runs = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ', '.join(str(a) if a == b else f'{a}-{b}' for a, b in runs)
+
+
+def name_bands(numbers, nm):
+    """Numbers from 0 -> 'band 3 (550 nm)' or 'bands 3, 5-9 (550 to 640 nm)', counted from 1"""
+    words = compact([number + 1 for number in numbers])
+    words = f'band {words}' if len(numbers) == 1 else f'bands {words}'
+    if not nm:
+        return words
+    low, high = nm[numbers[0]], nm[numbers[-1]]
+    return f'{words} ({low:.0f} nm)' if low == high else f'{words} ({low:.0f} to {high:.0f} nm)'
+
+
+def numbers_of_bands(text, num_bands, nm):
+    """--drop_bands= -> numbers of bands from 0; text: '1,5,100-110' from 1, or '1380-1410nm'"""
+    numbers = set()
+    for word in filter(None, str(text).replace(' ', '').split(',')):
+        first, _, last = word.removesuffix('nm').partition('-')
+        try:
+            low, high = float(first), float(last or first)
+        except ValueError:
+            raise UserError(f'--drop_bands={text}: "{word}" is no band: give numbers from 1 or '
+                            'wavelengths, as 1,5,100-110 or 1380-1410nm') from None
+        if word.endswith('nm'):
+            if not nm:
+                raise UserError(f'--drop_bands={text}: the file has no wavelengths: give numbers '
+                                'of bands')
+            numbers |= {band for band in range(num_bands) if low <= nm[band] <= high}
+        elif 1 <= low <= high <= num_bands and low == int(low) and high == int(high):
+            numbers |= set(range(int(low) - 1, int(high)))
+        else:
+            raise UserError(f'--drop_bands={text}: "{word}" is not within the {num_bands} bands '
+                            'of the file, which count from 1')
+    return sorted(numbers)
+
+
+# ============ labels ============
+
+def add_labels(scene, path, labels, missing):
+    """Labels of their own file, or those inside the scene's -> the Scene with checked labels, 0 =
+    unlabelled, which they are wherever the pixel is missing"""
+    where = labels or path
+    if labels:
+        found = read_labels(labels)
+        scene = scene._replace(labels=found.labels, class_names=found.class_names,
+                               class_colors=found.class_colors)
+        check_same_place(scene.geotags, found.geotags, path, labels)
+    raw = np.asarray(scene.labels)
+    raw = raw.squeeze() if raw.ndim == 3 and 1 in raw.shape and min(raw.shape[:2]) > 0 else raw
+    H, W = scene.cube.shape[1:]
+    if raw.shape != (H, W):
+        raise UserError(f'{where}: labels of {shape_text(raw)} pixels for an image of {H} x {W} '
+                        f'({path}): give the label file of the same scene')
+    checked = checked_labels(raw, where)
+    on_missing = np.count_nonzero(checked[missing])
+    checked[missing] = 0
+    scene = say(scene._replace(labels=checked), *label_text(checked, scene.class_names))
+    if on_missing:
+        scene = say(scene, f'{on_missing:,} labels lie on missing pixels: they become 0')
+    return scene
+
+
+def read_labels(path):
+    """A file of labels -> Scene with raw `labels` (H, W), names and colours of the classes and
+    geotags; what is NaN or nodata there becomes 0"""
+    scene = read_file(path)
+    if scene.labels is not None:
+        return scene
+    raw = scene.cube
+    if raw.ndim == 3 and 1 < len(raw):
+        raise UserError(f'{path}: has {len(raw)} bands, {looks_like(raw)}: give one band of class '
+                        'numbers, 0 = unlabelled')
+    raw = raw[0] if raw.ndim == 3 else raw
+    return scene._replace(labels=np.where(valid_pixels(raw[None], scene.nodata), raw, 0))
+
+
+def looks_like(layers):
+    """What several bands are that were given as labels, in words"""
+    if set(np.unique(layers[:, ::7, ::7])) <= {0, 1} and layers.sum(0).max() <= 1:
+        return 'which looks like one-hot classes (numpy.argmax gives their numbers)'
+    if len(layers) in (3, 4) and layers.dtype == np.uint8:
+        return 'which looks like a picture in the colours of the classes'
+    return 'which looks like an image or several layers'
 
 
 def checked_labels(labels, path):
-    if labels.dtype.kind == 'f' and (labels == np.round(labels)).all():
+    """(H, W) of any type -> uint8; what are no class numbers is refused"""
+    if labels.dtype.kind == 'f':
+        labels = np.where(np.isnan(labels), 0, labels)
+        if np.isinf(labels).any() or (labels != np.round(labels)).any():
+            raise UserError(f'{path}: labels such as {labels[labels != np.round(labels)][:1]} are '
+                            'no class numbers but values, as heights are: save whole numbers')
         labels = labels.astype(np.int64)
     if labels.dtype.kind not in 'iub':
         raise UserError(f'{path}: labels of type {labels.dtype} are not class numbers: save them '
@@ -151,179 +482,134 @@ def checked_labels(labels, path):
     return labels.astype(np.uint8)
 
 
-# ============ GeoTIFF ============
-
-def read_tiff(path, mmap):
-    import tifffile
-    logging.getLogger('tifffile').setLevel(logging.CRITICAL)  # we say it in our own sentences
-    # a name inside the file opens no other file
-    with tifffile.TiffFile(path, _multifile=False, is_mmstack=False, is_ndtiff=False) as tif:
-        series = tif.series[0]
-        check_tiff_sizes(path, series)
-        try:
-            image = series.asarray(out='memmap' if mmap else None)
-        except ValueError as error:
-            if 'imagecodecs' not in str(error):
-                raise
-            compression = one_line(error).split('>')[0].strip('<')
-            raise UserError(f'{path}: its compression ({compression}) needs one more package: '
-                            'pip install imagecodecs') from None
-        tags = series.keyframe.tags
-        nodata = float(tags[GDAL_NODATA].value) if GDAL_NODATA in tags else None
-        found = [tags[code] for code in GEOTAGS if code in tags]
-        geotags = tuple((tag.code, int(tag.dtype), tag.count, tag.value) for tag in found)
-        axes = series.axes
-    if nodata is not None and math.isnan(nodata):
-        nodata = None
-    if image.ndim == 2:  # one band
-        axes = 'S' + axes
-        image = image[None]
-    if image.ndim != 3 or 'Y' not in axes or 'X' not in axes:
-        raise UserError(f'{path}: its axes are {axes} {image.shape}: expected rows, columns and '
-                        'bands only')
-    cube = np.moveaxis(image, band_axis(axes, image.shape), 0)
-    return Scene(cube, None, None, nodata, None, geotags)
+def label_text(labels, names):
+    """Sentences on checked labels: how many pixels each class has, what is odd about them"""
+    counts = np.bincount(labels.ravel(), minlength=1)
+    used = np.flatnonzero(counts[1:]) + 1
+    if not len(used):
+        return ['labels: all 0, unlabelled']
+    listed = ', '.join(f'{k}: {counts[k]:,}' for k in used[:30])
+    sentences = [f'labels: {len(used)} classes ({listed} px), {counts[0]:,} px unlabelled']
+    if len(used) == 1:
+        sentences.append('WARNING: the labels have only one class: 0 means unlabelled here; number '
+                         'background 1 and object 2')
+    if len(used) < used[-1] / 2:
+        sentences.append(f'WARNING: the labels go to {used[-1]}, but only {len(used)} numbers are '
+                         'used: number the classes 1, 2, ...')
+    return sentences
 
 
-def check_tiff_sizes(path, series):
-    """Refuses a file that claims more pixels than it can hold, before memory is asked for"""
-    size = os.path.getsize(path)
-    if series.nbytes > 2000 * size:  # no lossless compression does better
-        raise UserError(f'{path}: claims {series.nbytes / 1e9:.0f} GB of pixels in a file of '
-                        f'{size} bytes: the file is damaged, copy it again')
-    for page in series.pages:
-        if page is None:
-            continue
-        for offset, count in zip(page.dataoffsets, page.databytecounts):
-            if offset + count > size:
-                raise UserError(f'{path}: the file is truncated: copy it again')
+# ============ place ============
+
+def place_text(geotags):
+    return 'a georeference' if geotags else 'no georeference'
 
 
-def band_axis(axes, shape):
-    """Which of the three axes are the bands, by the letters of a TIFF's axes and their lengths"""
-    letter = next(letter for letter in axes if letter not in 'YX')
-    if letter != 'Q':
-        return axes.index(letter)
-    # written without a stated meaning, as numpy arrays are: of three sides the one that differs
-    # from two equal ones, else the shortest
-    if len(set(shape)) == 2:
-        return next(axis for axis in range(3) if shape.count(shape[axis]) == 1)
-    return int(np.argmin(shape))
+def check_same_place(scene_tags, label_tags, path, labels):
+    """Refuses labels of another place"""
 
 
-# ============ NumPy, MATLAB, ENVI ============
+# ============ what readers share ============
 
-def read_numpy(path, mmap):
-    loaded = np.load(path, allow_pickle=False, mmap_mode='r' if mmap else None)
-    if isinstance(loaded, np.ndarray):
-        arrays = {'cube': loaded}
-    else:
-        known = ('cube', 'labels', 'wavelengths_nm', 'class_names', 'nodata')
-        arrays = {name: loaded[name] for name in known if name in loaded}
-    if 'cube' not in arrays and 'labels' in arrays:  # a file of labels only
-        arrays = {'cube': arrays['labels']}
-    if 'cube' not in arrays:
-        raise UserError(f'{path}: holds {sorted(loaded)[:6]} but no array "cube": save the image '
-                        'under that name')
-    facts = {name: array.tolist() for name, array in arrays.items()
-             if name not in ('cube', 'labels')}
-    wavelengths = facts.get('wavelengths_nm')
-    cube = arrays['cube']
-    if cube.ndim == 2:
-        cube = cube[..., None]  # one band, or labels
-    if cube.ndim == 3:
-        bands_first = wavelengths and len(wavelengths) == cube.shape[0] != cube.shape[2]
-        cube = cube if bands_first else np.moveaxis(cube, 2, 0)
-    names = facts.get('class_names')
-    if names and names[0].lower() in NO_CLASS:
-        names = names[1:]
-    return Scene(cube, arrays.get('labels'), wavelengths, facts.get('nodata'), names)
+def shape_note(cube, words):
+    """The first note of a scene; words: how it is known which axis the bands are"""
+    if cube.ndim != 3:
+        return f'shape {shape_text(cube)}'  # refused later
+    C, H, W = cube.shape
+    bands = '1 band' if C == 1 else f'{C} bands'
+    return f'{bands} of {H} x {W} px, {cube.dtype} ({words})'
 
 
-READ_MAT = """
-import sys, numpy, scipy.io
-arrays = [a for a in scipy.io.loadmat(sys.argv[1]).values()
-          if isinstance(a, numpy.ndarray) and a.dtype.kind in 'iuf' and a.ndim in (2, 3)]
-numpy.savez(sys.argv[2], *arrays)
-"""
+# nm in one of each unit that files state wavelengths in
+UNITS_NM = {'nm': 1, 'nanometer': 1, 'nanometre': 1, 'um': 1e3, 'micrometer': 1e3,
+            'micrometre': 1e3, 'micron': 1e3, 'angstrom': 0.1, 'a': 0.1, 'mm': 1e6,
+            'millimeter': 1e6, 'm': 1e9, 'meter': 1e9}
+# nm of 1 of each unit that counts waves, which is divided by the number
+UNITS_PER_NM = {'cm-1': 1e7, 'cm^-1': 1e7, '1/cm': 1e7, 'wavenumber': 1e7, 'ghz': 299792458.0}
 
 
-def load_mat(path):
-    """The numeric arrays of a .mat file, 2-d and 3-d. They are read in a process of its own:
-    scipy's reader crashes the whole process on some damaged files."""
-    import scipy.io  # noqa: F401  where it is missing, say so before a process is started
-    with tempfile.TemporaryDirectory() as folder:
-        kept = os.path.join(folder, 'arrays.npz')
-        done = subprocess.run([sys.executable, '-c', READ_MAT, path, kept], capture_output=True,
-                              text=True, errors='replace')
-        if 'NotImplementedError' in done.stderr:
-            raise UserError(f'{path}: MATLAB 7.3 files are not read: save it again with '
-                            'save(..., "-v7")')
-        if done.returncode or not os.path.exists(kept):
-            lines = done.stderr.strip().splitlines()
-            reason = lines[-1] if lines else f'the reader crashed, code {done.returncode}'
-            raise UserError(f'{path}: cannot be read ({one_line(reason)}): copy or convert it '
-                            'again')
-        return list(np.load(kept).values())
+def to_nm(values, unit='', where='its header'):
+    """Wavelengths in a file's own unit -> list in nm, NaN = missing, or None; and a sentence.
 
-
-def read_mat(path, mmap):
-    arrays = load_mat(path)
-    cubes = [array for array in arrays if array.ndim == 3]
-    flat = [array for array in arrays if array.ndim == 2 and min(array.shape) > 1]
-    if not cubes and len(flat) != 1:
-        raise UserError(f'{path}: holds no 3-d array: give the file with the image as the root, '
-                        'the labels with --labels')
-    if not cubes:
-        return Scene(flat[0][None], None, None, None, None)
-    cubes.sort(key=np.size)
-    cube = np.moveaxis(cubes[-1], 2, 0)
-    fitting = [array for array in flat if array.shape == cube.shape[1:]]
-    return Scene(cube, fitting[0] if fitting else None, None, None, None)
-
-
-def read_envi(path, mmap):
-    import spectral
-    image = spectral.open_image(path)
-    header = image.metadata
-    nodata = float(header['data ignore value']) if 'data ignore value' in header else None
-    cube = image.open_memmap() if image.using_memmap else image.load(dtype=image.dtype)
-    cube = np.moveaxis(np.asarray(cube), 2, 0)
-    geotags = envi_geotags(header.get('map info', []))
-    return Scene(cube, None, image.bands.centers, nodata, None, geotags)
-
-
-READERS = {'.tif': read_tiff, '.tiff': read_tiff, '.npz': read_numpy, '.npy': read_numpy,
-           '.mat': read_mat, '.hdr': read_envi}
-
-
-def envi_geotags(info):
-    """ENVI's "map info" -> GeoTIFF tags; () where nothing or a rotation is stated.
-
-    info: projection, column and row of a pixel (from 1), its x and y, width and height of a
-    pixel, then for UTM zone and North or South, datum. The tags are pixel scale and tie point,
-    and for UTM or longitude and latitude on WGS-84 the keys that hold their EPSG number.
+    unit: as the file names it; '' = not stated: all below 100 are micrometres. where: said.
     """
-    info = [str(word).strip() for word in info]
-    rotations = [word for word in info if word.lower().startswith('rotation')]
-    if len(info) < 7 or any(float(word.split('=')[1]) for word in rotations):
-        return ()
-    column, row, x, y, width, height = (float(word) for word in info[1:7])
-    scale = (33550, 12, 3, (width, height, 0.0))
-    tie_point = (33922, 12, 6, (column - 1, row - 1, 0.0, x, y, 0.0))
-    words = {word.lower() for word in info[7:]}
-    if not words & {'wgs-84', 'wgs84', 'wgs 84'}:
-        return scale, tie_point
-    if info[0] == 'UTM':
-        model, key = 1, 3072  # projected
-        epsg = int(info[7]) + (32700 if info[8].lower() == 'south' else 32600)
-    elif info[0] == 'Geographic Lat/Lon':
-        model, key = 2, 2048  # geographic
-        epsg = 4326
+    if values is None or len(values) == 0:
+        return None, 'no wavelengths are stated'
+    try:
+        numbers = np.array([float(value) for value in values])
+    except (TypeError, ValueError):
+        return None, f'wavelengths in {where} are not numbers ({str(values)[:40]}): not used'
+    name = str(unit or '').strip().lower().replace('\u00b5', 'u').replace('\u03bc', 'u')
+    name = name.replace('\u00e5ngstr\u00f6m', 'angstrom').replace('\u00e5', 'a')
+    known = name if name in UNITS_NM or name in UNITS_PER_NM else name.removesuffix('s')
+    numbers[~(np.isfinite(numbers) & (numbers > 0))] = np.nan
+    if known in UNITS_NM:
+        nm = numbers * UNITS_NM[known]
+        how = f'in {unit} there'
+    elif known in UNITS_PER_NM:
+        nm = UNITS_PER_NM[known] / numbers
+        how = f'in {unit} there'
+    elif name:
+        return None, f'wavelengths in {where} are in "{unit}", an unknown unit: not used'
+    elif np.nanmax(numbers, initial=0) < 100:
+        nm = numbers * 1000
+        how = 'their unit is not stated: below 100 they are micrometres'
     else:
-        return scale, tie_point
-    keys = (1, 1, 0, 3, 1024, 0, 1, model, 1025, 0, 1, 1, key, 0, 1, epsg)  # 1025: of areas
-    return scale, tie_point, (34735, 3, 16, keys)
+        nm = numbers
+        how = 'their unit is not stated: taken as nm'
+    nm = nm.round(6)
+    low, high = np.nanmin(nm, initial=np.inf), np.nanmax(nm, initial=0)
+    return nm.tolist(), f'wavelengths {low:.0f} to {high:.0f} nm, from {where} ({how})'
+
+
+def choose_axes(shape, path, axes='', num_bands=None, pixels=None):
+    """Of a 3-d array whose axes nothing states: -> 'hwc' or 'chw', and words that say why.
+
+    axes: --axes=, which wins. num_bands: of the wavelengths that are known. pixels: (H, W) of
+    labels that are known. Refuses where the sides leave it open.
+    """
+    if axes:
+        if sorted(axes.lower()) != ['c', 'h', 'w']:
+            raise UserError(f'--axes={axes}: give h (rows), w (columns) and c (bands) in the order '
+                            'of the array, as hwc or chw')
+        return axes.lower(), f'--axes={axes}'
+    first, middle, last = shape
+    fits = {'hwc': last == num_bands, 'chw': first == num_bands}
+    if fits['hwc'] != fits['chw']:
+        axes = 'hwc' if fits['hwc'] else 'chw'
+        return axes, f'{AXES_TEXT[axes]}, as many as wavelengths'
+    fits = {'hwc': (first, middle) == pixels, 'chw': (middle, last) == pixels}
+    if fits['hwc'] != fits['chw']:
+        axes = 'hwc' if fits['hwc'] else 'chw'
+        return axes, f'{AXES_TEXT[axes]}, as the labels fit'
+    if first == middle != last or last <= min(first, middle) and first * 2 > min(middle, last):
+        axes = 'hwc'
+    elif middle == last != first or first * 2 <= min(middle, last):
+        axes = 'chw'
+    else:
+        raise UserError(f'{path}: an array of {first} x {middle} x {last}, and nothing says which '
+                        'axis the bands are: pass --axes=hwc (bands last) or --axes=chw (first)')
+    return axes, f'{AXES_TEXT[axes]}, by the lengths of its sides; else pass --axes='
+
+
+AXES_TEXT = {'hwc': 'bands last', 'chw': 'bands first'}
+
+
+def with_mask(cube, nodata, mask):
+    """Makes pixels missing where `mask` (H, W) is False -> cube, nodata.
+
+    They get the file's nodata value in all bands; where it has none, NaN, and all is float32.
+    """
+    if mask.all():
+        return cube, nodata
+    if fitting_nodata(nodata, cube.dtype) is None:
+        nodata = None
+    dtype = np.dtype(np.float32) if nodata is None else cube.dtype
+    value = np.nan if nodata is None else nodata
+
+    def masked(x, rows, cols):
+        return np.where(mask[rows, cols], x.astype(dtype, copy=False), dtype.type(value))
+    return when_read(cube, masked, dtype), nodata
 
 
 # ============ bands: from one sensor's wavelengths to another's ============
@@ -452,3 +738,190 @@ def mix_bands(scene, weights, wavelengths_nm=None):
     cube[:, ~valid_pixels(scene.cube, scene.nodata)] = np.nan
     mixed = np.tensordot(weights.astype(np.float32), cube, 1)
     return scene._replace(cube=mixed, wavelengths_nm=wavelengths_nm, nodata=None)
+
+
+# ============ GeoTIFF ============
+
+def read_tiff(path, mmap, name, axes):
+    import tifffile
+    logging.getLogger('tifffile').setLevel(logging.CRITICAL)  # we say it in our own sentences
+    # a name inside the file opens no other file
+    with tifffile.TiffFile(path, _multifile=False, is_mmstack=False, is_ndtiff=False) as tif:
+        series = tif.series[0]
+        check_tiff_sizes(path, series)
+        try:
+            image = series.asarray(out='memmap' if mmap else None)
+        except ValueError as error:
+            if 'imagecodecs' not in str(error):
+                raise
+            compression = one_line(error).split('>')[0].strip('<')
+            raise UserError(f'{path}: its compression ({compression}) needs one more package: '
+                            'pip install imagecodecs') from None
+        tags = series.keyframe.tags
+        nodata = float(tags[GDAL_NODATA].value) if GDAL_NODATA in tags else None
+        found = [tags[code] for code in GEOTAGS if code in tags]
+        geotags = tuple((tag.code, int(tag.dtype), tag.count, tag.value) for tag in found)
+        letters = series.axes
+    if nodata is not None and math.isnan(nodata):
+        nodata = None
+    if image.ndim == 2:  # one band
+        letters = 'S' + letters
+        image = image[None]
+    if image.ndim != 3 or 'Y' not in letters or 'X' not in letters:
+        raise UserError(f'{path}: its axes are {letters} {image.shape}: expected rows, columns and '
+                        'bands only')
+    cube = np.moveaxis(image, band_axis(letters, image.shape), 0)
+    notes = (shape_note(cube, 'as the TIFF states'),)
+    return Scene(cube, None, None, nodata, None, geotags, notes=notes)
+
+
+def check_tiff_sizes(path, series):
+    """Refuses a file that claims more pixels than it can hold, before memory is asked for"""
+    size = os.path.getsize(path)
+    if series.nbytes > 2000 * size:  # no lossless compression does better
+        raise UserError(f'{path}: claims {series.nbytes / 1e9:.0f} GB of pixels in a file of '
+                        f'{size} bytes: the file is damaged, copy it again')
+    for page in series.pages:
+        if page is None:
+            continue
+        for offset, count in zip(page.dataoffsets, page.databytecounts):
+            if offset + count > size:
+                raise UserError(f'{path}: the file is truncated: copy it again')
+
+
+def band_axis(axes, shape):
+    """Which of the three axes are the bands, by the letters of a TIFF's axes and their lengths"""
+    letter = next(letter for letter in axes if letter not in 'YX')
+    if letter != 'Q':
+        return axes.index(letter)
+    # written without a stated meaning, as numpy arrays are: of three sides the one that differs
+    # from two equal ones, else the shortest
+    if len(set(shape)) == 2:
+        return next(axis for axis in range(3) if shape.count(shape[axis]) == 1)
+    return int(np.argmin(shape))
+
+
+# ============ NumPy ============
+
+def read_numpy(path, mmap, name, axes):
+    loaded = np.load(path, allow_pickle=False, mmap_mode='r' if mmap else None)
+    if isinstance(loaded, np.ndarray):
+        arrays = {'cube': loaded}
+    else:
+        known = ('cube', 'labels', 'wavelengths_nm', 'class_names', 'nodata')
+        arrays = {name: loaded[name] for name in known if name in loaded}
+    if 'cube' not in arrays and 'labels' in arrays:  # a file of labels only
+        arrays = {'cube': arrays['labels']}
+    if 'cube' not in arrays:
+        raise UserError(f'{path}: holds {sorted(loaded)[:6]} but no array "cube": save the image '
+                        'under that name')
+    facts = {name: array.tolist() for name, array in arrays.items()
+             if name not in ('cube', 'labels')}
+    wavelengths, wavelength_note = to_nm(facts.get('wavelengths_nm'))
+    cube = arrays['cube']
+    if cube.ndim == 2:
+        cube = cube[..., None]  # one band, or labels
+    words = 'one axis'
+    if cube.ndim == 3:
+        axes, words = choose_axes(cube.shape, path, axes, len(wavelengths or []))
+        cube = cube.transpose([axes.index(letter) for letter in 'chw'])
+    names = facts.get('class_names')
+    if names and names[0].lower() in NO_CLASS:
+        names = names[1:]
+    notes = shape_note(cube, words), wavelength_note
+    return Scene(cube, arrays.get('labels'), wavelengths, facts.get('nodata'), names, notes=notes)
+
+
+# ============ MATLAB, ENVI ============
+
+READ_MAT = """
+import sys, numpy, scipy.io
+arrays = [a for a in scipy.io.loadmat(sys.argv[1]).values()
+          if isinstance(a, numpy.ndarray) and a.dtype.kind in 'iuf' and a.ndim in (2, 3)]
+numpy.savez(sys.argv[2], *arrays)
+"""
+
+
+def load_mat(path):
+    """The numeric arrays of a .mat file, 2-d and 3-d. They are read in a process of its own:
+    scipy's reader crashes the whole process on some damaged files."""
+    import scipy.io  # noqa: F401  where it is missing, say so before a process is started
+    with tempfile.TemporaryDirectory() as folder:
+        kept = os.path.join(folder, 'arrays.npz')
+        done = subprocess.run([sys.executable, '-c', READ_MAT, path, kept], capture_output=True,
+                              text=True, errors='replace')
+        if 'NotImplementedError' in done.stderr:
+            raise UserError(f'{path}: MATLAB 7.3 files are not read: save it again with '
+                            'save(..., "-v7")')
+        if done.returncode or not os.path.exists(kept):
+            lines = done.stderr.strip().splitlines()
+            reason = lines[-1] if lines else f'the reader crashed, code {done.returncode}'
+            raise UserError(f'{path}: cannot be read ({one_line(reason)}): copy or convert it '
+                            'again')
+        return list(np.load(kept).values())
+
+
+def read_mat(path, mmap, name, axes):
+    arrays = load_mat(path)
+    cubes = [array for array in arrays if array.ndim == 3]
+    flat = [array for array in arrays if array.ndim == 2 and min(array.shape) > 1]
+    if not cubes and len(flat) != 1:
+        raise UserError(f'{path}: holds no 3-d array: give the file with the image as the root, '
+                        'the labels with --labels')
+    if not cubes:
+        cube = flat[0][None]
+        notes = (shape_note(cube, 'one band'),)
+        return Scene(cube, None, None, None, None, notes=notes)
+    cubes.sort(key=np.size)
+    cube = np.moveaxis(cubes[-1], 2, 0)
+    fitting = [array for array in flat if array.shape == cube.shape[1:]]
+    notes = (shape_note(cube, 'bands last, the habit of the field'),)
+    return Scene(cube, fitting[0] if fitting else None, None, None, None, notes=notes)
+
+
+def read_envi(path, mmap, name, axes):
+    import spectral
+    image = spectral.open_image(path)
+    header = image.metadata
+    nodata = float(header['data ignore value']) if 'data ignore value' in header else None
+    cube = image.open_memmap() if image.using_memmap else image.load(dtype=image.dtype)
+    cube = np.moveaxis(np.asarray(cube), 2, 0)
+    geotags = envi_geotags(header.get('map info', []))
+    notes = (shape_note(cube, f'{image.interleave}, as ENVI states'),)
+    return Scene(cube, None, image.bands.centers, nodata, None, geotags, notes=notes)
+
+
+def envi_geotags(info):
+    """ENVI's "map info" -> GeoTIFF tags; () where nothing or a rotation is stated.
+
+    info: projection, column and row of a pixel (from 1), its x and y, width and height of a
+    pixel, then for UTM zone and North or South, datum. The tags are pixel scale and tie point,
+    and for UTM or longitude and latitude on WGS-84 the keys that hold their EPSG number.
+    """
+    info = [str(word).strip() for word in info]
+    rotations = [word for word in info if word.lower().startswith('rotation')]
+    if len(info) < 7 or any(float(word.split('=')[1]) for word in rotations):
+        return ()
+    column, row, x, y, width, height = (float(word) for word in info[1:7])
+    scale = (33550, 12, 3, (width, height, 0.0))
+    tie_point = (33922, 12, 6, (column - 1, row - 1, 0.0, x, y, 0.0))
+    words = {word.lower() for word in info[7:]}
+    if not words & {'wgs-84', 'wgs84', 'wgs 84'}:
+        return scale, tie_point
+    if info[0] == 'UTM':
+        model, key = 1, 3072  # projected
+        epsg = int(info[7]) + (32700 if info[8].lower() == 'south' else 32600)
+    elif info[0] == 'Geographic Lat/Lon':
+        model, key = 2, 2048  # geographic
+        epsg = 4326
+    else:
+        return scale, tie_point
+    keys = (1, 1, 0, 3, 1024, 0, 1, model, 1025, 0, 1, 1, key, 0, 1, epsg)  # 1025: of areas
+    return scale, tie_point, (34735, 3, 16, keys)
+
+
+# ============ the readers by the ending of a name ============
+
+# each: reader(path, mmap, name, axes) -> Scene; cube (C, H, W), mmap a Lazy, labels as they are
+READERS = {'.tif': read_tiff, '.tiff': read_tiff, '.npz': read_numpy, '.npy': read_numpy,
+           '.mat': read_mat, '.hdr': read_envi}
