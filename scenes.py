@@ -8,12 +8,15 @@ only. In this order: the Scene; reading and checking; bands; a reader for each f
 
 Shapes: C bands, H rows, W columns; C' bands asked for.
 """
+import collections
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import xml.etree.ElementTree as ElementTree
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +32,6 @@ BAND_SETS = {
 }
 # GeoTIFF tags: pixel scale, tie points, transformation; keys, their numbers and their texts
 GEOTAGS = (33550, 33922, 34264, 34735, 34736, 34737)
-GDAL_NODATA = 42113
 NO_CLASS = ('unlabelled', 'unlabeled', 'undefined', 'background', 'unclassified', 'nodata', '')
 SAMPLE_PIXELS = 20_000  # of a scene, that tell what values it has
 STRIP_BYTES = 64e6  # as much of a cube is in memory at once where it is gone through
@@ -111,10 +113,9 @@ def file_cube(file, dtype, shape, axes, offset=0):
     file: a path or an open file. axes: of `shape`, as 'hwc'. The file is mapped anew each time,
     so that what was read does not stay in memory.
     """
-    order = [axes.index(letter) for letter in 'chw']
 
     def mapped():
-        return np.memmap(file, dtype, 'r', offset, shape).transpose(order)
+        return to_chw(np.memmap(file, dtype, 'r', offset, shape), axes)
 
     def read(rows, cols):
         return np.array(mapped()[:, rows, cols])
@@ -562,6 +563,35 @@ def to_nm(values, unit='', where='its header'):
     return nm.tolist(), f'wavelengths {low:.0f} to {high:.0f} nm, from {where} ({how})'
 
 
+def widths_nm(widths, values, nm):
+    """Widths of bands in the unit of the wavelengths `values`, which are `nm` in nm -> nm, or
+    None"""
+    if not nm or widths is None or len(widths) != len(nm):
+        return None
+    try:
+        return [float(width) * one_nm / float(value)
+                for width, value, one_nm in zip(widths, values, nm)]
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+
+
+def read_number(text):
+    """A number as programs write it ('-1.#QNAN' is NaN) -> float; None where it is none"""
+    words = str(text).strip().strip('\0').lower().replace(',', '.')
+    if re.fullmatch(r'[+-]?1\.#(qnan|ind|snan)0*', words):
+        return math.nan
+    if re.fullmatch(r'[+-]?1\.#inf0*', words):
+        return math.inf
+    try:
+        return float(words)
+    except ValueError:
+        return None
+
+
+def to_chw(array, axes):
+    return array.transpose([axes.index(letter) for letter in 'chw'])
+
+
 def choose_axes(shape, path, axes='', num_bands=None, pixels=None):
     """Of a 3-d array whose axes nothing states: -> 'hwc' or 'chw', and words that say why.
 
@@ -742,63 +772,291 @@ def mix_bands(scene, weights, wavelengths_nm=None):
 
 # ============ GeoTIFF ============
 
+GDAL_METADATA, GDAL_NODATA, COLOR_MAP = 42112, 42113, 320  # tags
+REDUCED, MASK = 1, 4  # bits of a page's subfile type
+ALPHA = (1, 2)  # values of ExtraSamples
+
+
 def read_tiff(path, mmap, name, axes):
     import tifffile
     logging.getLogger('tifffile').setLevel(logging.CRITICAL)  # we say it in our own sentences
-    # a name inside the file opens no other file
-    with tifffile.TiffFile(path, _multifile=False, is_mmstack=False, is_ndtiff=False) as tif:
-        series = tif.series[0]
-        check_tiff_sizes(path, series)
-        try:
-            image = series.asarray(out='memmap' if mmap else None)
-        except ValueError as error:
-            if 'imagecodecs' not in str(error):
-                raise
-            compression = one_line(error).split('>')[0].strip('<')
-            raise UserError(f'{path}: its compression ({compression}) needs one more package: '
-                            'pip install imagecodecs') from None
-        tags = series.keyframe.tags
-        nodata = float(tags[GDAL_NODATA].value) if GDAL_NODATA in tags else None
-        found = [tags[code] for code in GEOTAGS if code in tags]
-        geotags = tuple((tag.code, int(tag.dtype), tag.count, tag.value) for tag in found)
-        letters = series.axes
-    if nodata is not None and math.isnan(nodata):
-        nodata = None
-    if image.ndim == 2:  # one band
-        letters = 'S' + letters
-        image = image[None]
-    if image.ndim != 3 or 'Y' not in letters or 'X' not in letters:
-        raise UserError(f'{path}: its axes are {letters} {image.shape}: expected rows, columns and '
+    if name:
+        raise UserError(f'{path}:{name}: arrays in a TIFF have no names: give its path alone')
+    try:
+        # a name inside the file opens no other file
+        with tifffile.TiffFile(path, _multifile=False, is_mmstack=False, is_ndtiff=False) as tif:
+            cube, words = tiff_cube(tif, path, mmap, axes)
+            notes = [shape_note(cube, words)]
+            mask = tiff_mask(tif, path, cube.shape[1:])
+            page = tif.series[0].keyframe
+            tags = {tag.code: tag for tag in page.tags}
+            extra = [int(kind) for kind in page.extrasamples]
+    except (ValueError, ImportError) as error:
+        if 'imagecodecs' not in str(error) and not isinstance(error, ImportError):
+            raise
+        raise UserError(f'{path}: its compression ({one_line(error).split(">")[0].strip("<")}) '
+                        'needs one more package: pip install imagecodecs') from None
+    text = tags[GDAL_METADATA].value if GDAL_METADATA in tags else ''
+    facts = gdal_facts(path, text)
+    C = len(cube)
+
+    # what the bands are
+    marked = [C - len(extra) + i for i, kind in enumerate(extra) if kind in ALPHA]
+    marked += [band for band in range(C) if facts[band].get('colorinterp') == 'Alpha']
+    cube, alpha, words = split_alpha(cube, {band for band in marked if 0 <= band < C})
+    bands = [band for band in range(C) if band not in alpha]
+    notes += words
+    nm, fwhm, words = gdal_wavelengths(facts, bands)
+    notes.append(words)
+    scales = [(read_number(facts[band].get('scale', 1)), read_number(facts[band].get('offset', 0)))
+              for band in bands]
+    if len(set(scales)) > 1:
+        notes.append('the file states a scale of its own for each band: values are kept as stored')
+    scale = scales[0] if len(set(scales)) == 1 and scales[0] != (1, 0) else None
+
+    # missing pixels
+    nodata = read_number(tags[GDAL_NODATA].value) if GDAL_NODATA in tags else None
+    nodata = [read_number(facts[band].get('nodatavalue', nodata)) for band in bands]
+    cube, nodata = one_nodata(cube, nodata)
+    for band_mask, words in [*mask, *alpha.values()]:
+        cube, nodata = with_mask(cube, nodata, band_mask)
+        notes.append(f'{words}: {1 - band_mask.mean():.1%} of the pixels are missing by it')
+
+    # classes and place
+    names = facts[0].get('categories')
+    colors = facts[0].get('colors')
+    if COLOR_MAP in tags and not colors:
+        colors = (np.array(tags[COLOR_MAP].value).reshape(3, -1) >> 8).T.tolist()
+    found = [tags[code] for code in GEOTAGS if code in tags]
+    geotags = tuple((tag.code, int(tag.dtype), tag.count, tag.value) for tag in found)
+    return Scene(cube, None, nm, nodata, names and names[1:], geotags, fwhm,
+                 colors and colors[1:], scale, None, tuple(notes))
+
+
+def tiff_cube(tif, path, mmap, axes):
+    """-> cube (C, H, W), on disk where `mmap`, and words on its axes"""
+    series = tif.series[0]
+    pages, shape, letters = series.pages, series.shape, series.axes
+    words = 'as the TIFF states'
+    if series.kind in ('generic', 'uniform'):  # the pages are all that it states
+        pages = [page for page in tif.pages if not page.keyframe.subfiletype & (REDUCED | MASK)]
+        first = pages[0]
+        shape, letters = first.shape, first.axes
+        if len(pages) > 1:
+            if len(shape) > 2 or any(page.shape != shape for page in pages):
+                shapes = ', '.join(shape_text(page) for page in pages[:4])
+                raise UserError(f'{path}: holds {len(pages)} images ({shapes}): save the one that '
+                                'is meant in a file of its own')
+            shape, letters = (len(pages), *shape), 'S' + letters
+            words = 'a page for each band'
+    check_tiff_sizes(path, [page for page in pages if page is not None])
+    if len(shape) == 2:
+        shape, letters = (1, *shape), 'S' + letters
+    if len(shape) != 3 or 'Y' not in letters or 'X' not in letters:
+        raise UserError(f'{path}: its axes are {letters} {shape}: expected rows, columns and '
                         'bands only')
-    cube = np.moveaxis(image, band_axis(letters, image.shape), 0)
-    notes = (shape_note(cube, 'as the TIFF states'),)
-    return Scene(cube, None, None, nodata, None, geotags, notes=notes)
+    letter = next(letter for letter in letters if letter not in 'YX')
+    if letter == 'Q' or axes:  # written as an array, without a word on its axes
+        axes, words = choose_axes(shape, path, axes)
+    else:
+        axes = letters.replace(letter, 'c').lower().replace('y', 'h').replace('x', 'w')
+
+    first = pages[0].keyframe
+    dtype = np.dtype(first.dtype)
+    offset = contiguous_offset(pages, series)
+    if offset:
+        cube = file_cube(path, dtype.newbyteorder(tif.byteorder), shape, axes, offset)
+        return (cube if mmap else np.asarray(cube)), words
+    if mmap and None not in pages and len(pages) * first.size == math.prod(shape):
+        return file_cube(unpack_tiff(pages), dtype, shape, axes), words
+    if len(pages) == 1 or series.kind not in ('generic', 'uniform'):
+        array = series.asarray()
+    else:
+        array = np.stack([page.asarray() for page in pages])
+    return to_chw(array.reshape(shape), axes), words
 
 
-def check_tiff_sizes(path, series):
+def contiguous_offset(pages, series):
+    """Where the numbers of all pages begin, if they lie one behind the other as they are; else
+    None"""
+    if series.kind not in ('generic', 'uniform'):
+        return series.dataoffset
+    start = pages[0].dataoffsets[0] if pages[0].dataoffsets else None
+    for number, page in enumerate(pages):
+        if not page.is_final or page.dataoffsets[0] != start + number * page.nbytes:
+            return None
+    return start
+
+
+def unpack_tiff(pages):
+    """Pages of compressed strips or tiles -> a temporary file of their numbers, written piece by
+    piece, so that little of it is in memory"""
+    file = tempfile.TemporaryFile()
+    first = pages[0].keyframe
+    file.truncate(len(pages) * first.nbytes)
+    for number, page in enumerate(pages):
+        written = 0
+        offset = number * first.nbytes
+        image = np.memmap(file, first.dtype, 'r+', offset, first.shaped)
+        for segment, (s, d, h, w, _), (depth, length, width, _) in page.segments():
+            place = image[s, d:d + depth, h:h + length, w:w + width]  # ends at the border
+            if segment is None:  # not stored, as in a sparse file
+                place[...] = first.nodata
+            else:
+                place[...] = segment[tuple(slice(side) for side in place.shape)]
+            written += place.nbytes
+            if written > STRIP_BYTES:  # what is mapped anew needs no memory
+                image = np.memmap(file, first.dtype, 'r+', offset, first.shaped)
+                written = 0
+    return file
+
+
+def check_tiff_sizes(path, pages):
     """Refuses a file that claims more pixels than it can hold, before memory is asked for"""
     size = os.path.getsize(path)
-    if series.nbytes > 2000 * size:  # no lossless compression does better
-        raise UserError(f'{path}: claims {series.nbytes / 1e9:.0f} GB of pixels in a file of '
+    first = pages[0].keyframe
+    segment_bytes = math.prod(first.chunks) * np.dtype(first.dtype).itemsize
+    claimed = 0
+    for page in pages:
+        stored = [(offset, count) for offset, count in zip(page.dataoffsets, page.databytecounts)
+                  if count]
+        if any(offset + count > size for offset, count in stored):
+            raise UserError(f'{path}: the file is truncated: copy it again')
+        if page.is_contiguous:
+            claimed += page.nbytes
+        else:
+            expected = math.prod(first.chunked)
+            if len(page.dataoffsets) != expected:
+                claimed += 2 ** 63  # strips or tiles are missing
+            claimed += max(len(stored), 1) * segment_bytes
+    # no lossless compression of the first group does better
+    ratio = 2000 if first.compression in (1, 5, 8, 32773, 32946) else 100_000
+    if claimed > ratio * size:
+        raise UserError(f'{path}: claims {claimed / 1e9:.0f} GB of pixels in a file of '
                         f'{size} bytes: the file is damaged, copy it again')
-    for page in series.pages:
-        if page is None:
+
+
+def tiff_mask(tif, path, sides):
+    """-> list of (mask (H, W) True = valid, where it was found): mask pages, a .msk file"""
+    import tifffile
+    masks = [(page.asarray(), 'a mask inside the file') for page in tif.pages
+             if page.keyframe.subfiletype & (REDUCED | MASK) == MASK]
+    if os.path.isfile(path + '.msk'):
+        with tifffile.TiffFile(path + '.msk', _multifile=False) as beside:
+            cube, _ = tiff_cube(beside, path + '.msk', False, '')
+            masks += [(plane, f'the mask {os.path.basename(path)}.msk') for plane in cube]
+    masks = [(mask, words) for mask, words in masks if mask.ndim == 2]
+    for mask, words in masks:
+        if mask.shape != sides:
+            raise UserError(f'{path}: {words} has {shape_text(mask)} pixels, the image '
+                            f'{sides[0]} x {sides[1]}: repair or remove it')
+    return [(mask != 0, words) for mask, words in masks]
+
+
+def split_alpha(cube, marked):
+    """Takes alpha bands out of a cube -> the cube without them, {band: (mask, words)}, sentences.
+
+    Those that the file marks; and the last one, where it holds only 0 and the type's highest
+    value. A marked one with other values is an image band: many programs write four bands as RGBA.
+    """
+    alpha, sentences = {}, []
+    C, H, W = cube.shape
+    highest = np.iinfo(cube.dtype).max if cube.dtype.kind in 'iu' else 1
+    step = math.ceil(math.sqrt(H * W / SAMPLE_PIXELS))
+    sample = cube[:, ::step, ::step]
+    for band in sorted(marked | {C - 1}) if C > 1 else ():
+        values = sample[band]
+        ends = ((values == 0) | (values == highest)).mean()
+        if ends < (0.9 if band in marked else 1):
+            if band in marked:
+                sentences.append(f'band {band + 1} is marked as alpha but has the values of an '
+                                 'image: kept as a band')
             continue
-        for offset, count in zip(page.dataoffsets, page.databytecounts):
-            if offset + count > size:
-                raise UserError(f'{path}: the file is truncated: copy it again')
+        mask = np.asarray(cube[band]) != 0
+        if band in marked or not mask.all() and mask.any():
+            how = '' if band in marked else ' by its values (0 and the highest)'
+            alpha[band] = mask, f'band {band + 1} is an alpha band{how}, taken out'
+    return take_bands(cube, [band for band in range(C) if band not in alpha]), alpha, sentences
 
 
-def band_axis(axes, shape):
-    """Which of the three axes are the bands, by the letters of a TIFF's axes and their lengths"""
-    letter = next(letter for letter in axes if letter not in 'YX')
-    if letter != 'Q':
-        return axes.index(letter)
-    # written without a stated meaning, as numpy arrays are: of three sides the one that differs
-    # from two equal ones, else the shortest
-    if len(set(shape)) == 2:
-        return next(axis for axis in range(3) if shape.count(shape[axis]) == 1)
-    return int(np.argmin(shape))
+def gdal_facts(path, text=''):
+    """What GDAL notes on bands, in tag 42112 (`text`) and in x.aux.xml beside the file.
+
+    -> {number of the band from 0, or -1 for all of them: {name in small letters: text}}
+    """
+    facts = collections.defaultdict(dict)
+    if text:
+        for item in ElementTree.fromstring(str(text)).iter('Item'):
+            band = int(item.get('sample', -1))
+            facts[band][(item.get('role') or item.get('name')).lower()] = item.text or ''
+    beside = path + '.aux.xml'
+    if not os.path.isfile(beside):
+        return facts
+    try:
+        root = ElementTree.parse(beside).getroot()
+    except ElementTree.ParseError as error:
+        raise UserError(f'{beside}: cannot be read ({one_line(error)}): repair or remove it'
+                        ) from None
+    for element in [root, *root.findall('PAMRasterBand')]:
+        known = facts[int(element.get('band', 0)) - 1]
+        known |= {child.tag.lower(): child.text or '' for child in element}
+        known |= {item.get('key').lower(): item.text or ''
+                  for item in element.iterfind('Metadata/MDI')}
+        names = [item.text or '' for item in element.iterfind('CategoryNames/Category')]
+        colors = [[int(item.get(c)) for c in ('c1', 'c2', 'c3')]
+                  for item in element.iterfind('ColorTable/Entry')]
+        known |= {'categories': names} if names else {}
+        known |= {'colors': colors} if colors else {}
+    return facts
+
+
+def gdal_wavelengths(facts, bands):
+    """What gdal_facts() knows of wavelengths -> for `bands` nm, FWHM in nm, a sentence"""
+    whole = facts[-1]
+
+    def stated(*names):
+        """One value a band, by the first of these names that has them; or a list for all"""
+        for name in names:
+            values = [facts[band].get(name, '').split(' ')[0] for band in bands]
+            if all(values):
+                return values
+            values = re.findall(r'[^\s,{}]+', whole.get(name, ''))
+            if len(values) == len(bands):
+                return values
+        return None
+
+    units = [facts[bands[0]].get(name, whole.get(name)) for name in (
+        'wavelength_units', 'wavelength_unit', 'wavelength units', 'wavelengthunit', 'units')]
+    unit = next(filter(None, units), '')
+    where = "the file's metadata"
+    values, widths = stated('central_wavelength_um'), stated('fwhm_um')
+    if values:
+        unit = 'um'
+    else:
+        values = stated('wavelength', 'wavelengths', 'central_wavelength', 'center_wavelength',
+                        'wavelength_nm', 'centerwavelength')
+        widths = stated('fwhm')
+    if not values:
+        pattern = r'(\d+\.?\d*) *(nm|nanomet\w+|[uµμ]m|microm\w+|microns?|angstroms?)\b'
+        texts = [facts[band].get('description') or whole.get(f'band_{band + 1}', '')
+                 for band in bands]
+        found = [re.search(pattern, text, re.IGNORECASE) for text in texts]
+        if all(found) and len({match[2] for match in found}) == 1:
+            values, unit = [match[1] for match in found], found[0][2]
+            where = 'the names of the bands'
+    nm, sentence = to_nm(values, unit, where)
+    return nm, widths_nm(widths, values, nm), sentence
+
+
+def one_nodata(cube, nodata):
+    """A nodata value for each band -> cube and one value for all: where they differ, NaN"""
+    if len(set(map(str, nodata))) == 1:
+        return cube, nodata[0]
+    values = np.array([np.nan if value is None else value for value in nodata])[:, None, None]
+
+    def with_nan(x, rows, cols):
+        return np.where(x == values, np.float32(np.nan), x)
+    return when_read(cube, with_nan, np.float32), None
 
 
 # ============ NumPy ============
@@ -824,7 +1082,7 @@ def read_numpy(path, mmap, name, axes):
     words = 'one axis'
     if cube.ndim == 3:
         axes, words = choose_axes(cube.shape, path, axes, len(wavelengths or []))
-        cube = cube.transpose([axes.index(letter) for letter in 'chw'])
+        cube = to_chw(cube, axes)
     names = facts.get('class_names')
     if names and names[0].lower() in NO_CLASS:
         names = names[1:]
