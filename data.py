@@ -36,8 +36,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from tqdm import tqdm
 
-from scenes import (OHS_NM, READERS, UserError, band_matrix, mix_bands, one_line, parse_bands,
-                    read_scene, valid_pixels)
+from scenes import (OHS_NM, READERS, UserError, band_matrix, mix_bands, normalized, one_line,
+                    parse_bands, read_scene, valid_pixels)
 
 SPLITS = ('tr', 'val', 'ts')
 IGNORE_INDEX = 255
@@ -188,17 +188,6 @@ def open_input(item, args):
     if args.normalize == 'scene':
         scene = normalized(scene)
     return scene
-
-
-def normalized(scene):
-    """Each band to mean 0 and standard deviation 1 over the scene's own valid pixels, as float32;
-    missing pixels NaN. So scenes of several sensors, or in several units, go together."""
-    valid = valid_pixels(scene.cube, scene.nodata)
-    cube = np.full(scene.cube.shape, np.nan, np.float32)
-    for number in range(len(cube)) if valid.any() else ():
-        values = scene.cube[number, valid].astype(np.float64)
-        cube[number, valid] = (values - values.mean()) / (values.std() or 1.0)
-    return scene._replace(cube=cube, nodata=None)
 
 
 def regions_of(scene, item, args):

@@ -107,19 +107,20 @@ def when_read(cube, function, dtype, num_bands=None):
     return Lazy((num_bands or len(cube), *cube.shape[1:]), dtype, read)
 
 
-def file_cube(file, dtype, shape, axes, offset=0):
-    """-> a Lazy of the numbers that lie one behind the other in a file.
-
-    file: a path or an open file. axes: of `shape`, as 'hwc'. The file is mapped anew each time,
-    so that what was read does not stay in memory.
-    """
-
-    def mapped():
-        return to_chw(np.memmap(file, dtype, 'r', offset, shape), axes)
+def mapped_cube(mapped):
+    """-> a Lazy of a memory-mapped array (C, H, W); mapped() maps it anew each time, so that what
+    was read does not stay in memory"""
+    cube = mapped()  # a file that is too short is found here
 
     def read(rows, cols):
         return np.array(mapped()[:, rows, cols])
-    return Lazy(mapped().shape, dtype, read)  # a file that is too short is found here
+    return Lazy(cube.shape, cube.dtype, read)
+
+
+def file_cube(file, dtype, shape, axes, offset=0):
+    """-> a Lazy of the numbers that lie one behind the other in a file, a path or an open one;
+    axes: of `shape`, as 'hwc'"""
+    return mapped_cube(lambda: to_chw(np.memmap(file, dtype, 'r', offset, shape), axes))
 
 
 def one_line(error):
@@ -236,7 +237,9 @@ def check_values(scene, path, nodata):
     value = fitting_nodata(stated, dtype)
     if value is not None:
         scene = say(scene, f'nodata {value:g}')
-    elif stated is not None and not math.isnan(stated):
+    elif stated is not None and math.isnan(stated):
+        scene = say(scene, 'nodata NaN')
+    elif stated is not None:
         scene = say(scene, f'nodata {stated:g} is stated, which no {dtype} pixel can have')
     return scene._replace(nodata=value)
 
@@ -250,7 +253,8 @@ def fitting_nodata(nodata, dtype):
             nodata = float(dtype.type(nodata))
         return nodata if math.isfinite(nodata) else None
     limits = np.iinfo(dtype)
-    return float(nodata) if nodata == int(nodata) and limits.min <= nodata <= limits.max else None
+    whole = nodata == int(nodata) and limits.min <= nodata <= limits.max
+    return int(nodata) if whole else None
 
 
 # ============ which bands, which pixels ============
@@ -259,6 +263,7 @@ class Survey(NamedTuple):
     """What one pass over a cube finds"""
     missing: np.ndarray  # (H, W) True where a pixel is missing; empty bands are not counted
     empty: list  # numbers of the bands without one value
+    some_bands: float  # share of the pixels that are missing in some of their bands only
     lacking: np.ndarray  # (C,) share of the pixels that have no value in this band
     fillers: dict  # value far outside the rest -> numbers of the bands that have it
 
@@ -284,12 +289,12 @@ def survey(cube, nodata):
         sample = np.where(gone, np.nan, x)[:, ::step, ::step]
         samples.append(sample.reshape(C, -1))
     empty = np.flatnonzero(lacking == H * W).tolist()
+    missing = missing_bands > (len(empty) if len(empty) < C else 0)
     if nodata == 0 and cube.dtype == np.uint8:
         missing = missing_bands == C
-    else:
-        missing = missing_bands > (len(empty) if len(empty) < C else 0)
+    some_bands = missing & (missing_bands < C)
     fillers = find_fillers(np.concatenate(samples, 1), low, high)
-    return Survey(missing, empty, lacking / (H * W), fillers)
+    return Survey(missing, empty, some_bands.mean(), lacking / (H * W), fillers)
 
 
 def find_fillers(sample, low, high):
@@ -336,18 +341,18 @@ def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
         if numbers:
             scene = say(scene, f'{name_bands(numbers, nm)} left out: {reason}')
     names = [name_bands([band], nm) for band in kept]
-    scene = say(scene, *missing_text(found, names, len(empty)))
+    scene = say(scene, *missing_text(found, names))
     for value, numbers in found.fillers.items():
         bands = name_bands([kept[number] for number in numbers], nm)
         scene = say(scene, f'{bands}: values far outside the rest ({value:g}): a filler? pass '
                     f'--nodata={value:g}')
     kept = [band for band in kept if band not in empty]
-    if len(kept) == C:
-        return scene._replace(bands=None), found.missing
-    return scene._replace(
-        cube=take_bands(scene.cube, kept), bands=kept,
-        wavelengths_nm=nm and [nm[band] for band in kept],
-        fwhm_nm=scene.fwhm_nm and [scene.fwhm_nm[band] for band in kept]), found.missing
+    nm = nm and checked_wavelengths([nm[band] for band in kept], path).tolist()
+    fwhm = scene.fwhm_nm and [scene.fwhm_nm[band] for band in kept]
+    cube = take_bands(scene.cube, kept)
+    scene = scene._replace(cube=cube, wavelengths_nm=nm, fwhm_nm=fwhm,
+                           bands=kept if len(kept) < C else None)
+    return scene, found.missing
 
 
 def take_bands(cube, kept):
@@ -356,21 +361,17 @@ def take_bands(cube, kept):
     return when_read(cube, lambda x, rows, cols: x[kept], cube.dtype, len(kept))
 
 
-def missing_text(found, names, num_empty):
+def missing_text(found, names):
     """Sentences on the missing pixels of a survey; names: of its bands"""
-    share = found.missing.mean()
-    if not share:
-        return []
-    sentence = f'{share:.1%} of the pixels are missing'
-    lacking = found.lacking.copy()
-    if num_empty < len(lacking):
+    sentences = []
+    if found.missing.any():
+        sentences.append(f'{found.missing.mean():.1%} of the pixels are missing')
+    if found.some_bands:
+        lacking = found.lacking.copy()
         lacking[found.empty] = 0
-    worst = int(lacking.argmax())
-    fewest = lacking[lacking > 0].min(initial=1) if (lacking > 0).all() else 0
-    if share > fewest + 0.0005:  # some of them in a few bands only
-        sentence += (f', {share - fewest:.1%} of them in some bands only (most in {names[worst]}: '
-                     f'--drop_bands leaves bands out)')
-    return [sentence]
+        sentences.append(f'{found.some_bands:.1%} of the pixels are missing in some bands only, '
+                         f'most in {names[lacking.argmax()]}: --drop_bands= leaves bands out')
+    return sentences
 
 
 def compact(numbers):
@@ -427,7 +428,7 @@ def add_labels(scene, path, labels, missing):
         found = read_labels(labels)
         scene = scene._replace(labels=found.labels, class_names=found.class_names,
                                class_colors=found.class_colors)
-        check_same_place(scene.geotags, found.geotags, path, labels)
+        check_same_place(scene, found.geotags, path, labels)
     raw = np.asarray(scene.labels)
     raw = raw.squeeze() if raw.ndim == 3 and 1 in raw.shape and min(raw.shape[:2]) > 0 else raw
     H, W = scene.cube.shape[1:]
@@ -437,9 +438,12 @@ def add_labels(scene, path, labels, missing):
     checked = checked_labels(raw, where)
     on_missing = np.count_nonzero(checked[missing])
     checked[missing] = 0
+    if scene.class_colors:  # a colour table goes on behind the last class
+        used = max(len(scene.class_names or []), int(checked.max()))
+        scene = scene._replace(class_colors=scene.class_colors[:used])
     scene = say(scene._replace(labels=checked), *label_text(checked, scene.class_names))
     if on_missing:
-        scene = say(scene, f'{on_missing:,} labels lie on missing pixels: they become 0')
+        scene = say(scene, f'{on_missing:,} labels lay on missing pixels: they are 0 now')
     return scene
 
 
@@ -486,28 +490,93 @@ def checked_labels(labels, path):
 def label_text(labels, names):
     """Sentences on checked labels: how many pixels each class has, what is odd about them"""
     counts = np.bincount(labels.ravel(), minlength=1)
-    used = np.flatnonzero(counts[1:]) + 1
-    if not len(used):
-        return ['labels: all 0, unlabelled']
-    listed = ', '.join(f'{k}: {counts[k]:,}' for k in used[:30])
-    sentences = [f'labels: {len(used)} classes ({listed} px), {counts[0]:,} px unlabelled']
+    used = (np.flatnonzero(counts[1:]) + 1).tolist()
+    if not used:
+        return ['labels: all 0, which is unlabelled']
+    names = dict(enumerate(names or [], 1))
+    listed = ', '.join(f'{f"{k} {names.get(k, str())}".strip()}: {counts[k]:,}' for k in used[:30])
+    sentences = [f'labels: pixels of {len(used)} classes ({listed}), {counts[0]:,} unlabelled']
     if len(used) == 1:
-        sentences.append('WARNING: the labels have only one class: 0 means unlabelled here; number '
-                         'background 1 and object 2')
-    if len(used) < used[-1] / 2:
-        sentences.append(f'WARNING: the labels go to {used[-1]}, but only {len(used)} numbers are '
-                         'used: number the classes 1, 2, ...')
+        sentences.append('WARNING: only one class: 0 means unlabelled here; number background 1 '
+                         'and object 2')
+    elif len(used) < used[-1] / 2:
+        sentences.append(f'WARNING: labels run to {used[-1]}, but only {len(used)} numbers are '
+                         'used: number the classes 1, 2, ... without gaps')
     return sentences
+
+
+def names_of_classes(names):
+    """Names of the labels 0, 1, 2, ... as a file states them -> those of the classes, from 1, or
+    None; sentences"""
+    if not names:
+        return None, []
+    names = [str(name).strip() for name in names]
+    while names and not names[-1]:
+        names.pop()
+    sentences = []
+    if names and names[0].lower() not in NO_CLASS:
+        sentences.append(f'WARNING: label 0 is named "{names[0]}" but means unlabelled here: if '
+                         'it is a class, number the classes from 1')
+    return names[1:] or None, sentences
 
 
 # ============ place ============
 
+def place(geotags):
+    """GeoTIFF tags -> x and y of pixels: (x, dx/dcol, dx/drow, y, dy/dcol, dy/drow), x and y those
+    of the outer corner of the first pixel; and the numbers of the keys. None where not stated."""
+    tags = {code: value for code, _, _, value in geotags}
+    try:
+        words = np.array(tags.get(34735, ()), int)[4:].reshape(-1, 4)
+        keys = {key: value for key, where, _, value in words.tolist() if where == 0}
+        if 34264 in tags:
+            matrix = np.array(tags[34264], float)
+            dx, dx_row, x, dy, dy_row, y = matrix[[0, 1, 3, 4, 5, 7]].tolist()
+        else:
+            dx, dy_row, _ = np.array(tags[33550], float).tolist()
+            col, row, _, x, y, _ = np.array(tags[33922], float).tolist()
+            dx_row, dy, dy_row = 0.0, 0.0, -dy_row
+            x, y = x - col * dx, y - row * dy_row
+    except (KeyError, ValueError, IndexError, TypeError):
+        return None, {}
+    if keys.get(1025) == 2:  # the tags speak of a pixel's centre
+        x, y = x - (dx + dx_row) / 2, y - (dy + dy_row) / 2
+    return (x, dx, dx_row, y, dy, dy_row), keys
+
+
 def place_text(geotags):
-    return 'a georeference' if geotags else 'no georeference'
+    affine, keys = place(geotags)
+    if affine is None:
+        return 'no georeference'
+    x, dx, dx_row, y, dy, dy_row = affine
+    epsg = keys.get(3072) or keys.get(2048)
+    unit = 'degrees' if keys.get(1024) == 2 else 'm'
+    if epsg and epsg // 100 in (326, 327):
+        system = f'UTM zone {epsg % 100}{"N" if epsg // 100 == 326 else "S"}'
+    elif epsg == 4326:
+        system = 'longitude and latitude'
+    else:
+        system = f'EPSG:{epsg}' if epsg and epsg < 32767 else 'a projection of its own'
+    turned = math.degrees(math.atan2(dy, dx))
+    rotation = f', rotated by {turned:.1f} degrees' if turned or dx_row else ''
+    return (f'place: {system}, pixels of {math.hypot(dx, dy):g} {unit}, upper left corner at '
+            f'{x:.10g}, {y:.10g}{rotation}')
 
 
-def check_same_place(scene_tags, label_tags, path, labels):
-    """Refuses labels of another place"""
+def check_same_place(scene, label_tags, path, labels):
+    """Refuses labels of another place: half a pixel at a corner, or another projection"""
+    H, W = scene.cube.shape[1:]
+    affine, keys = place(scene.geotags)
+    label_affine, label_keys = place(label_tags)
+    if affine is None or label_affine is None:
+        return
+    pixel = math.hypot(affine[1], affine[4])
+    corners = np.array([[1, 0, 0], [1, W, 0], [1, 0, H], [1, W, H]])
+    apart = corners @ np.reshape(np.subtract(affine, label_affine), (2, 3)).T
+    codes = [{keys_of.get(key) for key in (3072, 2048)} - {None} for keys_of in (keys, label_keys)]
+    if np.abs(apart).max() > pixel / 2 or all(codes) and codes[0] != codes[1]:
+        raise UserError(f'{labels}: the labels lie elsewhere ({place_text(label_tags)}) than '
+                        f'{path} ({place_text(scene.geotags)}): give the labels of this scene')
 
 
 # ============ what readers share ============
@@ -764,10 +833,42 @@ def resample_bands(x, from_nm, to_nm, fwhm=15.0):
 def mix_bands(scene, weights, wavelengths_nm=None):
     """-> the Scene whose bands are weighted sums, weights (C', C), of those of `scene`, as float32;
     missing pixels NaN"""
-    cube = scene.cube.astype(np.float32)
-    cube[:, ~valid_pixels(scene.cube, scene.nodata)] = np.nan
-    mixed = np.tensordot(weights.astype(np.float32), cube, 1)
-    return scene._replace(cube=mixed, wavelengths_nm=wavelengths_nm, nodata=None)
+    weights = np.asarray(weights, np.float32)
+
+    def mixed(x, rows, cols):
+        values = x.astype(np.float32)
+        values[:, ~valid_pixels(x, scene.nodata)] = np.nan
+        return np.tensordot(weights, values, 1)
+    cube = when_read(scene.cube, mixed, np.float32, len(weights))
+    return scene._replace(cube=cube, wavelengths_nm=wavelengths_nm, fwhm_nm=None, nodata=None)
+
+
+def normalized(scene):
+    """Each band to mean 0 and standard deviation 1 over the scene's own valid pixels, as float32;
+    missing pixels NaN. So scenes of several sensors, or in several units, go together."""
+    count, shift = 0, None
+    for strip in strips(scene.cube):
+        x = scene.cube[:, strip]
+        values = x[:, valid_pixels(x, scene.nodata)].astype(np.float64)  # (C, n)
+        if values.size and shift is None:
+            shift = values.mean(1, keepdims=True)  # about it nothing cancels
+            total = squares = np.zeros(len(x))
+        if values.size:
+            count += values.shape[1]
+            total = total + (values - shift).sum(1)
+            squares = squares + np.square(values - shift).sum(1)
+    if not count:
+        return scene._replace(cube=when_read(scene.cube, lambda x, rows, cols: x * np.nan,
+                                             np.float32), nodata=None)
+    mean = shift[:, 0] + total / count
+    std = np.sqrt((squares / count - (total / count) ** 2).clip(0))
+    std[std == 0] = 1
+
+    def standard(x, rows, cols):
+        z = (x - mean[:, None, None]) / std[:, None, None]
+        z[:, ~valid_pixels(x, scene.nodata)] = np.nan
+        return z
+    return scene._replace(cube=when_read(scene.cube, standard, np.float32), nodata=None)
 
 
 # ============ GeoTIFF ============
@@ -789,15 +890,16 @@ def read_tiff(path, mmap, name, axes):
             notes = [shape_note(cube, words)]
             mask = tiff_mask(tif, path, cube.shape[1:])
             page = tif.series[0].keyframe
-            tags = {tag.code: tag for tag in page.tags}
+            tags = {tag.code: tag.value for tag in page.tags}
+            geotags = tuple((tag.code, int(tag.dtype), tag.count, tag.value) for tag in page.tags
+                            if tag.code in GEOTAGS)
             extra = [int(kind) for kind in page.extrasamples]
     except (ValueError, ImportError) as error:
         if 'imagecodecs' not in str(error) and not isinstance(error, ImportError):
             raise
         raise UserError(f'{path}: its compression ({one_line(error).split(">")[0].strip("<")}) '
                         'needs one more package: pip install imagecodecs') from None
-    text = tags[GDAL_METADATA].value if GDAL_METADATA in tags else ''
-    facts = gdal_facts(path, text)
+    facts = gdal_facts(path, tags.get(GDAL_METADATA, ''))
     C = len(cube)
 
     # what the bands are
@@ -805,9 +907,8 @@ def read_tiff(path, mmap, name, axes):
     marked += [band for band in range(C) if facts[band].get('colorinterp') == 'Alpha']
     cube, alpha, words = split_alpha(cube, {band for band in marked if 0 <= band < C})
     bands = [band for band in range(C) if band not in alpha]
-    notes += words
-    nm, fwhm, words = gdal_wavelengths(facts, bands)
-    notes.append(words)
+    nm, fwhm, wavelength_note = gdal_wavelengths(facts, bands)
+    notes += [wavelength_note, *words]
     scales = [(read_number(facts[band].get('scale', 1)), read_number(facts[band].get('offset', 0)))
               for band in bands]
     if len(set(scales)) > 1:
@@ -815,21 +916,20 @@ def read_tiff(path, mmap, name, axes):
     scale = scales[0] if len(set(scales)) == 1 and scales[0] != (1, 0) else None
 
     # missing pixels
-    nodata = read_number(tags[GDAL_NODATA].value) if GDAL_NODATA in tags else None
-    nodata = [read_number(facts[band].get('nodatavalue', nodata)) for band in bands]
+    nodata = [read_number(facts[band].get('nodatavalue', tags.get(GDAL_NODATA)))
+              for band in bands]
     cube, nodata = one_nodata(cube, nodata)
     for band_mask, words in [*mask, *alpha.values()]:
         cube, nodata = with_mask(cube, nodata, band_mask)
         notes.append(f'{words}: {1 - band_mask.mean():.1%} of the pixels are missing by it')
 
     # classes and place
-    names = facts[0].get('categories')
+    names, words = names_of_classes(facts[0].get('categories'))
+    notes += words
     colors = facts[0].get('colors')
     if COLOR_MAP in tags and not colors:
-        colors = (np.array(tags[COLOR_MAP].value).reshape(3, -1) >> 8).T.tolist()
-    found = [tags[code] for code in GEOTAGS if code in tags]
-    geotags = tuple((tag.code, int(tag.dtype), tag.count, tag.value) for tag in found)
-    return Scene(cube, None, nm, nodata, names and names[1:], geotags, fwhm,
+        colors = (np.array(tags[COLOR_MAP]).reshape(3, -1) >> 8).T.tolist()
+    return Scene(cube, None, nm, nodata, names, geotags, fwhm,
                  colors and colors[1:], scale, None, tuple(notes))
 
 
@@ -838,15 +938,17 @@ def tiff_cube(tif, path, mmap, axes):
     series = tif.series[0]
     pages, shape, letters = series.pages, series.shape, series.axes
     words = 'as the TIFF states'
-    if series.kind in ('generic', 'uniform'):  # the pages are all that it states
+    by_pages = (series.kind in ('generic', 'uniform')
+                or len(tif.series) > 1 and all(len(other.pages) == 1 for other in tif.series))
+    if by_pages:
         pages = [page for page in tif.pages if not page.keyframe.subfiletype & (REDUCED | MASK)]
         first = pages[0]
         shape, letters = first.shape, first.axes
+        pages = [page for page in pages if (page.shape, page.dtype) == (shape, first.dtype)]
+        if len(pages) > 1 and len(shape) > 2:
+            raise UserError(f'{path}: holds {len(pages)} images of {shape_text(first)}: save the '
+                            'one that is meant in a file of its own')
         if len(pages) > 1:
-            if len(shape) > 2 or any(page.shape != shape for page in pages):
-                shapes = ', '.join(shape_text(page) for page in pages[:4])
-                raise UserError(f'{path}: holds {len(pages)} images ({shapes}): save the one that '
-                                'is meant in a file of its own')
             shape, letters = (len(pages), *shape), 'S' + letters
             words = 'a page for each band'
     check_tiff_sizes(path, [page for page in pages if page is not None])
@@ -863,24 +965,22 @@ def tiff_cube(tif, path, mmap, axes):
 
     first = pages[0].keyframe
     dtype = np.dtype(first.dtype)
-    offset = contiguous_offset(pages, series)
+    offset = contiguous_offset(pages) if by_pages else series.dataoffset
     if offset:
         cube = file_cube(path, dtype.newbyteorder(tif.byteorder), shape, axes, offset)
         return (cube if mmap else np.asarray(cube)), words
     if mmap and None not in pages and len(pages) * first.size == math.prod(shape):
         return file_cube(unpack_tiff(pages), dtype, shape, axes), words
-    if len(pages) == 1 or series.kind not in ('generic', 'uniform'):
-        array = series.asarray()
-    else:
+    if by_pages:
         array = np.stack([page.asarray() for page in pages])
+    else:
+        array = series.asarray()
     return to_chw(array.reshape(shape), axes), words
 
 
-def contiguous_offset(pages, series):
+def contiguous_offset(pages):
     """Where the numbers of all pages begin, if they lie one behind the other as they are; else
     None"""
-    if series.kind not in ('generic', 'uniform'):
-        return series.dataoffset
     start = pages[0].dataoffsets[0] if pages[0].dataoffsets else None
     for number, page in enumerate(pages):
         if not page.is_final or page.dataoffsets[0] != start + number * page.nbytes:
@@ -1061,33 +1161,53 @@ def one_nodata(cube, nodata):
 
 # ============ NumPy ============
 
+NPZ_FACTS = ('wavelengths_nm', 'fwhm_nm', 'class_names', 'class_colors', 'nodata', 'scale')
+
+
 def read_numpy(path, mmap, name, axes):
-    loaded = np.load(path, allow_pickle=False, mmap_mode='r' if mmap else None)
+    labels, facts = None, {}
+    loaded = np.load(path, allow_pickle=False, mmap_mode='r')
     if isinstance(loaded, np.ndarray):
-        arrays = {'cube': loaded}
+        def stored():
+            return np.load(path, mmap_mode='r')
     else:
-        known = ('cube', 'labels', 'wavelengths_nm', 'class_names', 'nodata')
-        arrays = {name: loaded[name] for name in known if name in loaded}
-    if 'cube' not in arrays and 'labels' in arrays:  # a file of labels only
-        arrays = {'cube': arrays['labels']}
-    if 'cube' not in arrays:
-        raise UserError(f'{path}: holds {sorted(loaded)[:6]} but no array "cube": save the image '
-                        'under that name')
-    facts = {name: array.tolist() for name, array in arrays.items()
-             if name not in ('cube', 'labels')}
-    wavelengths, wavelength_note = to_nm(facts.get('wavelengths_nm'))
-    cube = arrays['cube']
-    if cube.ndim == 2:
-        cube = cube[..., None]  # one band, or labels
-    words = 'one axis'
-    if cube.ndim == 3:
-        axes, words = choose_axes(cube.shape, path, axes, len(wavelengths or []))
-        cube = to_chw(cube, axes)
+        name = name or ('cube' if 'cube' in loaded else 'labels')  # or a file of labels only
+        if name not in loaded:
+            raise UserError(f'{path}: holds {sorted(loaded)[:6]} but no array "cube": save the '
+                            f'image under that name, or name one, as {path}:NAME')
+        if 'labels' in loaded and name != 'labels':
+            labels = loaded['labels']
+        facts = {key: loaded[key].tolist() for key in NPZ_FACTS if key in loaded}
+        folder = tempfile.TemporaryDirectory()  # goes with the last one who knows stored()
+        unpacked = loaded.zip.extract(f'{name}.npy', folder.name)
+
+        def stored(folder=folder):
+            return np.load(unpacked, mmap_mode='r')
+
+    # which axis is which
+    shape = stored().shape
+    while len(shape) > 3 and shape[0] == 1:
+        shape = shape[1:]
+    nm, wavelength_note = to_nm(facts.get('wavelengths_nm'), where='wavelengths_nm')
+    if len(shape) == 2:  # one band, or labels
+        shape, axes, words = (1, *shape), 'chw', 'rows and columns'
+    elif len(shape) == 3:
+        pixels = None if labels is None else labels.shape
+        axes, words = choose_axes(shape, path, axes, len(nm or []), pixels)
+    else:
+        raise UserError(f'{path}: an array of shape {shape_text(stored())} is no image: give a '
+                        '3-d array')
+    cube = mapped_cube(lambda: to_chw(stored().reshape(shape), axes))
+    if not mmap:
+        cube = np.asarray(cube)
+
     names = facts.get('class_names')
-    if names and names[0].lower() in NO_CLASS:
+    if names and str(names[0]).lower() in NO_CLASS:
         names = names[1:]
-    notes = shape_note(cube, words), wavelength_note
-    return Scene(cube, arrays.get('labels'), wavelengths, facts.get('nodata'), names, notes=notes)
+    scale = facts.get('scale')
+    return Scene(cube, labels, nm, read_number(facts.get('nodata')), names, (),
+                 facts.get('fwhm_nm'), facts.get('class_colors'), scale and tuple(scale), None,
+                 (shape_note(cube, words), wavelength_note))
 
 
 # ============ MATLAB, ENVI ============
