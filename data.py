@@ -1204,7 +1204,7 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     seam shows.
 
     predict(raw (B, C, window, window)) -> probabilities (B, K, window, window); cube (C, H, W), an
-    array or a memory map. Yields (first row, (K, rows, W) float32) from top to bottom, rows as
+    array or a Lazy. Yields (first row, (K, rows, W) float32) from top to bottom, rows as
     soon as no further window touches them: memory holds one row of windows, however large the
     scene. Windows that overlap have blend_weights(); an image smaller than the window is
     continued by its border.
@@ -1219,10 +1219,14 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     total = np.zeros((num_classes, window, max(W, window)), np.float32)
     norm = np.zeros((window, max(W, window)), np.float32)
     for top, below in zip(tops, [*tops[1:], tops[-1] + window]):
-        # predict a row of windows
+        # predict a row of windows, of which the cube is read once
+        strip = np.asarray(cube[:, top:top + window])
+        if H < window or W < window:
+            beyond = max(window - H, 0), max(window - W, 0)
+            strip = np.pad(strip, ((0, 0), (0, beyond[0]), (0, beyond[1])), mode='edge')
         for start in range(0, len(lefts), batch_size):
             columns = lefts[start:start + batch_size]
-            raw = np.stack([window_of(cube, top, left, window) for left in columns])
+            raw = np.stack([strip[..., left:left + window] for left in columns])
             probabilities = predict(torch.from_numpy(raw)).float().cpu().numpy()
             for left, predicted in zip(columns, probabilities):
                 total[:, :, left:left + window] += predicted * weight
@@ -1234,13 +1238,6 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
         for array in (total, norm):
             array[..., :window - step, :] = array[..., step:, :].copy()
             array[..., window - step:, :] = 0
-
-
-def window_of(cube, top, left, window):
-    """(C, window, window) of a cube (C, H, W), continued by its border where it is smaller"""
-    found = np.asarray(cube[:, top:top + window, left:left + window])
-    rows, cols = found.shape[1:]
-    return np.pad(found, ((0, 0), (0, window - rows), (0, window - cols)), mode='edge')
 
 
 # ============ judging ============

@@ -56,6 +56,7 @@ class Scene(NamedTuple):
     scale: tuple = None  # (factor, offset), not applied: stored * factor + offset = physical units
     bands: list = None  # numbers (from 0) of the kept bands among the file's; None = all
     notes: tuple = ()  # plain sentences: what was read, how it was understood, what was left out
+    file_bands: int = None  # how many bands the file has, before any was left out
 
 
 class Lazy:
@@ -323,6 +324,7 @@ def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
     """Leaves out bands, and says what is missing -> the Scene, (H, W) True where a pixel is
     missing"""
     C, nm = len(scene.cube), scene.wavelengths_nm
+    scene = scene._replace(file_bands=C)
     marked = [] if scene.bands is None else sorted(set(range(C)) - set(scene.bands))
     dropped = numbers_of_bands(drop_bands, C, nm)
     if keep_bad_bands and marked:
