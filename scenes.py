@@ -162,7 +162,9 @@ def read_scene(path, labels='', mmap=False, axes='', nodata=None, drop_bands='',
     scene = read_file(path, mmap, axes)
     scene = check_values(scene, path, nodata)
     scene, missing = choose_bands(scene, path, drop_bands, keep_bad_bands)
-    if scene.scale and scene.scale != (1, 0):
+    if scene.scale == (1, 0):
+        scene = scene._replace(scale=None)
+    if scene.scale:
         factor, offset = scene.scale
         scene = say(scene, f'the file states physical units = {factor:g} * value + {offset:g}: '
                     'its values are kept as stored')
@@ -430,6 +432,7 @@ def add_labels(scene, path, labels, missing):
         found = read_labels(labels)
         scene = scene._replace(labels=found.labels, class_names=found.class_names,
                                class_colors=found.class_colors)
+        scene = say(scene, *[note for note in found.notes if note.startswith('WARNING')])
         check_same_place(scene, found.geotags, path, labels)
     raw = np.asarray(scene.labels)
     raw = raw.squeeze() if raw.ndim == 3 and 1 in raw.shape and min(raw.shape[:2]) > 0 else raw
@@ -465,7 +468,8 @@ def read_labels(path):
 
 def looks_like(layers):
     """What several bands are that were given as labels, in words"""
-    if set(np.unique(layers[:, ::7, ::7])) <= {0, 1} and layers.sum(0).max() <= 1:
+    some = layers[:, ::7, ::7]
+    if ((some == 0) | (some == 1)).all() and some.sum(0).max() <= 1:
         return 'which looks like one-hot classes (numpy.argmax gives their numbers)'
     if len(layers) in (3, 4) and layers.dtype == np.uint8:
         return 'which looks like a picture in the colours of the classes'
@@ -474,19 +478,29 @@ def looks_like(layers):
 
 def checked_labels(labels, path):
     """(H, W) of any type -> uint8; what are no class numbers is refused"""
-    if labels.dtype.kind == 'f':
-        labels = np.where(np.isnan(labels), 0, labels)
-        if np.isinf(labels).any() or (labels != np.round(labels)).any():
-            raise UserError(f'{path}: labels such as {labels[labels != np.round(labels)][:1]} are '
-                            'no class numbers but values, as heights are: save whole numbers')
-        labels = labels.astype(np.int64)
-    if labels.dtype.kind not in 'iub':
+    if labels.dtype.kind not in 'iubf':
         raise UserError(f'{path}: labels of type {labels.dtype} are not class numbers: save them '
                         'as whole numbers')
-    if labels.min() < 0 or labels.max() > 254:
-        raise UserError(f'{path}: labels run from {labels.min()} to {labels.max()}: use 0 for '
-                        'unlabelled and 1 to 254 for classes')
-    return labels.astype(np.uint8)
+    if labels.dtype.kind == 'f':
+        labels = np.where(np.isfinite(labels), labels, 0)
+        fractions = labels[labels != np.round(labels)]
+        if fractions.size:
+            raise UserError(f'{path}: labels such as {fractions[0]:g} are no class numbers but '
+                            'values, as heights are: save whole numbers')
+    lowest, highest = labels.min(), labels.max()
+    if lowest < 0 or highest > 254:
+        raise UserError(f'{path}: labels run from {lowest:g} to {highest:g}: use 0 for unlabelled '
+                        '(instead of -1 or 255) and 1 to 254 for classes')
+    labels = labels.astype(np.uint8)
+
+    # classes come in patches, so that most neighbours are equal; heights and images do not
+    left, right = labels[:, :-1], labels[:, 1:]
+    both = (left > 0) & (right > 0)
+    if len(np.unique(labels)) > 30 and both.any() and (left == right)[both].mean() < 0.25:
+        raise UserError(f'{path}: labels with {len(np.unique(labels))} values and few equal '
+                        'neighbours look like heights or an image, not like classes: give the '
+                        'labels')
+    return labels
 
 
 def label_text(labels, names):
@@ -646,9 +660,12 @@ def widths_nm(widths, values, nm):
         return None
 
 
-def read_number(text):
-    """A number as programs write it ('-1.#QNAN' is NaN) -> float; None where it is none"""
-    words = str(text).strip().strip('\0').lower().replace(',', '.')
+def read_number(text, notes):
+    """A number as programs write it ('-1.#QNAN' is NaN) -> float. None where nothing is stated,
+    or no number: `notes` says so then."""
+    if text is None:
+        return None
+    words = str(text).strip(' []\0\n').lower().replace(',', '.')
     if re.fullmatch(r'[+-]?1\.#(qnan|ind|snan)0*', words):
         return math.nan
     if re.fullmatch(r'[+-]?1\.#inf0*', words):
@@ -656,6 +673,7 @@ def read_number(text):
     try:
         return float(words)
     except ValueError:
+        notes.append(f'"{one_line(text)}" is stated where a number belongs: not used')
         return None
 
 
@@ -683,10 +701,13 @@ def choose_axes(shape, path, axes='', num_bands=None, pixels=None):
     if fits['hwc'] != fits['chw']:
         axes = 'hwc' if fits['hwc'] else 'chw'
         return axes, f'{AXES_TEXT[axes]}, as the labels fit'
-    if first == middle != last or last <= min(first, middle) and first * 2 > min(middle, last):
-        axes = 'hwc'
-    elif middle == last != first or first * 2 <= min(middle, last):
+    # two equal sides are a square's; else bands are few, and mostly last
+    if first == middle != last or middle == last != first:
+        axes = 'hwc' if first == middle else 'chw'
+    elif first * 2 <= min(middle, last):
         axes = 'chw'
+    elif last < min(first, middle):
+        axes = 'hwc'
     else:
         raise UserError(f'{path}: an array of {first} x {middle} x {last}, and nothing says which '
                         'axis the bands are: pass --axes=hwc (bands last) or --axes=chw (first)')
@@ -911,14 +932,14 @@ def read_tiff(path, mmap, name, axes):
     bands = [band for band in range(C) if band not in alpha]
     nm, fwhm, wavelength_note = gdal_wavelengths(facts, bands)
     notes += [wavelength_note, *words]
-    scales = [(read_number(facts[band].get('scale', 1)), read_number(facts[band].get('offset', 0)))
-              for band in bands]
+    scales = [tuple(read_number(facts[band].get(name, usual), notes)
+                    for name, usual in (('scale', 1), ('offset', 0))) for band in bands]
     if len(set(scales)) > 1:
         notes.append('the file states a scale of its own for each band: values are kept as stored')
-    scale = scales[0] if len(set(scales)) == 1 and scales[0] != (1, 0) else None
+    scale = scales[0] if len(set(scales)) == 1 and None not in scales[0] else None
 
     # missing pixels
-    nodata = [read_number(facts[band].get('nodatavalue', tags.get(GDAL_NODATA)))
+    nodata = [read_number(facts[band].get('nodatavalue', tags.get(GDAL_NODATA)), notes)
               for band in bands]
     cube, nodata = one_nodata(cube, nodata)
     for band_mask, words in [*mask, *alpha.values()]:
@@ -1063,21 +1084,22 @@ def split_alpha(cube, marked):
     """
     alpha, sentences = {}, []
     C, H, W = cube.shape
-    highest = np.iinfo(cube.dtype).max if cube.dtype.kind in 'iu' else 1
+    integers = cube.dtype.kind in 'iu'
+    highest = np.iinfo(cube.dtype).max if integers else 1
+    suspects = marked | {C - 1} if integers else marked
     step = math.ceil(math.sqrt(H * W / SAMPLE_PIXELS))
     sample = cube[:, ::step, ::step]
-    for band in sorted(marked | {C - 1}) if C > 1 else ():
+    for band in sorted(suspects) if C > 1 else ():
         values = sample[band]
         ends = ((values == 0) | (values == highest)).mean()
-        if ends < (0.9 if band in marked else 1):
-            if band in marked:
-                sentences.append(f'band {band + 1} is marked as alpha but has the values of an '
-                                 'image: kept as a band')
-            continue
-        mask = np.asarray(cube[band]) != 0
-        if band in marked or not mask.all() and mask.any():
+        if band in marked and ends < 0.9:
+            sentences.append(f'band {band + 1} is marked as alpha but has the values of an image: '
+                             'kept as a band')
+        elif band in marked or ends == 1:
+            mask = np.asarray(cube[band]) != 0
             how = '' if band in marked else ' by its values (0 and the highest)'
-            alpha[band] = mask, f'band {band + 1} is an alpha band{how}, taken out'
+            if band in marked or mask.any() and not mask.all():
+                alpha[band] = mask, f'band {band + 1} is an alpha band{how}, taken out'
     return take_bands(cube, [band for band in range(C) if band not in alpha]), alpha, sentences
 
 
@@ -1203,13 +1225,14 @@ def read_numpy(path, mmap, name, axes):
     if not mmap:
         cube = np.asarray(cube)
 
+    notes = [shape_note(cube, words), wavelength_note]
+    nodata = read_number(facts.get('nodata'), notes)
     names = facts.get('class_names')
     if names and str(names[0]).lower() in NO_CLASS:
         names = names[1:]
     scale = facts.get('scale')
-    return Scene(cube, labels, nm, read_number(facts.get('nodata')), names, (),
-                 facts.get('fwhm_nm'), facts.get('class_colors'), scale and tuple(scale), None,
-                 (shape_note(cube, words), wavelength_note))
+    return Scene(cube, labels, nm, nodata, names, (), facts.get('fwhm_nm'),
+                 facts.get('class_colors'), scale and tuple(scale), None, tuple(notes))
 
 
 # ============ MATLAB, ENVI ============
