@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -37,7 +38,7 @@ from matplotlib.patches import Patch
 from tqdm import tqdm
 
 from scenes import (OHS_NM, READERS, UserError, band_matrix, mix_bands, normalized, one_line,
-                    parse_bands, read_scene, valid_pixels)
+                    parse_bands, read_scene, same_bands, strips, valid_pixels)
 
 SPLITS = ('tr', 'val', 'ts')
 IGNORE_INDEX = 255
@@ -120,8 +121,8 @@ def print_scores(rows):
 class Input(NamedTuple):
     """One scene to be tiled"""
     name: str  # as meta.json lists it
-    path: str
-    labels: str  # path of a label file; '' = labels inside, or none
+    path: str  # a file, or an array in one, as file.mat:name
+    labels: str  # the same of its labels; '' = labels inside, or none
     split: str  # tr, val or ts; '' = its labels are to be split
 
 
@@ -142,9 +143,6 @@ def list_inputs(root, labels):
     if len(label_paths) != len(paths):
         raise UserError(f'--labels names {len(label_paths)} files for {len(paths)} scenes: give '
                         'one for each, separated by commas')
-    for path in paths:
-        if not os.path.isfile(path):
-            raise UserError(f'{path}: there is no such file or folder: check --root')
     return [Input(path, path, label_path, '') for path, label_path in zip(paths, label_paths)]
 
 
@@ -166,24 +164,23 @@ def list_folder(root):
 
 
 def open_input(item, args):
-    """Read a scene, at --bands and --normalize -> Scene"""
-    path = item.path
-    if item.labels and not os.path.isfile(item.labels):
-        raise UserError(f'{path}: its label file {item.labels} is missing: add it, or remove the '
-                        'image')
-    scene = read_scene(path, item.labels)
+    """-> its Scene at --bands and --normalize; a large one stays on disk"""
+    scene = read_scene(item.path, item.labels, True, args.axes, args.nodata, args.drop_bands,
+                       args.keep_bad_bands)
+    if scene.cube.dtype.itemsize * math.prod(scene.cube.shape) <= IN_MEMORY:
+        scene = scene._replace(cube=np.asarray(scene.cube))  # unpacked once, not at every use
     if item.split and len(scene.cube) == 32 and scene.cube.dtype == np.int16:  # WHU-OHS
         scene = scene._replace(wavelengths_nm=scene.wavelengths_nm or list(OHS_NM),
                                class_names=scene.class_names or list(OHS_CLASSES))
         if scene.labels is not None and scene.labels.max() > 24:
-            raise UserError(f'{path}: its label file has the value {scene.labels.max()}, WHU-OHS '
-                            'has classes 1 to 24 (0 = unlabelled): repair the label file')
+            raise UserError(f'{item.path}: its label file has the value {scene.labels.max()}, '
+                            'WHU-OHS has classes 1 to 24 (0 = unlabelled): repair the label file')
     if args.bands:
         if not scene.wavelengths_nm:
-            raise UserError(f'{path}: --bands needs the wavelengths of the scene, and the file '
-                            'has none: save it as .npz with wavelengths_nm')
+            raise UserError(f'{item.path}: --bands needs the wavelengths of the scene, and the '
+                            'file has none: save it as .npz with wavelengths_nm')
         nm, fwhm = parse_bands(args.bands)
-        weights = band_matrix(scene.wavelengths_nm, nm, fwhm, path)
+        weights = band_matrix(scene.wavelengths_nm, nm, fwhm, item.path)
         scene = mix_bands(scene, weights, nm.tolist())
     if args.normalize == 'scene':
         scene = normalized(scene)
@@ -193,31 +190,29 @@ def open_input(item, args):
 def regions_of(scene, item, args):
     """-> list of Region: one where a folder says the split, else by blocks or halves of labels"""
     H, W = scene.cube.shape[1:]
-    area = [slice(0, H), slice(0, W)]
+    whole = slice(0, H), slice(0, W)
     labels = scene.labels
     if labels is None:
         labels = np.zeros((H, W), np.uint8)
     shares = [float(share) for share in args.shares.split(',')]
-    regions = []
     if item.split or not labels.any():
-        regions.append(Region(item.split or 'tr', *area, labels))
+        regions = [Region(item.split or 'tr', *whole, labels)]
     elif args.split == 'blocks':  # all splits see the whole image, each its own labels
         deal = split_by_blocks(labels, shares, args.split_block, args.split_gap, args.seed)
-        for number, split in enumerate(SPLITS):
-            if shares[number]:
-                regions.append(Region(split, *area, np.where(deal == number, labels, 0)))
+        regions = [Region(split, *whole, np.where(deal == number, labels, 0))
+                   for number, split in enumerate(SPLITS) if shares[number]]
     else:  # the scene itself is cut across its longer side: no pixel is shared
-        axis = int(np.argmax(labels.shape))
-        ends = np.round(np.cumsum([0] + shares) * labels.shape[axis]).astype(int).tolist()
+        regions, area = [], [*whole]
+        ends = np.round(np.cumsum([0, *shares]) * max(H, W)).astype(int).tolist()
         for split, start, stop in zip(SPLITS, ends, ends[1:]):
-            area[axis] = slice(start, stop)
+            area[int(W > H)] = slice(start, stop)
             if stop > start:
                 regions.append(Region(split, *area, labels))
     for split, rows, cols, _ in regions:
-        if min(rows.stop - rows.start, cols.stop - cols.start) < args.tile_size:
-            raise UserError(f'{item.path}: its area for {split} has {rows.stop - rows.start} x '
-                            f'{cols.stop - cols.start} pixels, less than --tile_size='
-                            f'{args.tile_size}: choose smaller tiles')
+        height, width = rows.stop - rows.start, cols.stop - cols.start
+        if min(height, width) < args.tile_size:
+            raise UserError(f'{item.path}: its area for {split} has {height} x {width} pixels, '
+                            f'less than --tile_size={args.tile_size}: choose smaller tiles')
     return regions
 
 
@@ -232,13 +227,12 @@ def split_by_blocks(labels, shares, block, gap, seed):
     H, W = labels.shape
     h, w = math.ceil(H / block), math.ceil(W / block)
     num_blocks = h * w
-    num_labels = int(labels.max()) + 1
     block_of = (np.arange(H) // block)[:, None] * w + np.arange(W) // block  # (H, W)
-    label_in_block = (block_of * num_labels + labels).ravel()
-    counts = np.bincount(label_in_block, minlength=num_blocks * num_labels)
-    counts = counts.reshape(num_blocks, num_labels)[:, 1:].astype(float)  # (blocks, classes)
+    counts = np.stack([np.bincount(block_of[labels == k], minlength=num_blocks)
+                       for k in range(1, labels.max() + 1)], 1)  # (blocks, classes)
     pixels = counts.sum(0)
 
+    # deals that give a class too little of a split cost most, most of all in tr
     rng = np.random.default_rng(seed)
     white = (np.add.outer(np.arange(h), np.arange(w)) % 2).ravel()
     ends = np.round(np.cumsum(shares) * num_blocks)
@@ -275,232 +269,255 @@ def cut_positions(length, size, stride):
     return starts
 
 
-def cut(scene, region, labelled, args):
-    """Yield (row, column, labels (S, S)) of the tiles of a region, in the scene's coordinates.
+def cut(scene, regions, args):
+    """Yield (split, row, column, image (C, S, S), labels (S, S)) of each tile of a scene, of which
+    it reads one row of tiles at a time.
 
-    Tiles without a valid pixel are left out; of val and ts, where there are labels at all
-    (`labelled`), those without one too. Where tiles of these overlap at the border, only the
-    first keeps the labels: a test pixel counts once.
+    Tiles without a valid pixel are left out; so are tiles of val and ts without a label, where the
+    scene has labels. Where tiles of these overlap at the border, only the first keeps the labels:
+    a test pixel counts once.
     """
-    split, rows, cols, labels = region
-    labels = labels.copy()
     size = args.tile_size
-    stride = args.stride if split == 'tr' and args.stride else size
-    for row in cut_positions(rows.stop - rows.start, size, stride):
-        for col in cut_positions(cols.stop - cols.start, size, stride):
-            top, left = rows.start + row, cols.start + col
-            window = slice(top, top + size), slice(left, left + size)
-            tile_labels = labels[window].copy()
-            if split != 'tr':
-                labels[window] = 0
-            image = scene.cube[(slice(None), *window)]
-            if split != 'tr' and labelled and not tile_labels.any():
-                continue
-            if valid_pixels(image, scene.nodata).any():
-                yield top, left, tile_labels
+    strides = {split: size for split in SPLITS}
+    strides['tr'] = args.stride or size
+    regions_at = {}  # row -> regions that have tiles there
+    for region in regions:
+        region = region._replace(labels=region.labels.copy())
+        height = region.rows.stop - region.rows.start
+        for row in cut_positions(height, size, strides[region.split]):
+            regions_at.setdefault(region.rows.start + row, []).append(region)
+
+    for row in sorted(regions_at):
+        strip = scene.cube[:, row:row + size]  # (C, S, W)
+        valid = valid_pixels(strip, scene.nodata)
+        for split, _, cols, labels in regions_at[row]:
+            for left in cut_positions(cols.stop - cols.start, size, strides[split]):
+                col = cols.start + left
+                tile_labels = labels[row:row + size, col:col + size].copy()
+                if split != 'tr':
+                    labels[row:row + size, col:col + size] = 0
+                wanted = split == 'tr' or scene.labels is None or tile_labels.any()
+                if wanted and valid[:, col:col + size].any():
+                    yield split, row, col, strip[:, :, col:col + size], tile_labels
 
 
 # ============ tiler: count, then write ============
 
+IN_MEMORY = 2e8  # bytes; a smaller scene is unpacked once, a larger one stays on disk
 SAVE_EVERY = 5.0  # seconds between notes of how far the tiler has come
+FEW_FILES = 9  # of so many all is printed that was read
 
 
 def tile(args):
     """The command `tile`: see --help.
 
-    A first pass over the scenes counts their tiles and adds up the statistics, a second one
-    writes each tile into its slot of the final arrays. progress.json holds what was counted and
-    how much of it is written: a killed run goes on there. meta.json comes last.
+    A first pass over the scenes counts their tiles and adds up the statistics; then all of
+    meta.json is known. A second one writes each tile into its slot of the final arrays. Until that
+    is done meta.json is called progress.json: a run that was killed goes on there.
     """
     if args.bands:
         parse_bands(args.bands)  # a mistake in it is no fault of the scenes
+    complete = os.path.join(args.out, 'meta.json')
+    progress = os.path.join(args.out, 'progress.json')
     inputs = list_inputs(args.root, args.labels)
-    plan = open_plan(inputs, args)
-    if plan is None:
+    if not os.path.exists(complete) and not os.path.exists(progress):
+        meta = make_meta(count_tiles(inputs, args), args)
+        print_classes(meta)
+        os.makedirs(args.out, exist_ok=True)
+        write_json(progress, meta)
+    meta = read_json(complete if os.path.exists(complete) else progress)
+    check_same(meta, inputs, args)
+    if os.path.exists(complete):
         print(f'{args.out}: complete, nothing to do')
         return
-    failures = count_tiles(inputs, plan, args)
-    if failures and not (args.skip_bad and plan['first']):
-        raise UserError('\n'.join(failures.values()) + f'\n{args.out}: {len(failures)} of '
-                        f'{len(inputs)} inputs could not be used; what was counted is kept: '
-                        'repair or remove them and run the same command again, or go on without '
-                        'them with --skip_bad=true')
-    for sentence in failures.values():
-        print('skipped:', sentence)
-    meta = make_meta(plan, list(failures), args)
-    write_tiles(inputs, plan, meta, args)
-    write_json(os.path.join(args.out, 'meta.json'), meta)
-    os.remove(os.path.join(args.out, 'progress.json'))
+    if meta['written']:
+        print(f'{args.out}: going on after {meta["written"]} of {len(meta["scenes"])} inputs')
+    write_tiles(inputs, meta, args)
+    os.replace(progress, complete)
     counts = {split: len(places) for split, places in meta['tiles'].items()}
     labelled = {split: sum(pixels) for split, pixels in meta['class_counts'].items()}
     print(f'{args.out}: {meta["num_bands"]} bands, {meta["num_classes"]} classes, tiles {counts}, '
           f'labelled pixels {labelled}')
 
 
-def open_plan(inputs, args):
-    """-> what progress.json knows, or a new plan; None where the directory is complete.
+def settings_of(args):
+    """The flags that make the tiles what they are"""
+    return {flag: value for flag, value in vars(args).items()
+            if flag not in ('command', 'out', 'skip_bad')}
 
-    Refuses a directory that was made with other settings or from other inputs.
-    """
-    meta_path = os.path.join(args.out, 'meta.json')
-    progress_path = os.path.join(args.out, 'progress.json')
-    flags = {name: value for name, value in vars(args).items() if name != 'command'}
-    settings = {name: value for name, value in flags.items() if name not in ('out', 'skip_bad')}
+
+def check_same(meta, inputs, args):
+    """Refuses a directory that was made, or begun, with other settings or from other inputs"""
+    known = meta['settings']
+    changed = [f'{flag} ({known.get(flag)} there, {value} now)'
+               for flag, value in settings_of(args).items() if known.get(flag) != value]
     names = {item.name for item in inputs}
-    if os.path.exists(meta_path):
-        meta = read_json(meta_path)
-        check_settings(meta['settings'], settings, args.out)
-        new = names - set(meta['scenes'] + meta['skipped'])
-        if new:
-            raise UserError(f'{args.out}: is complete without {min(new)}, which is new: choose '
-                            'another --out or delete it')
-        if os.path.exists(progress_path):
-            os.remove(progress_path)  # a run was killed just before this
-        return None
-    if os.path.exists(progress_path):
-        plan = read_json(progress_path)
-        check_settings(plan['settings'], settings, args.out)
-        gone = set(plan['scenes']) - names
-        if gone:
-            raise UserError(f'{args.out}: is half-made with {min(gone)}, which is gone: bring it '
-                            'back, or delete the directory')
-        print(f'{args.out}: going on after {len(plan["scenes"])} of {len(inputs)} inputs counted, '
-              f'{plan["written"]} written')
-        return plan
-    os.makedirs(args.out, exist_ok=True)
-    defaults = vars(parse(['tile', '--root=', '--out=']))
-    words = [f'--{name}={value}' for name, value in flags.items() if value != defaults[name]]
-    return {'settings': settings, 'command': shlex.join(['python', 'data.py', 'tile', *words]),
-            'labelled': any(item.labels for item in inputs) or not os.path.isdir(args.root),
-            'scenes': [], 'first': None, 'statistics': {'pixels': 0, 'valid': 0},
-            'tiles': {split: [] for split in SPLITS},  # [scene, row, column] of each
-            'class_counts': {split: np.zeros(255, int) for split in SPLITS},
-            'written': 0}  # scenes
-
-
-def check_settings(old, settings, directory):
-    changed = [f'{name} ({old.get(name)} there, {value} now)'
-               for name, value in settings.items() if old.get(name) != value]
+    changed += [f'{name} is new' for name in names - {*meta['scenes'], *meta['skipped']}]
+    changed += [f'{name} is gone' for name in {*meta['scenes']} - names]
     if changed:
-        raise UserError(f'{directory}: was made with other settings: {", ".join(changed)}: choose '
-                        'another --out or delete it')
+        raise UserError(f'{args.out}: was made with other settings or inputs: '
+                        f'{", ".join(changed[:9])}: choose another --out or delete it')
 
 
-def count_tiles(inputs, plan, args):
-    """The first pass: scenes, tiles, labels and statistics into `plan` -> sentences about inputs
-    that cannot be used, by name"""
-    progress_path = os.path.join(args.out, 'progress.json')
-    saved_at = time.time()
-    failures = {}
+def count_tiles(inputs, args):
+    """The first pass -> what make_meta needs. Prints what was read of the files; raises UserError
+    with a sentence for each that cannot be used."""
+    found = {'scenes': [], 'skipped': [], 'first': None, 'statistics': {'pixels': 0, 'valid': 0},
+             'tiles': {split: [] for split in SPLITS},  # [scene, row, column] of each
+             'class_counts': {split: np.zeros(256, int) for split in SPLITS}}
+    failures = []
+    said = {}  # kind of sentence -> in how many files
     for item in tqdm(inputs, 'counting', unit='file', disable=len(inputs) == 1):
-        if item.name in plan['scenes']:
-            continue
         try:
             scene = open_input(item, args)
             regions = regions_of(scene, item, args)
-            plan['first'] = check_fits(item.path, scene, plan['first'])
+            found['first'] = check_fits(item.path, scene, found['first'])
         except UserError as error:
-            failures[item.name] = str(error)
+            failures.append(str(error))
+            found['skipped'].append(item.name)
             continue
-        if args.pca > len(scene.cube):
-            raise UserError(f'--pca={args.pca}: choose from 1 to {len(scene.cube)} components, as '
-                            'many as there are bands')
-        for region in regions:
-            split, rows, cols, labels = region
-            for row, col, _ in cut(scene, region, plan['labelled'], args):
-                plan['tiles'][split].append([len(plan['scenes']), row, col])
-            counts = np.bincount(labels[rows, cols].ravel(), minlength=256)[1:]
-            plan['class_counts'][split] = counts + plan['class_counts'][split]
+        say_notes(item.path, scene.notes, said, whole=len(inputs) <= FEW_FILES)
+        for split, row, col, _, _ in cut(scene, regions, args):
+            found['tiles'][split].append([len(found['scenes']), row, col])
+        for split, rows, cols, labels in regions:
+            found['class_counts'][split] += np.bincount(labels[rows, cols].ravel(), minlength=256)
             if split == 'tr':
-                add_statistics(plan['statistics'], scene.cube[:, rows, cols], scene.nodata)
-        plan['scenes'].append(item.name)
-        plan['written'] = 0  # there are more slots now: all are written anew
-        if time.time() - saved_at > SAVE_EVERY:
-            write_json(progress_path, plan)
-            saved_at = time.time()
-    write_json(progress_path, plan)
-    return failures
+                add_statistics(found['statistics'], scene.cube, scene.nodata, rows, cols)
+        found['scenes'].append(item.name)
+    for kind, count in said.items() if len(inputs) > FEW_FILES else ():
+        print(f'in {count} of {len(inputs)} files: {kind}')
+    if failures and not (args.skip_bad and found['scenes']):
+        raise UserError('\n'.join(failures) + f'\n{args.out}: {len(failures)} of {len(inputs)} '
+                        'inputs could not be used: repair or remove them and run the same command '
+                        'again, or go on without them with --skip_bad=true')
+    for sentence in failures:
+        print('skipped:', sentence)
+    return found
 
 
 def check_fits(path, scene, first):
-    """Refuses a scene that cannot go into one tile directory with the first one, whose facts are
-    `first` (None: this is it) -> these facts"""
-    facts = {'bands': len(scene.cube), 'dtype': scene.cube.dtype.name, 'nodata': scene.nodata,
-             'wavelengths_nm': scene.wavelengths_nm, 'class_names': scene.class_names}
-    first = first or facts
-    for name, value in facts.items():
-        unknown = name in ('wavelengths_nm', 'class_names') and None in (value, first[name])
-        if value != first[name] and not unknown:
-            advice = ('tile scenes of one sensor together; others at common --bands= with '
-                      '--normalize=scene, or into a directory of their own')
-            if name == 'class_names':
-                advice = 'give both the same classes, or save them without labels to pre-train'
-            raise UserError(f'{path}: its {name} ({str(value)[:60]}) differ from the first '
-                            f'scene\'s ({str(first[name])[:60]}): {advice}')
-    if not valid_pixels(scene.cube, scene.nodata).any():
-        raise UserError(f'{path}: no valid pixel, all are NaN or nodata: remove the file')
-    return first
+    """-> what all scenes of a directory have alike, as meta.json lists it: that of the `first`,
+    or of this scene if there is none. Refuses one that has something else."""
+    facts = {'num_bands': len(scene.cube), 'dtype': scene.cube.dtype.name, 'nodata': scene.nodata,
+             'scale': scene.scale, 'wavelengths_nm': scene.wavelengths_nm, 'bands': scene.bands,
+             'class_names': scene.class_names, 'fwhm_nm': scene.fwhm_nm,
+             'class_colors': scene.class_colors, 'file_bands': scene.file_bands}
+    for name, there in (first or facts).items():
+        here = facts[name]
+        unknown = None in (here, there) and name != 'nodata'
+        if here == there or unknown or name in ('fwhm_nm', 'class_colors', 'file_bands'):
+            continue
+        if name == 'wavelengths_nm' and same_bands(here, there):
+            continue
+        advice = ('tile scenes of one sensor together; others at common --bands= with '
+                  '--normalize=scene, or into a directory of their own')
+        if name == 'class_names':
+            advice = 'give both the same classes, or save them without labels to pre-train'
+        raise UserError(f'{path}: its {name.removeprefix("num_")} ({str(here)[:60]}) differ from '
+                        f'the first scene\'s ({str(there)[:60]}): {advice}')
+    return first or facts
 
 
-def add_statistics(stats, cube, nodata):
-    """Add a cube's valid pixels to running sums: float64, about the first scene's mean, so that
-    nothing cancels"""
-    for top in range(0, cube.shape[1], 256):
-        strip = cube[:, top:top + 256]
-        valid = valid_pixels(strip, nodata)
+def say_notes(path, notes, said, whole):
+    """Print what was read of a file: all, or only the kinds of sentences that no file before had.
+    What differs in numbers is of one kind."""
+    fresh = []
+    for note in notes:
+        kind = re.sub(r'[\d.,]*\d', '#', note)
+        kind = re.sub(r'#[#:, ]*#', '#', kind)  # a list of numbers, however long
+        if whole or kind not in said:
+            fresh.append(f'  {note}')
+        said[kind] = said.get(kind, 0) + 1
+    if fresh:
+        tqdm.write('\n'.join([f'{path}:', *fresh]))
+
+
+def add_statistics(stats, cube, nodata, rows=slice(None), cols=slice(None)):
+    """Add the valid pixels of an area to running sums: float64, about the first strip's mean, so
+    that nothing cancels"""
+    for strip in strips(cube, rows):
+        values = cube[:, strip, cols]
+        valid = valid_pixels(values, nodata)
         stats['pixels'] += valid.size
         if not valid.any():
             continue
-        x = strip[:, valid].astype(np.float64)  # (C, n)
+        x = values[:, valid].astype(np.float64)  # (C, n)
         stats.setdefault('shift', x.mean(1))
-        x -= np.array(stats['shift'])[:, None]
+        x -= stats['shift'][:, None]
         stats['valid'] += x.shape[1]
         stats['sum'] = x.sum(1) + stats.get('sum', 0)
         stats['outer'] = x @ x.T + stats.get('outer', 0)
 
 
-def make_meta(plan, skipped, args):
+def make_meta(found, args):
     """What was counted -> the content of meta.json"""
-    first, stats = plan['first'], plan['statistics']
-    n = stats['valid']
+    stats, n = found['statistics'], found['statistics']['valid']
     if not n:
         raise UserError(f'{args.root}: no training image with valid pixels: nothing to make '
                         'statistics from')
-    total = np.array(stats['sum'])
-    mean = stats['shift'] + total / n
-    covariance = (stats['outer'] - np.outer(total, total) / n) / max(n - 1, 1)
-    stored = {'num_bands': first['bands'], 'dtype': first['dtype'], 'nodata': first['nodata'],
-              'wavelengths_nm': first['wavelengths_nm']}
+    mean = stats['shift'] + stats['sum'] / n
+    covariance = (stats['outer'] - np.outer(stats['sum'], stats['sum']) / n) / max(n - 1, 1)
+    stored = dict(found['first'])
     if args.pca:
-        variance, vectors = np.linalg.eigh(covariance)
-        components = vectors[:, ::-1][:, :args.pca].T  # (K, C), the leading ones first
-        components = components * np.sign(components.sum(1, keepdims=True))  # any would do
-        explained = variance[::-1][:args.pca] / variance.sum()
-        print(f'{args.pca} principal components have of the variance:',
-              ', '.join(f'{share:.2%}' for share in explained))
+        components, explained = principal_components(covariance, args.pca)
         mean = components @ mean
         covariance = components @ covariance @ components.T
-        stored = {'num_bands': args.pca, 'dtype': 'float32', 'nodata': None, 'wavelengths_nm': None,
-                  'components': components, 'explained_variance': explained}
+        stored.update(num_bands=args.pca, dtype='float32', nodata=None, wavelengths_nm=None,
+                      fwhm_nm=None, components=components, explained_variance=explained)
 
-    class_counts = np.array([plan['class_counts'][split] for split in SPLITS])
-    used = np.flatnonzero(class_counts.any(0)) + 1  # numbers of classes
-    class_names = list(first['class_names'] or [])
-    class_names += [f'class {k}' for k in range(len(class_names) + 1, max(used, default=0) + 1)]
+    counts = np.array([found['class_counts'][split][1:] for split in SPLITS])
+    used = np.flatnonzero(counts.any(0)) + 1  # numbers of classes
+    names = list(stored['class_names'] or [])
+    names += [f'class {k}' for k in range(len(names) + 1, max(used, default=0) + 1)]
+    stored['class_names'] = names
+    how_split = (f'blocks of {args.split_block} px, gap {args.split_gap} px: the splits share the '
+                 'image, no label (transductive)')
+    if args.split == 'halves':
+        how_split = 'the scene is cut: the splits share no pixel (inductive)'
     if os.path.isdir(args.root):
         how_split = 'as the folders say'
-    elif args.split == 'halves':
-        how_split = 'the scene is cut: the splits share no pixel (inductive)'
-    else:
-        how_split = (f'blocks of {args.split_block} px, gap {args.split_gap} px: the splits share '
-                     'the image, no label (transductive)')
-    return {'settings': plan['settings'], 'command': plan['command'], **stored,
+    defaults = vars(parse(['tile', '--root=', '--out=']))
+    words = [f'--{flag}={value}' for flag, value in vars(args).items() if value != defaults[flag]]
+    return {'settings': settings_of(args),
+            'command': shlex.join(['python', 'data.py', 'tile', *words]), **stored,
             'nodata_share': 1 - n / stats['pixels'], 'mean': mean, 'covariance': covariance,
-            'std': np.sqrt(covariance.diagonal()),
-            'num_classes': len(class_names), 'class_names': class_names,
-            'class_counts': dict(zip(SPLITS, class_counts[:, :len(class_names)].tolist())),
-            'split': how_split, 'scenes': plan['scenes'], 'skipped': skipped,
-            'tile_size': args.tile_size, 'tiles': plan['tiles']}
+            'std': np.sqrt(covariance.diagonal()), 'num_classes': len(names),
+            'class_counts': dict(zip(SPLITS, counts[:, :len(names)].tolist())),
+            'split': how_split, 'scenes': found['scenes'], 'skipped': found['skipped'],
+            'tile_size': args.tile_size, 'tiles': found['tiles'],
+            'written': 0}  # scenes whose tiles lie in their slots
+
+
+def principal_components(covariance, number):
+    """(C, C) -> unit vectors (K, C), the leading ones first, and their shares (K,) of the
+    variance"""
+    C = len(covariance)
+    if number > C:
+        raise UserError(f'--pca={number}: choose from 1 to {C} components, as many as there are '
+                        'bands')
+    variance, vectors = np.linalg.eigh(covariance)
+    components = vectors[:, ::-1][:, :number].T
+    components = components * np.sign(components.sum(1, keepdims=True))  # any would do
+    explained = variance[::-1][:number] / variance.sum()
+    print(f'{number} principal components have of the variance:',
+          ', '.join(f'{share:.2%}' for share in explained))
+    return components, explained
+
+
+def print_classes(meta):
+    """How many pixels each class has in each split, and what is odd about that"""
+    counts = np.array([meta['class_counts'][split] for split in SPLITS])
+    used = np.flatnonzero(counts.any(0))
+    print(f'{"labelled pixels":28s}' + ''.join(f'{split:>12s}' for split in SPLITS))
+    for k in used:
+        pixels = ''.join(f'{count:12,d}' for count in counts[:, k])
+        print(f'{k + 1:3d} {meta["class_names"][k][:24]:24s}{pixels}')
+    if len(used) == 1:
+        print('WARNING: only one class has labels. 0 means unlabelled: if it is the background, '
+              'number the background 1 and the object 2')
+    if len(used) < meta['num_classes'] / 2:
+        print(f'WARNING: only {len(used)} of {meta["num_classes"]} class numbers have labels: are '
+              'they classes? Number these 1, 2, 3, ...')
 
 
 class Slots:
@@ -518,47 +535,50 @@ class Slots:
         self.file.write(item.tobytes())
 
 
-def write_tiles(inputs, plan, meta, args):
-    """The second pass: each tile into the slot that `plan` has counted for it"""
-    size = args.tile_size
-    fresh = plan['written'] == 0
+def write_tiles(inputs, meta, args):
+    """The second pass: each tile into the slot that was counted for it"""
+    size, places = args.tile_size, meta['tiles']
+    fresh = meta['written'] == 0
     images, labels = {}, {}  # split -> Slots
-    for split, places in plan['tiles'].items():
-        path, N = os.path.join(args.out, split), len(places)
+    for split in SPLITS:
+        path, N = os.path.join(args.out, split), len(places[split])
         if N:
             shape = (N, meta['num_bands'], size, size)
             images[split] = Slots(f'{path}_images.npy', shape, meta['dtype'], fresh)
-        if N and plan['labelled']:
             labels[split] = Slots(f'{path}_labels.npy', (N, size, size), np.uint8, fresh)
+
+    def first_slots(number):
+        """split -> slot of the first tile of that scene"""
+        return {split: bisect.bisect_left(places[split], [number]) for split in SPLITS}
 
     by_name = {item.name: item for item in inputs}
     saved_at = time.time()
-    for number, name in enumerate(tqdm(plan['scenes'], 'tiling', disable=len(inputs) == 1)):
-        if number < plan['written']:
+    for number in tqdm(range(len(meta['scenes'])), 'tiling', disable=len(inputs) == 1):
+        if number < meta['written']:
             continue
-        scene = open_input(by_name[name], args)
-        cube = scene.cube
+        item = by_name[meta['scenes'][number]]
+        changed = UserError(f'{item.path}: has changed since its tiles were counted: delete '
+                            f'{args.out} and tile again')
+        scene = open_input(item, args)
+        regions = regions_of(scene, item, args)
         if args.pca:
-            cube = mix_bands(scene, meta['components']).cube
-        for region in regions_of(scene, by_name[name], args):
-            split = region.split
-            places = plan['tiles'][split]
-            first = bisect.bisect_left(places, [number])  # slots of this scene
-            last = bisect.bisect_left(places, [number + 1])
-            tiles = list(cut(scene, region, plan['labelled'], args))
-            if places[first:last] != [[number, row, col] for row, col, _ in tiles]:
-                raise UserError(f'{name}: has changed since its tiles were counted: delete '
-                                f'{args.out} and tile again')
-            for slot, (row, col, tile_labels) in enumerate(tiles, first):
-                images[split][slot] = cube[:, row:row + size, col:col + size]
-                if plan['labelled']:
-                    labels[split][slot] = tile_labels
-        plan['written'] += 1
-        if plan['written'] == len(plan['scenes']) or time.time() - saved_at > SAVE_EVERY:
-            for slots in (*images.values(), *labels.values()):
-                slots.file.flush()
-                os.fsync(slots.file.fileno())
-            write_json(os.path.join(args.out, 'progress.json'), plan)
+            scene = mix_bands(scene, np.array(meta['components']))
+        slots = first_slots(number)
+        for split, row, col, image, tile_labels in cut(scene, regions, args):
+            slot = slots[split]
+            if places[split][slot:slot + 1] != [[number, row, col]]:
+                raise changed
+            images[split][slot] = image
+            labels[split][slot] = tile_labels
+            slots[split] += 1
+        if slots != first_slots(number + 1):
+            raise changed
+        meta['written'] += 1
+        if meta['written'] == len(meta['scenes']) or time.time() - saved_at > SAVE_EVERY:
+            for array in (*images.values(), *labels.values()):
+                array.file.flush()
+                os.fsync(array.file.fileno())
+            write_json(os.path.join(args.out, 'progress.json'), meta)
             saved_at = time.time()
 
 
@@ -578,8 +598,9 @@ def read_json(path):
 
 # ============ tiles in, batches out ============
 
-KEPT_META = ('num_bands', 'num_classes', 'class_names', 'class_counts', 'wavelengths_nm', 'nodata',
-             'mean', 'std', 'covariance', 'components', 'tile_size', 'dtype', 'settings')
+KEPT_META = ('num_bands', 'num_classes', 'class_names', 'class_counts', 'class_colors',
+             'wavelengths_nm', 'bands', 'file_bands', 'nodata', 'scale', 'mean', 'std', 'covariance',
+             'components', 'tile_size', 'dtype', 'settings')
 
 
 def kept_meta(meta):
@@ -1123,13 +1144,6 @@ def fit_logistic(x, y, num_classes, max_iter=500):
     return torch.cat([matrix, bias[None]])
 
 
-def logistic_probe(train_x, train_y, test_x, test_y, num_classes):
-    """scores() on the test pixels of fit_logistic() on the training pixels"""
-    weights = fit_logistic(train_x, train_y, num_classes)
-    predicted = (test_x @ weights[:-1] + weights[-1]).argmax(1)
-    return scores(confusion_matrix(predicted, test_y, num_classes))
-
-
 def window_means(x, valid, windows=(1, 3, 5, 9)):
     """x (B, C, H, W), valid (B, 1, H, W) -> (B, C * len(windows), H, W): means over square
     windows, missing pixels left out"""
@@ -1176,7 +1190,9 @@ def floors(directory, split='ts', label_share=1.0, seed=0):
         features = spectrum_features(train.meta, windows)
         train_x, train_y, _ = labelled_pixels(train, features, 30_000)
         test_x, test_y, _ = labelled_pixels(test, features, 200_000)
-        fitted[name] = logistic_probe(train_x, train_y, test_x, test_y, num_classes)
+        weights = fit_logistic(train_x, train_y, num_classes)
+        predicted = (test_x @ weights[:-1] + weights[-1]).argmax(1)
+        fitted[name] = scores(confusion_matrix(predicted, test_y, num_classes))
     majority = torch.bincount(train_y, minlength=num_classes).argmax().expand(len(test_y))
     counts = torch.bincount(test_y, minlength=num_classes).double()
     guessed = counts[:, None].expand(-1, num_classes) / num_classes  # in expectation
@@ -1204,7 +1220,7 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     seam shows.
 
     predict(raw (B, C, window, window)) -> probabilities (B, K, window, window); cube (C, H, W), an
-    array or a Lazy. Yields (first row, (K, rows, W) float32) from top to bottom, rows as
+    array or a memory map. Yields (first row, (K, rows, W) float32) from top to bottom, rows as
     soon as no further window touches them: memory holds one row of windows, however large the
     scene. Windows that overlap have blend_weights(); an image smaller than the window is
     continued by its border.
@@ -1212,6 +1228,7 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     C, H, W = cube.shape
     tops = cut_positions(max(H, window), window, stride)
     lefts = cut_positions(max(W, window), window, stride)
+    beyond = (0, 0), (0, max(window - H, 0)), (0, max(window - W, 0))
     weight = np.ones((window, window), np.float32)
     if stride < window:
         weight = blend_weights(window).numpy()
@@ -1219,11 +1236,8 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     total = np.zeros((num_classes, window, max(W, window)), np.float32)
     norm = np.zeros((window, max(W, window)), np.float32)
     for top, below in zip(tops, [*tops[1:], tops[-1] + window]):
-        # predict a row of windows, of which the cube is read once
-        strip = np.asarray(cube[:, top:top + window])
-        if H < window or W < window:
-            beyond = max(window - H, 0), max(window - W, 0)
-            strip = np.pad(strip, ((0, 0), (0, beyond[0]), (0, beyond[1])), mode='edge')
+        # predict a row of windows
+        strip = np.pad(cube[:, top:top + window], beyond, mode='edge')  # (C, window, W)
         for start in range(0, len(lefts), batch_size):
             columns = lefts[start:start + batch_size]
             raw = np.stack([strip[..., left:left + window] for left in columns])
@@ -1591,6 +1605,14 @@ def parse(argv=None):
     flag('--stride', type=int, default=0,
          help='step between training tiles; 0 = tile_size, less = they overlap')
     flag('--labels', default='', help='label file of each scene, if the scene has none inside')
+    flag('--axes', default='', help='order of the axes of an array that does not state it: hwc '
+         '(bands last) or chw')
+    flag('--nodata', type=float, help='value of missing pixels, if the file states none or a wrong '
+         'one')
+    flag('--drop_bands', default='', help='bands to leave out, numbers from 1 or wavelengths: '
+         '1,5,100-110 or 1380-1410nm')
+    flag('--keep_bad_bands', type=boolean, default=False,
+         help='true = use bands that the file marks as bad')
     flag('--bands', default='', help='resample to these wavelengths in nm (comma-separated, "ohs" '
          'or "landsat"; 485:70 = 70 nm wide)')
     flag('--pca', type=int, default=0,

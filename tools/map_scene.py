@@ -122,6 +122,9 @@ def bands_by_number(scene, wanted, meta, path):
     the files have as many bands; or all, if they are as many as the model wants"""
     there = scene.bands or list(range(len(scene.cube)))
     needed = meta.get('bands') or list(range(wanted))
+    if meta.get('settings', {}).get('bands'):
+        raise UserError(f'{path}: states no wavelengths, and the training data were resampled by '
+                        'theirs: give a file that states them, as .npz with wavelengths_nm')
     if (scene.file_bands or len(there)) == (meta.get('file_bands') or wanted):
         gone = sorted(set(needed) - set(there))
         if gone:
