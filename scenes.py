@@ -304,20 +304,23 @@ def find_fillers(sample, low, high):
     """Values that stand for "nothing here" although no one says so -> value -> numbers of bands.
 
     sample: (C, n) values, NaN = missing. low, high: (C,) of all pixels, not only of these. Such a
-    value is the lowest or the highest of its band, far from all others, and there again and again;
-    a value that comes once has to be much farther away, it may be a glint.
+    value is the lowest or the highest of its band, and comes again and again. It is farther from
+    the next value than the others from each other, or the only one below 0. A value that comes
+    once may be a glint: it has to be a thousand times as far off.
     """
     fillers = {}
     for band, values in enumerate(sample):
         values = values[~np.isnan(values)]
+        others = values[(values > low[band]) & (values < high[band])]
+        if others.size < 20:
+            continue
+        bottom, top = np.percentile(others, (1, 99))
+        span = np.ptp(others)
         for value in (low[band], high[band]):
-            rest = values[values != value]
-            if rest.size < 20:
-                continue
-            bottom, top = np.percentile(rest, (1, 99))
-            distance = max(bottom - value, value - top)
-            repeated = values.size - rest.size > max(2, values.size / 10_000)
-            if distance > (3 if repeated else 1000) * (top - bottom) > 0:
+            gap = np.abs(others - value).min()
+            below = value < 0 <= others.min() and gap > 0.05 * span
+            repeated = np.count_nonzero(values == value) >= max(3, values.size / 10_000)
+            if (repeated and (gap > span or below)) or gap > 1000 * (top - bottom) > 0:
                 fillers.setdefault(float(value), []).append(band)
     return fillers
 

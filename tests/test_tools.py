@@ -16,7 +16,7 @@ import scenes
 from conftest import MAE_TINY, make_scene, run
 from data import Tiles
 from models import load_segmenter
-from scenes import Scene, envi_geotags, read_scene
+from scenes import Scene, UserError, envi_geotags, read_scene
 from tools import check_data, compare, map_scene
 
 TINY = ['--size=tiny', '--img_size=16', '--patch_size=4', '--whiten=3']
@@ -228,7 +228,7 @@ def test_other_units_than_the_training_datas_are_told_and_no_more(tmp_path):
     cube = rng.normal(3000, 900, (5, 40, 50))
     nm = [500.0, 550, 600, 650, 700]
     meta = {'mean': [3000.0] * 5, 'std': [1000.0] * 5, 'num_bands': 5, 'nodata': -1,
-            'wavelengths_nm': nm}
+            'wavelengths_nm': nm, 'dtype': 'float32'}
 
     def warning(cube, **more):
         np.savez(tmp_path / 's.npz', cube=np.moveaxis(cube, 0, 2).astype(np.float32), **more)
@@ -274,6 +274,126 @@ def test_a_scene_reaches_the_model_as_the_tiler_brought_it_to_training(flags, tm
         assert np.isnan(got[:, missing]).all() and np.isfinite(got[:, ~missing]).all()
         np.testing.assert_allclose(got[:, ~missing], image[:, ~missing], rtol=1e-4, atol=2e-4)
     assert map_scene.units_warning(scene, tiles.meta) == ''
+
+
+NINE = np.linspace(450, 850, 9)  # nm
+
+
+def meta_of(count, nm=None, **more):
+    """meta of training data of so many bands that are like the scenes of numbered()"""
+    return {'num_bands': count, 'num_classes': 2, 'class_names': ['a', 'b'], 'nodata': None,
+            'wavelengths_nm': nm, 'mean': [50.0] * count, 'std': [30.0] * count,
+            'dtype': 'uint16', **more}
+
+
+def numbered(path, bands=9, **fields):
+    """A scene whose band k (from 0) has the values 10 k + 1 and 10 k + 2"""
+    cube = np.zeros((20, 30, bands), np.uint16) + 10 * np.arange(bands, dtype=np.uint16) + 1
+    cube[::2] += 1
+    cube = fields.pop('change', lambda cube: cube)(cube)
+    np.savez(path, cube=cube, **fields)
+    return path
+
+
+def bands_used(scene, meta, *flags):
+    """Numbers of the bands that reach the model"""
+    cube = map_scene.open_scene(flags_of(scene, 'map.tif', *flags), meta).cube
+    return (np.asarray(cube)[:, 1, 1] // 10).astype(int).tolist()
+
+
+def test_of_a_scene_with_more_bands_those_of_the_model_are_used(tmp_path, capsys):
+    with_nm = numbered(tmp_path / 'nm.npz', wavelengths_nm=NINE)
+    assert bands_used(with_nm, meta_of(4, [850.4, 500, 600, 650])) == [8, 1, 3, 4]
+    assert 'of its 9 bands the 4 of the training data' in capsys.readouterr().out
+    assert bands_used(with_nm, meta_of(9, NINE[::-1].tolist())) == list(range(9))[::-1]
+    capsys.readouterr()
+    assert bands_used(with_nm, meta_of(9, NINE.tolist())) == list(range(9))
+    assert 'of its' not in capsys.readouterr().out
+
+    # by number, where the files have the same bands
+    plain = numbered(tmp_path / 'plain.npz')
+    left_out = meta_of(7, None, bands=[0, 1, 2, 4, 5, 6, 8], file_bands=9)
+    assert bands_used(plain, left_out) == [0, 1, 2, 4, 5, 6, 8]
+    assert bands_used(plain, left_out, '--drop_bands=4') == [0, 1, 2, 4, 5, 6, 8]
+    assert bands_used(plain, meta_of(6), '--drop_bands=1,2,9') == [2, 3, 4, 5, 6, 7]
+    with pytest.raises(UserError, match='needs band 9, left out here'):
+        bands_used(plain, left_out, '--drop_bands=9')
+    with pytest.raises(UserError, match='has 9 bands, the model was trained on 7'):
+        bands_used(plain, left_out | {'file_bands': 10})  # which has lost another band?
+    resampled = meta_of(6, None, settings={'bands': 'landsat'})
+    with pytest.raises(UserError, match='states no wavelengths'):
+        bands_used(numbered(tmp_path / 'six.npz', 6), resampled)
+
+
+def test_a_band_without_data_that_the_model_needs_is_refused(tmp_path):
+    def without_band_4(cube):
+        cube = cube.astype(np.float32)
+        cube[..., 3] = np.nan
+        return cube
+    with_nm = numbered(tmp_path / 'nm.npz', wavelengths_nm=NINE, change=without_band_4)
+    with pytest.raises(UserError, match='no band with data near 600 nm'):
+        bands_used(with_nm, meta_of(9, NINE.tolist()))
+    assert bands_used(with_nm, meta_of(3, [500, 550, 650])) == [1, 2, 4]
+    plain = numbered(tmp_path / 'plain.npz', change=without_band_4)
+    with pytest.raises(UserError, match='needs band 4'):
+        bands_used(plain, meta_of(9))
+
+
+def test_flags_say_what_the_file_does_not(tmp_path):
+    cube = np.load(numbered(tmp_path / 's.npz'))['cube']
+    cube[5, 7] = 9999
+    np.savez(tmp_path / 'two.npz', other=cube[:5], image=np.moveaxis(cube, 2, 0))
+    scene = map_scene.open_scene(flags_of(f'{tmp_path}/two.npz:image', 'map.tif', '--axes=chw',
+                                          '--nodata=9999', '--drop_bands=2-3'), meta_of(7))
+    got = np.asarray(scene.cube)
+    assert got.shape == (7, 20, 30) and got[1, 1, 1] == 31
+    assert np.isnan(got[:, 5, 7]).all() and np.isnan(got).sum() == 7
+    with pytest.raises(UserError, match='names of their own'):
+        flags_of(f'{tmp_path}/a.tif', f'{tmp_path}/a.tif')
+
+
+@pytest.mark.parametrize('own, factor, shift', [((1e-4, 0), 1, 0), ((1.0, 0), 1e4, 0),
+                                                ((1e-4, -0.1), 1, -1000), (None, 1, 0)])
+def test_a_scene_in_other_stated_units_is_converted(own, factor, shift, monkeypatch, capsys):
+    values = np.random.default_rng(0).normal(3000, 900, (5, 30, 40)).astype(np.float32)
+    stored = Scene((values - shift) / factor, None, None, None, None, scale=own)
+    monkeypatch.setattr(map_scene, 'read_scene', lambda *args: stored)
+    meta = meta_of(5, scale=[1e-4, 0], mean=[3000.0] * 5, std=[900.0] * 5)
+    scene = map_scene.open_scene(flags_of('s.tif'), meta)
+    np.testing.assert_allclose(scene.cube, values, rtol=1e-5)
+    said = 'both state their scale' in capsys.readouterr().out
+    assert said == ((factor, shift) != (1, 0))
+    assert map_scene.units_warning(scene, meta) == ''
+    far = scene._replace(cube=scene.cube / 1e4)
+    one_states = 'Only the training data state a scale: 0.0001' in map_scene.units_warning(far, meta)
+    assert one_states == (own is None)
+
+
+def test_a_rotated_place_is_kept(tmp_path):
+    turned = (34264, 12, 16, (28.2, -10.3, 0, 35e4, -10.3, -28.2, 0, 58e5, *[0.0] * 7, 1.0))
+    scene = np.random.default_rng(0).integers(1, 99, (20, 30, 3)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / 's.tif', scene, planarconfig='contig', photometric='minisblack',
+                     extratags=[(*turned, True)])
+    map_scene.map_scene(lambda x: x[:, :2], flags_of(tmp_path / 's.tif', tmp_path / 'm.tif'),
+                        meta_of(3), 16)
+    assert tags_of(tmp_path / 'm.tif', (34264,))[34264] == turned[3]
+
+
+def test_one_class_everywhere_is_said(tmp_path, capsys):
+    def class_2(x):
+        return torch.tensor([0.1, 0.9])[:, None, None].expand(len(x), 2, 16, 16)
+
+    def both(x):
+        return torch.stack([torch.eye(16), 1 - torch.eye(16)]).repeat(len(x), 1, 1, 1)
+    scene = numbered(tmp_path / 's.npz')
+    flags = flags_of(scene, tmp_path / 'm.tif')
+    like_training = meta_of(9, mean=(10 * np.arange(9) + 1.5).tolist(), std=[0.5] * 9)
+    assert map_scene.map_scene(class_2, flags, like_training, 16)
+    assert 'every pixel became class 2, b' in capsys.readouterr().out
+    assert not map_scene.map_scene(class_2, flags, meta_of(9, mean=[9e5] * 9), 16)  # other units
+    capsys.readouterr()
+    assert map_scene.map_scene(both, flags, meta_of(9, mean=[9e5] * 9), 16)
+    assert 'every pixel' not in capsys.readouterr().out
 
 
 def test_a_run_on_normalized_and_resampled_tiles_maps_the_raw_scene(tmp_path):
@@ -335,9 +455,13 @@ def test_check_finds_labels_shared_by_two_splits(scene_data, tmp_path):
 
 def test_check_of_healthy_data_in_a_read_only_directory_succeeds(scene_data, tmp_path):
     shutil.copytree(scene_data, tmp_path / 'out')
+    os.remove(tmp_path / 'out' / 'floors.json')
     os.makedirs(tmp_path / 'out' / 'check.png.tmp')
+    os.makedirs(tmp_path / 'out' / 'floors.json.tmp')
     done = run('tools/check_data.py', f'--data={tmp_path}/out')
     assert 'nothing wrong found' in done.stdout and 'no picture' in done.stdout
+    assert 'floors.json cannot be written there' in done.stdout and 'window' in done.stdout
+    assert 'with blocks the splits share the image' in done.stdout
 
 
 def test_check_names_every_fault(scene_data, tmp_path):
@@ -367,6 +491,116 @@ def test_check_names_every_fault(scene_data, tmp_path):
                   'band 3: one value only', 'quantised', 'band 5: mean or std in meta.json'):
         assert sum(words in fault for fault in faults) == 1, faults
     assert len(faults) == 5
+
+
+STRIPES = (np.arange(40)[:, None] // 5 + np.arange(48) // 6) % 3 + 1  # labels of make_scene()
+
+
+def say(tmp_path, flags=(), **fields):
+    """What the doctor says of the tiles of a scene with these fields"""
+    folder = tmp_path / str(len(os.listdir(tmp_path)))
+    path = make_scene(f'{folder}.npz', **fields)
+    run('data.py', 'tile', f'--root={path}', f'--out={folder}', '--tile_size=16', *flags)
+    return faults_of(folder)
+
+
+def faults_of(folder):
+    done = run('tools/check_data.py', f'--data={folder}', check=False)
+    assert 'Traceback' not in done.stderr
+    start = f'{folder}: '
+    faults = [line[len(start):] for line in done.stderr.splitlines() if line.startswith(start)]
+    assert (done.returncode == 0) == ('nothing wrong found' in done.stdout) == (not faults)
+    return '\n'.join(faults)
+
+
+def spectra(dtype=np.float32, low=500):
+    rng = np.random.default_rng(0)
+    cube = rng.uniform(low, 3000, (4, 7))[STRIPES] + rng.normal(0, 100, (40, 48, 7))
+    return cube.astype(dtype)
+
+
+@pytest.mark.parametrize('value, pixels', [(1e20, 300), (-9999, 300), (1e20, 1), (-1e30, 1)])
+def test_check_finds_fillers_that_nobody_declared(value, pixels, tmp_path):
+    cube = spectra()
+    cube.reshape(-1, 7)[:pixels, :3] = value
+    said = say(tmp_path, cube=cube)
+    assert f'bands 1-3: values far outside the rest ({value:g})' in said
+    assert f'--nodata={value:g}' in said and '\n' not in said
+    if pixels > 1:
+        assert say(tmp_path, [f'--nodata={value:g}'], cube=cube).count('far outside') == 0
+
+
+def test_check_finds_a_black_border_and_nothing_in_sound_data(tmp_path):
+    cube = spectra(np.uint16)
+    cube[:, 24:27] = 4095  # saturated: no filler
+    cube[3, 3] = 9000  # a glint
+    assert say(tmp_path, cube=cube) == ''
+    assert say(tmp_path, cube=spectra() - 1500) == ''  # both sides of 0
+    cube = spectra(np.uint16)
+    cube[:, :5] = 0
+    said = say(tmp_path, cube=cube)
+    assert '--nodata=0' in said and '\n' not in said
+    assert say(tmp_path, cube=cube, nodata=0) == ''
+
+
+def test_check_finds_pixels_missing_in_some_bands(tmp_path):
+    cube = spectra()
+    cube[10:20, 10:20, 4] = np.nan
+    said = say(tmp_path, cube=cube)
+    assert re.search(r'\d\.\d % of the pixels are missing in some bands only, most in band 5', said)
+    cube[10:20, 10:20] = np.nan
+    assert say(tmp_path, cube=cube) == ''
+    cube = spectra(np.uint8, 0) * (spectra() > 900)  # zeros in some bands of 8 bits are values
+    assert 'missing' not in say(tmp_path, cube=cube.astype(np.uint8), nodata=0)
+
+
+def test_check_finds_labels_on_missing_pixels_and_old_statistics(scene_data, tmp_path):
+    folder = tmp_path / 'tiles'
+    shutil.copytree(scene_data, folder)
+
+    def lose_pixels(images):
+        images[:, :, :4] = 7
+    change_tiles(folder, 'tr_images.npy', lose_pixels)
+    meta = json.load(open(folder / 'meta.json'))
+    json.dump({**meta, 'nodata': 7, 'std': [900, *meta['std'][1:-1], 9e4]},
+              open(folder / 'meta.json', 'w'))
+    lost = np.count_nonzero(np.load(folder / 'tr_labels.npy')[:, :4])
+    said = faults_of(folder)
+    assert f'tr: {lost} labels lie on missing pixels' in said
+    assert 'band 7: mean or std in meta.json' in said and 'ts:' not in said
+
+
+def test_check_finds_labels_that_are_no_classes(scene_data, tmp_path):
+    hill = np.add.outer(np.arange(64), np.arange(48)) % 90 + 1
+    noisy = hill + np.random.default_rng(0).integers(0, 4, hill.shape)
+    fields = np.random.default_rng(0).permutation(96) + 1  # 96 crops in fields of 4 x 8 px
+    fields = fields.reshape(16, 6).repeat(4, 0).repeat(8, 1)
+    for labels, measured in ((hill, True), (noisy, True), (hill % 9, False), (fields, False)):
+        assert check_data.are_measured(labels[None].astype(np.uint8)) == measured
+    folder = tmp_path / 'tiles'
+    shutil.copytree(scene_data, folder)
+    tiles = np.load(folder / 'tr_labels.npy')
+    np.save(folder / 'tr_labels.npy', tiles * 0 + hill[:16, :16].astype(np.uint8))
+    assert 'look like heights' in faults_of(folder)
+    assert 'one class only' in say(tmp_path, labels=(STRIPES > 1).astype(np.uint8))
+    assert 'only 3 of 30 classes' in say(tmp_path, labels=(10 * STRIPES).astype(np.uint8))
+    names = [f'crop {k}' for k in range(30)]
+    assert say(tmp_path, class_names=names) == ''  # an area where most of them do not grow
+
+
+def test_check_finds_tables_odd_tiles_and_other_units(tmp_path):
+    cube = spectra()
+    table = cube.reshape(-1, 7).T[:, :, None].repeat(3, 0)[:16]
+    assert 'one band of 16 x 1920 px looks like a table' in say(tmp_path, cube=table, labels=None,
+                                                               wavelengths_nm=None)
+    assert 'no usual patch divides tiles of 15 px' in say(tmp_path, ['--tile_size=15'])
+    for name, factor in (('a', 1), ('b', 1e-4), ('c', 0.05)):
+        np.savez(tmp_path / f'{name}.npz', cube=factor * cube, labels=STRIPES.astype(np.uint8))
+    for second, words in (('b', 'if their units differ'), ('c', '')):
+        roots = f'{tmp_path}/a.npz,{tmp_path}/{second}.npz'
+        run('data.py', 'tile', f'--root={roots}', f'--out={tmp_path}/{second}', '--tile_size=16')
+        said = faults_of(f'{tmp_path}/{second}')
+        assert words in said and bool(words) == bool(said)
 
 
 def test_the_doctors_spectra_are_those_of_the_classes(scene_data):

@@ -59,22 +59,24 @@ def read_facts(tiles):
             counts[split] += np.bincount(labels.ravel(), minlength=256)
             unseen[split] += np.count_nonzero(labels[~valid])
 
-            # the extremes of its values, and pixels for the sample
-            if valid.any():
-                lowest = np.minimum(lowest, image[:, valid].min(1))
-                highest = np.maximum(highest, image[:, valid].max(1))
-            drawn = image.reshape(len(image), -1)[:, rng.integers(valid.size, size=per_tile)]
-            gone = ~np.isfinite(drawn) | (drawn == meta['nodata'])
-            gone &= ~valid_pixels(drawn, meta['nodata'], 0)
-            sample.append(np.where(gone, np.nan, drawn))
-            sample_scene += [meta['tiles'][split][i][0]] * per_tile
-
             # is it in another split too?
             fingerprint = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
             first_split, first_labels = first_seen.setdefault(fingerprint, (split, labels))
             if first_split != split and image.min() != image.max():
                 same_images += 1
                 shared_labels += np.count_nonzero((labels > 0) & (first_labels > 0))
+
+            # the extremes of its values, and pixels for the sample
+            if valid.any():
+                lowest = np.minimum(lowest, image[:, valid].min(1))
+                highest = np.maximum(highest, image[:, valid].max(1))
+            if first_labels is labels:  # an image that is new
+                drawn = rng.permutation(valid.size)[:per_tile]
+                drawn = image.reshape(len(image), -1)[:, drawn]
+                gone = ~np.isfinite(drawn) | (drawn == meta['nodata'])
+                gone &= ~valid_pixels(drawn, meta['nodata'], 0)
+                sample.append(np.where(gone, np.nan, drawn))
+                sample_scene += [meta['tiles'][split][i][0]] * drawn.shape[1]
 
             # the spectra of the classes
             if split == 'tr':
@@ -141,7 +143,7 @@ def faults_of_labels(facts, meta, labels):
     if len(used) == 1:
         yield (f'all labels are {used[0]}, one class only: 0 means unlabelled here, so give the '
                'background a number of its own')
-    elif 0 < 2 * len(used) < K:
+    elif 0 < 2 * len(used) < K and meta['class_names'][0] == 'class 1':
         yield f'only {len(used)} of {K} classes have labels: number the classes 1, 2, ...'
     if labels is not None and are_measured(labels):
         yield (f'{len(used)} label values, neighbours often 1 or 2 apart, look like heights or '

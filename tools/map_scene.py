@@ -26,7 +26,7 @@ from data import (boolean, class_colors, class_legend, false_color, plain_errors
                   show_classes, sliding_window, write_json)
 from models import load_segmenter, native_bfloat16
 from scenes import (UserError, band_matrix, mix_bands, name_bands, normalized, parse_bands,
-                    read_scene, same_bands, split_name, take_bands, valid_pixels, when_read)
+                    read_scene, same_bands, split_name, strips, valid_pixels, when_read)
 
 
 def read_flags(argv=None):
@@ -67,7 +67,8 @@ def open_scene(flags, meta):
     scene = read_scene(flags.scene, '', True, flags.axes, flags.nodata, flags.drop_bands,
                        flags.keep_bad_bands)
     print('\n  '.join([f'{flags.scene}:', *scene.notes]))
-    if scene.nodata is None and meta['nodata'] is not None:
+    same_type = scene.cube.dtype.name == meta.get('dtype')
+    if scene.nodata is None and meta['nodata'] is not None and same_type:
         scene = scene._replace(nodata=meta['nodata'])
         print(f'  no nodata value is stated: taken is that of the training data, {scene.nodata:g}')
     scene = match_bands(scene, meta, flags.scene)
@@ -108,13 +109,15 @@ def match_bands(scene, meta, path):
         distance = np.abs(np.subtract.outer(wanted_nm, nm))  # (C', C)
         kept = distance.argmin(1)
         if resampled or distance.min(1).max() > 1:
-            refuse_holes(nm, wanted_nm, path)
+            if not resampled:
+                refuse_holes(nm, wanted_nm, path)
             print(f'  {len(nm)} bands are resampled to the {len(wanted_nm)} of the model')
             return mix_bands(scene, band_matrix(nm, wanted_nm, fwhm, path), list(wanted_nm))
-    if len(kept) == len(scene.cube):
+    if list(kept) == list(range(len(scene.cube))):
         return scene
     print(f'  of its {len(scene.cube)} bands the {len(kept)} of the training data are used')
-    return scene._replace(cube=take_bands(scene.cube, kept), wavelengths_nm=None)
+    cube = when_read(scene.cube, lambda x, rows, cols: x[kept], scene.cube.dtype, len(kept))
+    return scene._replace(cube=cube, wavelengths_nm=None)
 
 
 def bands_by_number(scene, wanted, meta, path):
@@ -159,11 +162,10 @@ def units_warning(scene, meta):
     little spread, clouds have much. Half of the bands must be so: other units show in all.
     """
     step = math.ceil(max(scene.cube.shape[1:]) / 100)
-    x = np.zeros((len(scene.cube), 0))
-    while x.shape[1] < 100 and step:  # where few pixels are valid, look at more
-        sample = scene.cube[:, ::step, ::step].astype(np.float64)
-        x = sample[:, np.isfinite(sample).all(0)]  # (C', n)
-        step //= 4
+    x = valid_spectra(scene.cube[:, ::step, ::step])
+    if x.shape[1] < 100:  # little of the scene is valid: look at all of it
+        x = np.concatenate([valid_spectra(scene.cube[:, strip])[:, :1000]
+                            for strip in strips(scene.cube)], 1)
     if x.shape[1] == 0:
         return ''
     mean, std = x.mean(1), x.std(1)
@@ -184,6 +186,11 @@ def units_warning(scene, meta):
         who, scale = ('scene', scene.scale) if scene.scale else ('training data', meta['scale'])
         sentence += f' Only the {who} state a scale: {scale[0]:g} * value + {scale[1]:g}.'
     return sentence
+
+
+def valid_spectra(x):
+    """(C, h, w) with NaN for missing -> (C, n) float64"""
+    return x[:, np.isfinite(x).all(0)].astype(np.float64)
 
 
 # ============ the map ============
