@@ -188,8 +188,7 @@ def faults_of_values(facts, meta):
                f'data", tile with --nodata={value:g}')
     black = (valid == 0).all(0).mean() if valid.size else 0
     if black > 0.01 and 0 not in fillers:
-        yield (f'{100 * black:.1f} % of the pixels are 0 in all bands: if this means "no data", '
-               'tile with --nodata=0')
+        yield 'pixels that are 0 in all bands: if this means "no data", tile with --nodata=0'
     if not fillers:
         yield from other_units(facts, meta)
 
