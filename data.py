@@ -599,8 +599,8 @@ def read_json(path):
 # ============ tiles in, batches out ============
 
 KEPT_META = ('num_bands', 'num_classes', 'class_names', 'class_counts', 'class_colors',
-             'wavelengths_nm', 'bands', 'file_bands', 'nodata', 'scale', 'mean', 'std', 'covariance',
-             'components', 'tile_size', 'dtype', 'settings')
+             'wavelengths_nm', 'bands', 'file_bands', 'nodata', 'scale', 'mean', 'std',
+             'covariance', 'components', 'tile_size', 'dtype', 'settings')
 
 
 def kept_meta(meta):
