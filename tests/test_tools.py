@@ -342,8 +342,8 @@ def test_a_band_without_data_that_the_model_needs_is_refused(tmp_path):
 def test_flags_say_what_the_file_does_not(tmp_path):
     cube = np.load(numbered(tmp_path / 's.npz'))['cube']
     cube[5, 7] = 9999
-    np.savez(tmp_path / 'two.npz', other=cube[:5], image=np.moveaxis(cube, 2, 0))
-    scene = map_scene.open_scene(flags_of(f'{tmp_path}/two.npz:image', 'map.tif', '--axes=chw',
+    np.savez(tmp_path / 'two.npz', other=cube[:5], image=np.moveaxis(cube, 2, 1))
+    scene = map_scene.open_scene(flags_of(f'{tmp_path}/two.npz:image', 'map.tif', '--axes=hcw',
                                           '--nodata=9999', '--drop_bands=2-3'), meta_of(7))
     got = np.asarray(scene.cube)
     assert got.shape == (7, 20, 30) and got[1, 1, 1] == 31
