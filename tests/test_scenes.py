@@ -160,7 +160,7 @@ def test_an_alpha_band_is_a_mask(tmp_path, kind, planar, mmap):
     assert scene.cube.shape == (C, H, W) and scene.cube.dtype == np.float32 and scene.nodata is None
     np.testing.assert_array_equal(missing_of(scene), LEFT)
     np.testing.assert_array_equal(np.asarray(scene.cube)[:, ~LEFT], CUBE[:, ~LEFT])
-    said(scene, 'band 9 is an alpha band')
+    said(scene, 'band 9 holds only 0 and 65535' if kind == 0 else 'band 9 is an alpha band')
     if kind == 'gdal':
         np.testing.assert_allclose(scene.wavelengths_nm, NM)
 
@@ -642,6 +642,22 @@ def test_mixed_and_normalised_cubes_stay_on_disk_and_have_the_same_values(tmp_pa
     np.testing.assert_allclose(valid.mean(1), 0, atol=1e-6)
     np.testing.assert_allclose(valid.std(1), 1, rtol=1e-6)
     np.testing.assert_allclose(mix_bands(memory, weights).cube[:, 5, 9], weights @ CUBE[:, 5, 9], rtol=1e-5)
+
+
+def test_a_file_that_breaks_while_it_is_gone_through_is_one_sentence(tmp_path, monkeypatch):
+    def read(rows, cols):
+        raise OSError('wrong checksum')
+    monkeypatch.setitem(scenes.READERS, '.npy', lambda *args: scene_of(Lazy(CUBE.shape, CUBE.dtype, read)))
+    path = saved(tmp_path / 'a.npy', CUBE)
+    assert 'a.npy: cannot be read (OSError: wrong checksum)' in refused('copy or convert', path, mmap=True)
+
+
+@pytest.mark.filterwarnings('error')
+def test_values_beyond_float32_are_missing(tmp_path):
+    wide = hidden(REFLECTANCE.astype(np.float64), -1.7976931348623157e308)
+    for mmap in (False, True):
+        scene = read_scene(saved(tmp_path / 'a.npy', wide), axes='chw', mmap=mmap)
+        np.testing.assert_array_equal(missing_of(scene), LEFT)
 
 
 def test_only_what_is_sliced_is_read():
