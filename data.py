@@ -170,8 +170,10 @@ def open_input(item, args):
     if scene.cube.dtype.itemsize * math.prod(scene.cube.shape) <= IN_MEMORY:
         scene = scene._replace(cube=np.asarray(scene.cube))  # unpacked once, not at every use
     if item.split and len(scene.cube) == 32 and scene.cube.dtype == np.int16:  # WHU-OHS
+        note = 'taken for WHU-OHS: its wavelengths and class names are filled in'
         scene = scene._replace(wavelengths_nm=scene.wavelengths_nm or list(OHS_NM),
-                               class_names=scene.class_names or list(OHS_CLASSES))
+                               class_names=scene.class_names or list(OHS_CLASSES),
+                               notes=(*scene.notes, note))
         if scene.labels is not None and scene.labels.max() > 24:
             raise UserError(f'{item.path}: its label file has the value {scene.labels.max()}, '
                             'WHU-OHS has classes 1 to 24 (0 = unlabelled): repair the label file')
@@ -182,8 +184,9 @@ def open_input(item, args):
         nm, fwhm = parse_bands(args.bands)
         weights = band_matrix(scene.wavelengths_nm, nm, fwhm, item.path)
         scene = mix_bands(scene, weights, nm.tolist())
+        scene = scene._replace(bands=None, fwhm_nm=fwhm.tolist())
     if args.normalize == 'scene':
-        scene = normalized(scene)
+        scene = normalized(scene)._replace(scale=None)
     return scene
 
 
@@ -320,14 +323,15 @@ def tile(args):
     complete = os.path.join(args.out, 'meta.json')
     progress = os.path.join(args.out, 'progress.json')
     inputs = list_inputs(args.root, args.labels)
-    if not os.path.exists(complete) and not os.path.exists(progress):
+    path = complete if os.path.exists(complete) else progress
+    if not os.path.exists(path):
         meta = make_meta(count_tiles(inputs, args), args)
         print_classes(meta)
         os.makedirs(args.out, exist_ok=True)
-        write_json(progress, meta)
-    meta = read_json(complete if os.path.exists(complete) else progress)
+        write_json(path, meta)
+    meta = read_json(path)
     check_same(meta, inputs, args)
-    if os.path.exists(complete):
+    if path == complete:
         print(f'{args.out}: complete, nothing to do')
         return
     if meta['written']:
@@ -352,8 +356,8 @@ def check_same(meta, inputs, args):
     changed = [f'{flag} ({known.get(flag)} there, {value} now)'
                for flag, value in settings_of(args).items() if known.get(flag) != value]
     names = {item.name for item in inputs}
-    changed += [f'{name} is new' for name in names - {*meta['scenes'], *meta['skipped']}]
-    changed += [f'{name} is gone' for name in {*meta['scenes']} - names]
+    changed += [f'{name} is new' for name in sorted(names - {*meta['scenes'], *meta['skipped']})]
+    changed += [f'{name} is gone' for name in sorted({*meta['scenes']} - names)]
     if changed:
         raise UserError(f'{args.out}: was made with other settings or inputs: '
                         f'{", ".join(changed[:9])}: choose another --out or delete it')
@@ -371,13 +375,17 @@ def count_tiles(inputs, args):
         try:
             scene = open_input(item, args)
             regions = regions_of(scene, item, args)
-            found['first'] = check_fits(item.path, scene, found['first'])
+            facts = check_fits(item.path, scene, found['first'])
+            places = [tile[:3] for tile in cut(scene, regions, args)]
+            if item.split not in ('val', 'ts') and not places:
+                raise UserError(f'{item.path}: no valid pixel, all are NaN or nodata: remove it')
         except UserError as error:
             failures.append(str(error))
             found['skipped'].append(item.name)
             continue
+        found['first'] = facts
         say_notes(item.path, scene.notes, said, whole=len(inputs) <= FEW_FILES)
-        for split, row, col, _, _ in cut(scene, regions, args):
+        for split, row, col in places:
             found['tiles'][split].append([len(found['scenes']), row, col])
         for split, rows, cols, labels in regions:
             found['class_counts'][split] += np.bincount(labels[rows, cols].ravel(), minlength=256)
@@ -1220,7 +1228,7 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     seam shows.
 
     predict(raw (B, C, window, window)) -> probabilities (B, K, window, window); cube (C, H, W), an
-    array or a memory map. Yields (first row, (K, rows, W) float32) from top to bottom, rows as
+    array or a Lazy. Yields (first row, (K, rows, W) float32) from top to bottom, rows as
     soon as no further window touches them: memory holds one row of windows, however large the
     scene. Windows that overlap have blend_weights(); an image smaller than the window is
     continued by its border.
@@ -1228,7 +1236,6 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     C, H, W = cube.shape
     tops = cut_positions(max(H, window), window, stride)
     lefts = cut_positions(max(W, window), window, stride)
-    beyond = (0, 0), (0, max(window - H, 0)), (0, max(window - W, 0))
     weight = np.ones((window, window), np.float32)
     if stride < window:
         weight = blend_weights(window).numpy()
@@ -1236,8 +1243,11 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     total = np.zeros((num_classes, window, max(W, window)), np.float32)
     norm = np.zeros((window, max(W, window)), np.float32)
     for top, below in zip(tops, [*tops[1:], tops[-1] + window]):
-        # predict a row of windows
-        strip = np.pad(cube[:, top:top + window], beyond, mode='edge')  # (C, window, W)
+        # predict a row of windows, of which the cube is read once
+        strip = np.asarray(cube[:, top:top + window])
+        if H < window or W < window:
+            beyond = max(window - H, 0), max(window - W, 0)
+            strip = np.pad(strip, ((0, 0), (0, beyond[0]), (0, beyond[1])), mode='edge')
         for start in range(0, len(lefts), batch_size):
             columns = lefts[start:start + batch_size]
             raw = np.stack([strip[..., left:left + window] for left in columns])
@@ -1330,29 +1340,45 @@ def save_confusion(path, cm, class_names):
 
 
 def save_examples(path, predict, tiles):
-    """False colour, labels and prediction of the up to four test tiles that have most labels.
+    """False colour, labels and prediction of four test tiles.
 
     predict(raw (1, C, S, S)) -> classes (1, S, S)
     """
+    ids = most_labelled(tiles, 4)
+    labels = [np.asarray(tiles.labels[i]) for i in ids]
+    predicted = [predict(tiles.batch([i])[0])[0].cpu().numpy() + 1 for i in ids]
+    save_maps(path, tiles, ids, [('test labels', labels), ('prediction', predicted)])
+
+
+def most_labelled(tiles, number):
+    """Numbers of the tiles, up to `number` of the first 500, that have most labels"""
+    counts = [np.count_nonzero(labels) for labels in tiles.labels[:500]]
+    return np.argsort(-np.array(counts), kind='stable')[:number]
+
+
+def save_maps(path, tiles, ids, columns):
+    """A row for each of the tiles `ids`: false colour, then maps of its classes.
+
+    columns: list of (title, a map (S, S) of class numbers for each of ids, 0 = none)
+    """
     names = tiles.meta['class_names']
-    counts = [np.count_nonzero(tiles.labels[i]) for i in range(min(len(tiles), 500))]
-    chosen = np.argsort(-np.array(counts), kind='stable')[:4]
-    figure = Figure(figsize=(7.5, 2.4 * len(chosen) + 0.8), layout='constrained')
-    axes = figure.subplots(len(chosen), 3, squeeze=False)
-    present = set()
-    for row, i in zip(axes, chosen):
-        raw, labels = tiles.batch([i])
-        predicted = predict(raw)[0].cpu().numpy() + 1
-        row[0].imshow(false_color(raw[0], tiles.meta), interpolation='nearest')
-        row[0].set_ylabel(f'tile {i}, {len(predicted)} px')
-        show_classes(row[1], labels[0].numpy(), names)
-        show_classes(row[2], predicted, names)
-        present |= {*labels.unique().tolist(), *predicted.flat}
-    for axis, title in zip(axes[0], ('false colour', 'test labels', 'prediction')):
-        axis.set_title(title)
+    side = min(9 / (1 + len(columns)), 2.5)
+    size = side * (1 + len(columns)), (side + 0.1) * len(ids) + 1.3
+    figure = Figure(figsize=size, layout='constrained')
+    axes = figure.subplots(len(ids), 1 + len(columns), squeeze=False)
+    axes[0, 0].set_title('false colour', fontsize=9)
+    for axis, i in zip(axes[:, 0], ids):
+        image = tiles.images[i]
+        axis.imshow(false_color(image, tiles.meta), interpolation='nearest')
+        axis.set_ylabel(f'tile {i}, {image.shape[-1]} px', fontsize=8)
+    for column, (title, maps) in zip(axes[:, 1:].T, columns):
+        column[0].set_title(title, fontsize=9)
+        for axis, classes in zip(column, maps):
+            show_classes(axis, classes, names)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    class_legend(figure, names, present)
+    drawn = np.concatenate([maps for _, maps in columns])
+    class_legend(figure, names, set(np.unique(drawn).tolist()))
     save_figure(figure, path)
 
 
@@ -1611,8 +1637,8 @@ def parse(argv=None):
          'one')
     flag('--drop_bands', default='', help='bands to leave out, numbers from 1 or wavelengths: '
          '1,5,100-110 or 1380-1410nm')
-    flag('--keep_bad_bands', type=boolean, default=False,
-         help='true = use bands that the file marks as bad')
+    flag('--keep_bad_bands', type=boolean, nargs='?', const=True, default=False,
+         help='use the bands that the file marks as bad, too')
     flag('--bands', default='', help='resample to these wavelengths in nm (comma-separated, "ohs" '
          'or "landsat"; 485:70 = 70 nm wide)')
     flag('--pca', type=int, default=0,
@@ -1626,8 +1652,8 @@ def parse(argv=None):
          help='pixels left unused beside a block of another split (default 0)')
     flag('--shares', default='0.5,0.1,0.4', help='of tr,val,ts (default 0.5,0.1,0.4)')
     flag('--seed', type=int, default=0, help='of the split (default 0)')
-    flag('--skip_bad', type=boolean, default=False,
-         help='true = go on without files that cannot be used')
+    flag('--skip_bad', type=boolean, nargs='?', const=True, default=False,
+         help='go on without files that cannot be used')
     maker = commands.add_parser('demo', help='make the synthetic data set', allow_abbrev=False)
     maker.add_argument('--out', default='data/demo', help='where (default data/demo)')
     args = parser.parse_args(argv)
@@ -1639,6 +1665,8 @@ def parse(argv=None):
         if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             parser.error(f'--shares={args.shares}: give three numbers that add up to 1, as '
                          '0.5,0.1,0.4')
+        if args.nodata is not None and math.isnan(args.nodata):
+            args.nodata = None  # NaN marks missing pixels in any case
         if min(args.tile_size, args.split_block) < 1:
             parser.error('--tile_size and --split_block start at 1')
         if min(args.stride, args.split_gap, args.pca) < 0:

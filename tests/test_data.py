@@ -490,12 +490,19 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(limit, tmp_pat
     assert arrays(tmp_path / 'whole') == arrays(tmp_path / 'out') and facts(tmp_path / 'whole') == facts(tmp_path / 'out')
 
 
-@pytest.mark.parametrize('height', [32, 60])
-def test_a_scene_that_changes_between_the_passes_is_told(height, tmp_path, monkeypatch):
-    path = make_scene(tmp_path / 's.npz')
-    monkeypatch.setattr(data, 'make_meta', lambda *arguments, make=data.make_meta: (make_scene(path, height=height), make(*arguments))[1])
+@pytest.mark.parametrize('change', ['lower', 'higher', 'other pixels'])
+def test_a_scene_that_changes_between_the_passes_is_told(change, tmp_path, monkeypatch):
+    def scene(height, left):
+        cube = np.random.default_rng(0).integers(1, 999, (height, 48, 3)).astype(np.int16)
+        cube[:16, left:left + 16] = 0  # one tile less
+        return make_scene(tmp_path / 's.npz', cube=cube, labels=None, wavelengths_nm=None, nodata=0)
+
+    def make_meta(*arguments, make=data.make_meta):
+        scene({'lower': 32, 'higher': 60, 'other pixels': 40}[change], 16 if change == 'other pixels' else 0)
+        return make(*arguments)
+    monkeypatch.setattr(data, 'make_meta', make_meta)
     with pytest.raises(UserError, match='has changed since'):
-        data.tile(tile_args(root=path, out=tmp_path / 'out', tile_size=16))
+        data.tile(tile_args(root=scene(40, 0), out=tmp_path / 'out', tile_size=16))
     assert not os.path.exists(tmp_path / 'out' / 'meta.json')
 
 
@@ -516,7 +523,7 @@ def test_scenes_that_stay_on_disk_give_the_same_tiles_and_are_read_row_of_tiles_
         return values
     monkeypatch.setattr(scenes.Lazy, '__getitem__', watched)
     data.tile(tile_args(out=tmp_path / 'disk', **args))
-    assert len(slices) > 20 and max(slices) <= 16  # never the whole scene
+    assert len(slices) > 20 and max(slices) <= 96 / 2  # never the whole scene
     one, other = arrays(tmp_path / 'memory'), arrays(tmp_path / 'disk')
     assert one.keys() == other.keys()
     for name in one:
@@ -537,17 +544,18 @@ def test_it_says_what_it_read_of_few_files_all_and_of_many_what_is_new(tmp_path,
     whu_layout(str(root), (64, 64), 'YXC', None, n=6)
     odd = root / 'tr' / 'image' / 'O1_0004.tif'
     image = tifffile.imread(odd)
-    image[:9] = -7777
-    tifffile.imwrite(odd, image, planarconfig='contig', photometric='minisblack', extratags=[(42113, 's', 0, '-7777', True)])
+    image[:9] = -32768
+    tifffile.imwrite(odd, image, planarconfig='contig', photometric='minisblack', extratags=[(42113, 's', 0, '-32768', True)])
     for other in glob.glob(f'{root}/*/image/*.tif'):
         if other != str(odd):  # all state it: only in one there are such pixels
-            tifffile.imwrite(other, tifffile.imread(other), planarconfig='contig', photometric='minisblack', extratags=[(42113, 's', 0, '-7777', True)])
+            tifffile.imwrite(other, tifffile.imread(other), planarconfig='contig', photometric='minisblack', extratags=[(42113, 's', 0, '-32768', True)])
     data.tile(tile_args(root=root, out=tmp_path / 'many', tile_size=32))
     said = capsys.readouterr().out
     headers = [line for line in said.splitlines() if line.endswith('.tif:')]
-    assert headers == [f'{root}/tr/image/O1_0000.tif:', f'{odd}:']
-    assert said[said.index(headers[1]):].splitlines()[1].startswith('  14.1')  # 9 of 64 rows
-    assert 'in 1 of 18 files: ' in said and 'in 18 of 18 files: ' in said and len(said.splitlines()) < 55
+    assert headers[0] == f'{root}/tr/image/O1_0000.tif:' and f'{odd}:' in headers and len(headers) < 5, said
+    assert said[said.index(f'{odd}:'):].splitlines()[1].startswith('  14.1')  # 9 of 64 rows
+    assert 'taken for WHU-OHS' in said and said.count('no georeference') == 2  # once, and that all are so
+    assert 'in 1 of 18 files: ' in said and 'in 18 of 18 files: ' in said and len(said.splitlines()) < 60
 
 
 def test_pixels_of_the_classes_are_counted_and_odd_labels_told(tmp_path, capsys):
@@ -568,6 +576,16 @@ def test_pixels_of_the_classes_are_counted_and_odd_labels_told(tmp_path, capsys)
     assert 'WARNING' not in said(np.zeros((40, 48)))  # to pre-train
 
 
+def test_a_scene_without_a_valid_pixel_is_named_and_no_measure_for_the_others(tmp_path):
+    empty = make_scene(tmp_path / 'e.npz', cube=np.zeros((40, 48, 5), np.int16), nodata=0, wavelengths_nm=None)
+    args = dict(root=f'{empty},{make_scene(tmp_path / "s.npz")}', out=tmp_path / 'out', tile_size=16)
+    with pytest.raises(UserError, match='e.npz: no valid pixel') as caught:
+        data.tile(tile_args(**args))
+    assert 's.npz:' not in str(caught.value)
+    data.tile(tile_args(skip_bad='true', **args))
+    assert Tiles(str(tmp_path / 'out'), 'tr').meta['num_bands'] == 7
+
+
 def test_labels_on_missing_pixels_are_no_labels(tmp_path):
     scene = np.load(make_scene(tmp_path / 's.npz'))
     cube = scene['cube'].copy()
@@ -586,32 +604,33 @@ def test_labels_on_missing_pixels_are_no_labels(tmp_path):
 
 
 def test_flags_for_what_a_file_leaves_open_reach_the_reader_and_are_settings(tmp_path):
-    cube = np.random.default_rng(0).integers(1, 999, (8, 40, 48)).astype(np.int16)
+    cube = np.random.default_rng(0).integers(1, 999, (30, 40, 48)).astype(np.int16)  # which axis the bands are, no one could tell
     cube[:, :6] = -5
     np.save(tmp_path / 's.npy', cube)
     args = dict(root=tmp_path / 's.npy', out=tmp_path / 'out', tile_size=16)
     data.tile(tile_args(axes='chw', nodata=-5, drop_bands='2,7-8', **args))
     meta = json.load(open(tmp_path / 'out' / 'meta.json'))
-    assert meta['num_bands'] == 5 and meta['bands'] == [0, 2, 3, 4, 5] and meta['nodata'] == -5 and meta['nodata_share'] == pytest.approx(6 / 40)
-    np.testing.assert_array_equal(Tiles(str(tmp_path / 'out'), 'tr').images[0], cube[[0, 2, 3, 4, 5], :16, :16])
+    kept = [0, 2, 3, 4, 5, *range(8, 30)]
+    assert meta['num_bands'] == 27 and meta['bands'] == kept and meta['nodata'] == -5 and meta['nodata_share'] == pytest.approx(6 / 40)
+    np.testing.assert_array_equal(Tiles(str(tmp_path / 'out'), 'tr').images[0], cube[kept, :16, :16])
     assert data.kept_meta(meta)['bands'] == meta['bands'] and 'scale' in data.kept_meta(meta)
     for change in (dict(axes='chw', nodata=-5), dict(axes='chw', nodata=-5, drop_bands='2'), dict(axes='chw', drop_bands='2,7-8')):
         with pytest.raises(UserError, match=r'drop_bands \(2,7-8 there|nodata \(-5.0 there'):
             data.tile(tile_args(**change, **args))
     with pytest.raises(UserError, match='keep_bad_bands .False there, True now'):
         data.tile(tile_args(axes='chw', nodata=-5, drop_bands='2,7-8', keep_bad_bands='true', **args))
+    plain = ['tile', '--root=a', '--out=b']
+    assert data.parse([*plain, '--keep_bad_bands', '--nodata=nan']) == data.parse([*plain, '--keep_bad_bands=true'])
 
 
 def test_an_array_in_a_file_is_named_for_scene_and_labels(tmp_path):
-    scipy_io = pytest.importorskip('scipy.io')
-    scene = np.load(make_scene(tmp_path / 's.npz'))
-    scipy_io.savemat(tmp_path / 's.mat', {'hsi': scene['cube'], 'other': scene['cube'][::-1, ::-1] + 1, 'train': scene['labels'], 'test': scene['labels'][::-1]})
-    data.tile(tile_args(root=f'{tmp_path}/s.mat:hsi', labels=f'{tmp_path}/s.mat:train', out=tmp_path / 'named', tile_size=16))
-    np.savez(tmp_path / 'p.npz', cube=scene['cube'], labels=scene['labels'])
-    data.tile(tile_args(root=tmp_path / 'p.npz', out=tmp_path / 'plain', tile_size=16))
+    scene = np.load(make_scene(tmp_path / 'plain.npz', wavelengths_nm=None))
+    np.savez(tmp_path / 's.npz', hsi=scene['cube'], other=scene['cube'][::-1, ::-1] + 1, train=scene['labels'], test=scene['labels'][::-1])
+    data.tile(tile_args(root=f'{tmp_path}/s.npz:hsi', labels=f'{tmp_path}/s.npz:train', out=tmp_path / 'named', tile_size=16))
+    data.tile(tile_args(root=tmp_path / 'plain.npz', out=tmp_path / 'plain', tile_size=16))
     assert arrays(tmp_path / 'named') == arrays(tmp_path / 'plain')
-    with pytest.raises(UserError, match='s.mat:none'):
-        data.tile(tile_args(root=f'{tmp_path}/s.mat:none', out=tmp_path / 'no', tile_size=16))
+    with pytest.raises(UserError, match='s.npz.*hsi.*other'):
+        data.tile(tile_args(root=f'{tmp_path}/s.npz:none', out=tmp_path / 'no', tile_size=16))
 
 
 @pytest.mark.parametrize('first, second, words', [
@@ -642,7 +661,7 @@ def test_meta_keeps_what_the_file_states(tmp_path):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--root=nowhere'], 'no such file or folder'), (['--root={scene}', '--tile_size=64'], 'smaller tiles'),
+    (['--root=nowhere'], 'nowhere: there is no such file'), (['--root={scene}', '--tile_size=64'], 'smaller tiles'),
     (['--root={scene}', '--bands=200,300'], 'inside its range'), (['--root={scene}', '--bands=red'], 'in nm'),
     (['--root={empty}'], 'expected tr|val|ts'), (['--root={scene},{other}'], 'sensor'), (['--root={scene}', '--labels=a,b'], '--labels names'),
     (['--root={scene}', '--pca=8'], 'choose from 1 to 7'),

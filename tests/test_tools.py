@@ -721,9 +721,9 @@ def test_what_is_drawn_side_by_side_is_what_was_scored(scene_data, tmp_path, mon
     run('segment.py', *TINY, f'--data={scene_data}', '--crop_size=8', '--img_size=8',
         '--pixel=false', f'--out_dir={tmp_path}/run')
     drawn = []
-    monkeypatch.setattr(compare, 'show_classes', lambda axis, classes, names: drawn.append(classes))
+    monkeypatch.setattr(data, 'show_classes', lambda axis, classes, names: drawn.append(classes))
     judged = compare.read_run(f'{tmp_path}/run')
-    compare.save_maps(f'{tmp_path}/maps.png', [judged])
+    compare.compare_maps(f'{tmp_path}/maps.png', [judged])
     labels, maps = drawn[:3], drawn[3:]
     network, tiles = load_segmenter(f'{tmp_path}/run/best.pt'), Tiles(scene_data, 'ts')
 

@@ -21,8 +21,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data import (Tiles, class_colors, class_legend, false_color, plain_errors, predict_tile,
-                  read_json, save_figure, show_classes)
+from data import (Tiles, class_colors, most_labelled, plain_errors, predict_tile, read_json,
+                  save_figure, save_maps)
 from models import load_segmenter
 from scenes import UserError
 
@@ -149,40 +149,22 @@ def save_curves(path, runs):
     save_figure(figure, path)
 
 
-def save_maps(path, runs):
-    """False colour, labels and each run's map of up to three test tiles of their data set"""
+def compare_maps(path, runs):
+    """Labels and each run's map of up to three test tiles of their data set"""
     tiles = Tiles(runs[0].config['data'], 'ts')
-    names = tiles.meta['class_names']
-    labelled = [np.count_nonzero(labels) for labels in tiles.labels[:500]]
-    chosen = np.argsort(-np.array(labelled), kind='stable')[:3]
-    columns = [('test labels', [np.asarray(tiles.labels[i]) for i in chosen])]
+    ids = most_labelled(tiles, 3)
+    columns = [('test labels', [np.asarray(tiles.labels[i]) for i in ids])]
     for run in runs:
         network = load_segmenter(os.path.join(run.path, 'best.pt'))
 
         def predict(raw):
             return network(network.prepare(raw)).softmax(1)
-        maps = [predict_tile(predict, tiles.batch([i])[0], network.window, len(names))
-                for i in chosen]
+        K = network.meta['num_classes']
+        maps = [predict_tile(predict, tiles.batch([i])[0], network.window, K) for i in ids]
         title = textwrap.fill(short_name(run), 18)
         title += f'\nmIoU {100 * run.report["scores"]["miou"]:.1f}'
         columns.append((title, [one.argmax(1)[0].numpy() + 1 for one in maps]))
-
-    side = min(9 / (1 + len(columns)), 2.5)
-    figure = Figure(figsize=(9, (side + 0.1) * len(chosen) + 1.3), layout='constrained')
-    axes = figure.subplots(len(chosen), 1 + len(columns), squeeze=False)
-    axes[0, 0].set_title('false colour', fontsize=9)
-    for axis, i in zip(axes[:, 0], chosen):
-        axis.imshow(false_color(tiles.images[i], tiles.meta), interpolation='nearest')
-        axis.set_ylabel(f'tile {i}, {tiles.meta["tile_size"]} px', fontsize=8)
-    for column, (title, maps) in zip(axes[:, 1:].T, columns):
-        column[0].set_title(title, fontsize=9)
-        for axis, classes in zip(column, maps):
-            show_classes(axis, classes, names)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    drawn = np.concatenate([maps for _, maps in columns])
-    class_legend(figure, names, set(np.unique(drawn).tolist()))
-    save_figure(figure, path)
+    save_maps(path, tiles, ids, columns)
 
 
 if __name__ == '__main__':
@@ -210,5 +192,5 @@ if __name__ == '__main__':
             same_data = [run for run in seeds if run.config['data'] == judged[0].config['data']]
             side_by_side += same_data[:1]
     if side_by_side:
-        save_maps(os.path.join(flags.out_dir, 'comparison.png'), side_by_side)
+        compare_maps(os.path.join(flags.out_dir, 'comparison.png'), side_by_side)
     print(f'pictures: {flags.out_dir}')
