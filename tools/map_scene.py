@@ -43,7 +43,7 @@ def read_flags(argv=None):
     flag('--axes', default='', help=same)
     flag('--nodata', type=float, help=same)
     flag('--drop_bands', default='', help=same)
-    flag('--keep_bad_bands', type=boolean, default=False, help=same)
+    flag('--keep_bad_bands', type=boolean, nargs='?', const=True, default=False, help=same)
     flags = parser.parse_args(argv)
 
     # the files to write must not do harm
