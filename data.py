@@ -414,11 +414,11 @@ def check_fits(path, scene, first):
     facts = {'num_bands': len(scene.cube), 'dtype': scene.cube.dtype.name, 'nodata': scene.nodata,
              'scale': scene.scale, 'wavelengths_nm': scene.wavelengths_nm, 'bands': scene.bands,
              'class_names': scene.class_names, 'fwhm_nm': scene.fwhm_nm,
-             'class_colors': scene.class_colors}
+             'class_colors': scene.class_colors, 'file_bands': scene.file_bands}
     for name, there in (first or facts).items():
         here = facts[name]
         unknown = None in (here, there) and name != 'nodata'
-        if here == there or unknown or name in ('fwhm_nm', 'class_colors'):
+        if here == there or unknown or name in ('fwhm_nm', 'class_colors', 'file_bands'):
             continue
         if name == 'wavelengths_nm' and same_bands(here, there):
             continue
@@ -636,8 +636,8 @@ def lock_directory(directory):
 # ============ tiles in, batches out ============
 
 KEPT_META = ('num_bands', 'num_classes', 'class_names', 'class_counts', 'class_colors',
-             'wavelengths_nm', 'bands', 'nodata', 'scale', 'mean', 'std', 'covariance',
-             'components', 'tile_size', 'dtype', 'settings')
+             'wavelengths_nm', 'bands', 'file_bands', 'nodata', 'scale', 'mean', 'std',
+             'covariance', 'components', 'tile_size', 'dtype', 'settings')
 
 
 def kept_meta(meta):

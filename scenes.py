@@ -57,6 +57,7 @@ class Scene(NamedTuple):
     scale: tuple = None  # (factor, offset), not applied: stored * factor + offset = physical units
     bands: list = None  # numbers (from 0) of the kept bands among the file's; None = all
     notes: tuple = ()  # plain sentences: what was read, how it was understood, what was left out
+    file_bands: int = None  # how many bands the file has, before any was left out
 
 
 class Lazy:
@@ -323,20 +324,23 @@ def find_fillers(sample, low, high):
     """Values that stand for "nothing here" although no one says so -> value -> numbers of bands.
 
     sample: (C, n) values, NaN = missing. low, high: (C,) of all pixels, not only of these. Such a
-    value is the lowest or the highest of its band, far from all others, and there again and again;
-    a value that comes once has to be much farther away, it may be a glint.
+    value is the lowest or the highest of its band, and comes again and again. It is farther from
+    the next value than the others from each other, or the only one below 0. A value that comes
+    once may be a glint: it has to be a thousand times as far off.
     """
     fillers = {}
     for band, values in enumerate(sample):
         values = values[~np.isnan(values)]
+        others = values[(values > low[band]) & (values < high[band])]
+        if others.size < 20:
+            continue
+        bottom, top = np.percentile(others, (1, 99))
+        span = np.ptp(others)
         for value in (low[band], high[band]):
-            rest = values[values != value]
-            if rest.size < 20:
-                continue
-            bottom, top = np.percentile(rest, (1, 99))
-            distance = max(bottom - value, value - top)
-            repeated = values.size - rest.size > max(2, values.size / 10_000)
-            if distance > (3 if repeated else 1000) * (top - bottom) > 0:
+            gap = np.abs(others - value).min()
+            below = value < 0 <= others.min() and gap > 0.05 * span
+            repeated = np.count_nonzero(values == value) >= max(3, values.size / 10_000)
+            if (repeated and (gap > span or below)) or gap > 1000 * (top - bottom) > 0:
                 fillers.setdefault(float(value), []).append(band)
     return fillers
 
@@ -345,6 +349,7 @@ def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
     """Leaves out bands, and says what is missing -> the Scene, (H, W) True where a pixel is
     missing"""
     C, nm = len(scene.cube), scene.wavelengths_nm
+    scene = scene._replace(file_bands=C)
     marked = [] if scene.bands is None else sorted(set(range(C)) - set(scene.bands))
     dropped = numbers_of_bands(drop_bands, C, nm)
     if keep_bad_bands and marked:

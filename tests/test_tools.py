@@ -12,10 +12,11 @@ import torch
 from matplotlib.figure import Figure
 
 import data
+import scenes
 from conftest import MAE_TINY, make_scene, run
 from data import Tiles
 from models import load_segmenter
-from scenes import Scene, envi_geotags, read_scene
+from scenes import Scene, UserError, envi_geotags, read_scene
 from tools import check_data, compare, map_scene
 
 TINY = ['--size=tiny', '--img_size=16', '--patch_size=4', '--whiten=3']
@@ -50,7 +51,7 @@ def tags_of(path, codes=(33550, 33922, 34735)):
 def test_a_map_lies_where_the_scene_lies(mapped):
     done = run('tools/map_scene.py', f'--run={mapped}/run', f'--scene={mapped}/scene.tif',
                f'--out={mapped}/map.tif', f'--probabilities={mapped}/p.tif', pictures=True)
-    assert '45 x 61 pixels' in done.stdout and 'georeference' not in done.stdout
+    assert '45 x 61 pixels' in done.stdout and 'no georeference' not in done.stdout
     assert json.load(open(mapped / 'map.json')) == {'1': 'class 1', '2': 'class 2', '3': 'class 3'}
     assert (mapped / 'map.png').stat().st_size > 5000
     again = read_scene(str(mapped / 'map.tif'))
@@ -71,6 +72,10 @@ UTM_SOUTH = ['UTM', 1, 1, 300000, 8000000, 10, 20, 23, 'South', 'WGS-84', 'units
 DEGREES = ['Geographic Lat/Lon', 1.5, 1.5, 13.1, 52.4, 0.001, 0.002, 'WGS-84', 'units=Degrees']
 
 
+def flags_of(scene, out='map.tif', *more):
+    return map_scene.read_flags([f'--scene={scene}', f'--out={out}', *more])
+
+
 def map_envi(info, folder):
     """a.hdr, a.img with this "map info", and map.tif of it"""
     spectral = pytest.importorskip('spectral')
@@ -79,8 +84,8 @@ def map_envi(info, folder):
                              interleave='bsq')
     meta = {'num_bands': 3, 'num_classes': 2, 'class_names': ['a', 'b'], 'wavelengths_nm': None,
             'nodata': None, 'mean': [30.0] * 3, 'std': [20.0] * 3}
-    map_scene.map_scene(lambda x: torch.full((len(x), 2, 4, 4), 0.5), str(folder / 'a.hdr'), meta,
-                        4, 0.5, str(folder / 'map.tif'))
+    map_scene.map_scene(lambda x: torch.full((len(x), 2, 4, 4), 0.5),
+                        flags_of(folder / 'a.hdr', folder / 'map.tif'), meta, 4)
 
 
 @pytest.mark.parametrize('info, epsg', [(UTM_NORTH, 32632), (UTM_SOUTH, 32723), (DEGREES, 4326)])
@@ -126,30 +131,31 @@ def test_the_picture_of_a_map_reads_few_pixels_of_a_large_scene(tmp_path):
     bands, H, W = 60, 3000, 2500  # 0.9 GB, on disk only
     cube = np.memmap(tmp_path / 'cube', np.int16, 'w+', shape=(bands, H, W))
     scene = Scene(cube, None, None, None, None)
-    step = map_scene.picture_step(scene)
-    classes = np.zeros((H, W), np.uint8)[::step, ::step]
+    classes = np.zeros((H, W), np.uint8)[::5, ::5]
     classes[:, 250:] = 1
+    meta = {'class_names': ['a', 'b'], 'wavelengths_nm': None, 'mean': [0.0] * bands,
+            'std': [1.0] * bands}
     tracemalloc.start()
-    map_scene.save_picture(str(tmp_path / 'map.png'), scene, classes,
-                           {'class_names': ['a', 'b'], 'wavelengths_nm': None})
+    map_scene.save_picture(str(tmp_path / 'map.png'), scene, classes, 5, meta)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 60e6 and (tmp_path / 'map.png').exists()
 
 
-def test_memory_does_not_grow_with_the_height_of_a_scene(tmp_path):
+def test_memory_does_not_grow_with_the_height_of_a_scene(tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes, 'STRIP_BYTES', 1e6)
     meta = {'num_bands': 8, 'num_classes': 2, 'class_names': ['a', 'b'], 'wavelengths_nm': None,
             'nodata': None, 'mean': [0.0] * 8, 'std': [1.0] * 8}
     peaks = []
     for rows in (1500, 15_000):  # the larger one has 15 MB
         np.save(tmp_path / 'scene.npy', np.ones((rows, 64, 8), np.int16))
         tracemalloc.start()
-        map_scene.map_scene(lambda x: x[:, :2], str(tmp_path / 'scene.npy'), meta, 64, 0,
-                            str(tmp_path / 'map.tif'))
+        flags = flags_of(tmp_path / 'scene.npy', tmp_path / 'map.tif', '--overlap=0')
+        map_scene.map_scene(lambda x: x[:, :2], flags, meta, 64)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert read_scene(str(tmp_path / 'map.tif')).cube.shape == (1, 15_000, 64)
-    assert peaks[1] < peaks[0] + 2e6, peaks
+    assert peaks[1] < peaks[0] + 7e6, peaks  # a mask of its pixels does; its values are 31 MB
 
 
 def test_a_picture_of_many_classes_numbers_their_areas_rightly():
@@ -177,8 +183,8 @@ def test_a_map_without_overlap_is_tile_wise_prediction(mapped):
     @torch.no_grad()
     def predict(raw):
         return network(network.prepare(raw)).softmax(1)
-    map_scene.map_scene(predict, str(mapped / 'scene.tif'), network.meta, 16, 0.0,
-                        str(mapped / 'side.tif'))
+    flags = flags_of(mapped / 'scene.tif', mapped / 'side.tif', '--overlap=0')
+    map_scene.map_scene(predict, flags, network.meta, 16)
     got = read_scene(str(mapped / 'side.tif')).cube[0]
     cube = read_scene(str(mapped / 'scene.tif')).cube
     for top, left in ((16, 0), (16, 32), (0, 16)):
@@ -195,8 +201,10 @@ def test_scenes_unlike_the_training_data_work_or_are_refused_in_a_sentence(mappe
     done = run(*base, f'--scene={tmp_path}/fine.npz')
     assert '21 bands are resampled to the 7' in done.stdout
     np.save(tmp_path / 'float.npy', np.random.default_rng(0).normal(0.2, 0.02, (9, 30, 7)))
-    done = run(*base, f'--scene={tmp_path}/float.npy')  # reflectance, where the model knows 0..3000
+    # reflectance, where the model knows 0..3000
+    done = run(*base, f'--scene={tmp_path}/float.npy', check=False)
     assert re.search(r'WARNING: in 7 of 7 bands .* mean is 0\.(2|199)', done.stdout)
+    assert 'every pixel became class' in done.stdout and done.returncode == 1
     np.save(tmp_path / 'five.npy', np.zeros((20, 20, 5), np.int16))
     make_scene(tmp_path / 'swir.npz', wavelengths_nm=np.linspace(2000, 2400, 7))
     before = open(mapped / 'scene.tif', 'rb').read()
@@ -220,21 +228,27 @@ def test_other_units_than_the_training_datas_are_told_and_no_more(tmp_path):
     cube = rng.normal(3000, 900, (5, 40, 50))
     nm = [500.0, 550, 600, 650, 700]
     meta = {'mean': [3000.0] * 5, 'std': [1000.0] * 5, 'num_bands': 5, 'nodata': -1,
-            'wavelengths_nm': nm}
+            'wavelengths_nm': nm, 'dtype': 'float32'}
 
     def warning(cube, **more):
         np.savez(tmp_path / 's.npz', cube=np.moveaxis(cube, 0, 2).astype(np.float32), **more)
-        scene, to_model = map_scene.open_scene(str(tmp_path / 's.npz'), meta)
-        return map_scene.units_warning(scene, to_model, meta)
+        scene = map_scene.open_scene(flags_of(tmp_path / 's.npz'), meta)
+        return map_scene.units_warning(scene, meta)
     assert warning(cube) == warning(0.8 * cube + 500) == ''
     for factor in (10_000, 10, 0.1, 1e-4):
         words = warning(factor * cube)
         assert '5 of 5 bands' in words and f'{3000 * factor:.1g}'[:1] in words
         assert '3000 (deviation 1000)' in words
-    assert '5 of 5 bands' in warning(cube + 8000)
+    assert '5 of 5 bands' in warning(cube + 15_000)
     missing = cube.copy()
-    missing[:, :30] = -1  # says nothing
-    assert warning(missing) == '' and warning(np.full((5, 9, 9), -1.0)) == ''
+    missing[:, :39] = -1  # 50 pixels are left, then 1
+    assert warning(missing) == '' and '5 of 5' in warning(np.where(missing == -1, -1, 0.3))
+    missing[:, :, 1:] = -1
+    assert warning(missing) == ''
+    missing[:, :39] = np.nan
+    assert warning(missing) == ''
+    meadow = 0.1 * (cube - 3000) + 2500  # even ground, and clouds
+    assert warning(meadow) == '' and warning(np.where(np.arange(50) < 3, 9000, cube)) == ''
     one_band = cube.copy()
     one_band[2] *= 100  # a fault of that band, not of the units
     assert warning(one_band) == ''
@@ -253,13 +267,133 @@ def test_a_scene_reaches_the_model_as_the_tiler_brought_it_to_training(flags, tm
     np.savez(path, **fields)
     run('data.py', 'tile', f'--root={path}', f'--out={tmp_path}/tiles', '--tile_size=16', *flags)
     tiles = Tiles(str(tmp_path / 'tiles'), 'tr')
-    scene, to_model = map_scene.open_scene(path, tiles.meta)
+    scene = map_scene.open_scene(flags_of(path), tiles.meta)
     for image, (_, row, col) in zip(tiles.images, tiles.meta['tiles']['tr']):
-        got = to_model(scene.cube[None, :, row:row + 16, col:col + 16])[0]
-        missing = (scene.cube[:, row:row + 16, col:col + 16] == 0).all(0)
+        got = scene.cube[:, row:row + 16, col:col + 16]
+        missing = (fields['cube'][row:row + 16, col:col + 16] == 0).all(2)
         assert np.isnan(got[:, missing]).all() and np.isfinite(got[:, ~missing]).all()
         np.testing.assert_allclose(got[:, ~missing], image[:, ~missing], rtol=1e-4, atol=2e-4)
-    assert map_scene.units_warning(scene, to_model, tiles.meta) == ''
+    assert map_scene.units_warning(scene, tiles.meta) == ''
+
+
+NINE = np.linspace(450, 850, 9)  # nm
+
+
+def meta_of(count, nm=None, **more):
+    """meta of training data of so many bands that are like the scenes of numbered()"""
+    return {'num_bands': count, 'num_classes': 2, 'class_names': ['a', 'b'], 'nodata': None,
+            'wavelengths_nm': nm, 'mean': [50.0] * count, 'std': [30.0] * count,
+            'dtype': 'uint16', **more}
+
+
+def numbered(path, bands=9, **fields):
+    """A scene whose band k (from 0) has the values 10 k + 1 and 10 k + 2"""
+    cube = np.zeros((20, 30, bands), np.uint16) + 10 * np.arange(bands, dtype=np.uint16) + 1
+    cube[::2] += 1
+    cube = fields.pop('change', lambda cube: cube)(cube)
+    np.savez(path, cube=cube, **fields)
+    return path
+
+
+def bands_used(scene, meta, *flags):
+    """Numbers of the bands that reach the model"""
+    cube = map_scene.open_scene(flags_of(scene, 'map.tif', *flags), meta).cube
+    return (np.asarray(cube)[:, 1, 1] // 10).astype(int).tolist()
+
+
+def test_of_a_scene_with_more_bands_those_of_the_model_are_used(tmp_path, capsys):
+    with_nm = numbered(tmp_path / 'nm.npz', wavelengths_nm=NINE)
+    assert bands_used(with_nm, meta_of(4, [850.4, 500, 600, 650])) == [8, 1, 3, 4]
+    assert 'of its 9 bands the 4 of the training data' in capsys.readouterr().out
+    assert bands_used(with_nm, meta_of(9, NINE[::-1].tolist())) == list(range(9))[::-1]
+    capsys.readouterr()
+    assert bands_used(with_nm, meta_of(9, NINE.tolist())) == list(range(9))
+    assert 'of its' not in capsys.readouterr().out
+
+    # by number, where the files have the same bands
+    plain = numbered(tmp_path / 'plain.npz')
+    left_out = meta_of(7, None, bands=[0, 1, 2, 4, 5, 6, 8], file_bands=9)
+    assert bands_used(plain, left_out) == [0, 1, 2, 4, 5, 6, 8]
+    assert bands_used(plain, left_out, '--drop_bands=4') == [0, 1, 2, 4, 5, 6, 8]
+    assert bands_used(plain, meta_of(6), '--drop_bands=1,2,9') == [2, 3, 4, 5, 6, 7]
+    with pytest.raises(UserError, match='needs band 9, left out here'):
+        bands_used(plain, left_out, '--drop_bands=9')
+    with pytest.raises(UserError, match='has 9 bands, the model was trained on 7'):
+        bands_used(plain, left_out | {'file_bands': 10})  # which has lost another band?
+    resampled = meta_of(6, None, settings={'bands': 'landsat'})
+    with pytest.raises(UserError, match='states no wavelengths'):
+        bands_used(numbered(tmp_path / 'six.npz', 6), resampled)
+
+
+def test_a_band_without_data_that_the_model_needs_is_refused(tmp_path):
+    def without_band_4(cube):
+        cube = cube.astype(np.float32)
+        cube[..., 3] = np.nan
+        return cube
+    with_nm = numbered(tmp_path / 'nm.npz', wavelengths_nm=NINE, change=without_band_4)
+    with pytest.raises(UserError, match='no band with data near 600 nm'):
+        bands_used(with_nm, meta_of(9, NINE.tolist()))
+    assert bands_used(with_nm, meta_of(3, [500, 550, 650])) == [1, 2, 4]
+    plain = numbered(tmp_path / 'plain.npz', change=without_band_4)
+    with pytest.raises(UserError, match='needs band 4'):
+        bands_used(plain, meta_of(9))
+
+
+def test_flags_say_what_the_file_does_not(tmp_path):
+    cube = np.load(numbered(tmp_path / 's.npz'))['cube']
+    cube[5, 7] = 9999
+    np.savez(tmp_path / 'two.npz', other=cube[:5], image=np.moveaxis(cube, 2, 1))
+    scene = map_scene.open_scene(flags_of(f'{tmp_path}/two.npz:image', 'map.tif', '--axes=hcw',
+                                          '--nodata=9999', '--drop_bands=2-3'), meta_of(7))
+    got = np.asarray(scene.cube)
+    assert got.shape == (7, 20, 30) and got[1, 1, 1] == 31
+    assert np.isnan(got[:, 5, 7]).all() and np.isnan(got).sum() == 7
+    with pytest.raises(UserError, match='names of their own'):
+        flags_of(f'{tmp_path}/a.tif', f'{tmp_path}/a.tif')
+
+
+@pytest.mark.parametrize('own, factor, shift', [((1e-4, 0), 1, 0), ((1.0, 0), 1e4, 0),
+                                                ((1e-4, -0.1), 1, -1000), (None, 1, 0)])
+def test_a_scene_in_other_stated_units_is_converted(own, factor, shift, monkeypatch, capsys):
+    values = np.random.default_rng(0).normal(3000, 900, (5, 30, 40)).astype(np.float32)
+    stored = Scene((values - shift) / factor, None, None, None, None, scale=own)
+    monkeypatch.setattr(map_scene, 'read_scene', lambda *args: stored)
+    meta = meta_of(5, scale=[1e-4, 0], mean=[3000.0] * 5, std=[900.0] * 5)
+    scene = map_scene.open_scene(flags_of('s.tif'), meta)
+    np.testing.assert_allclose(scene.cube, values, rtol=1e-5)
+    said = 'both state their scale' in capsys.readouterr().out
+    assert said == ((factor, shift) != (1, 0))
+    assert map_scene.units_warning(scene, meta) == ''
+    far = scene._replace(cube=scene.cube / 1e4)
+    one_states = 'Only the training data state a scale: 0.0001' in map_scene.units_warning(far, meta)
+    assert one_states == (own is None)
+
+
+def test_a_rotated_place_is_kept(tmp_path):
+    turned = (34264, 12, 16, (28.2, -10.3, 0, 35e4, -10.3, -28.2, 0, 58e5, *[0.0] * 7, 1.0))
+    scene = np.random.default_rng(0).integers(1, 99, (20, 30, 3)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / 's.tif', scene, planarconfig='contig', photometric='minisblack',
+                     extratags=[(*turned, True)])
+    map_scene.map_scene(lambda x: x[:, :2], flags_of(tmp_path / 's.tif', tmp_path / 'm.tif'),
+                        meta_of(3), 16)
+    assert tags_of(tmp_path / 'm.tif', (34264,))[34264] == turned[3]
+
+
+def test_one_class_everywhere_is_said(tmp_path, capsys):
+    def class_2(x):
+        return torch.tensor([0.1, 0.9])[:, None, None].expand(len(x), 2, 16, 16)
+
+    def both(x):
+        return torch.stack([torch.eye(16), 1 - torch.eye(16)]).repeat(len(x), 1, 1, 1)
+    scene = numbered(tmp_path / 's.npz')
+    flags = flags_of(scene, tmp_path / 'm.tif')
+    like_training = meta_of(9, mean=(10 * np.arange(9) + 1.5).tolist(), std=[0.5] * 9)
+    assert map_scene.map_scene(class_2, flags, like_training, 16)
+    assert 'every pixel became class 2, b' in capsys.readouterr().out
+    assert not map_scene.map_scene(class_2, flags, meta_of(9, mean=[9e5] * 9), 16)  # other units
+    capsys.readouterr()
+    assert map_scene.map_scene(both, flags, meta_of(9, mean=[9e5] * 9), 16)
+    assert 'every pixel' not in capsys.readouterr().out
 
 
 def test_a_run_on_normalized_and_resampled_tiles_maps_the_raw_scene(tmp_path):
@@ -321,9 +455,13 @@ def test_check_finds_labels_shared_by_two_splits(scene_data, tmp_path):
 
 def test_check_of_healthy_data_in_a_read_only_directory_succeeds(scene_data, tmp_path):
     shutil.copytree(scene_data, tmp_path / 'out')
+    os.remove(tmp_path / 'out' / 'floors.json')
     os.makedirs(tmp_path / 'out' / 'check.png.tmp')
+    os.makedirs(tmp_path / 'out' / 'floors.json.tmp')
     done = run('tools/check_data.py', f'--data={tmp_path}/out')
     assert 'nothing wrong found' in done.stdout and 'no picture' in done.stdout
+    assert 'floors.json cannot be written there' in done.stdout and 'window' in done.stdout
+    assert 'with blocks the splits share the image' in done.stdout
 
 
 def test_check_names_every_fault(scene_data, tmp_path):
@@ -340,16 +478,129 @@ def test_check_names_every_fault(scene_data, tmp_path):
         images[:, 4] = images[:, 4] // 1000
     change_tiles(folder, 'tr_labels.npy', without_class_2)
     change_tiles(folder, 'val_labels.npy', with_label_9)
-    change_tiles(folder, 'tr_images.npy', quantised)
+    for split in data.SPLITS:
+        change_tiles(folder, f'{split}_images.npy', quantised)
     meta = json.load(open(folder / 'meta.json'))
     meta['std'][2] = 0
     tiles = {split: Tiles(str(folder), split) for split in data.SPLITS}
-    faults = check_data.find_faults(check_data.read_facts(tiles), meta)
+    facts = check_data.read_facts(tiles)
+    faults = [*check_data.faults_of_tiles(facts, meta), *check_data.faults_of_values(facts, meta),
+              *check_data.faults_of_labels(facts, meta, tiles['tr'].labels)]
     for words in ('class 2 (class 2) has labels but none in tr',
                   'val: label values above 3 (up to 9)',
-                  '1 bands have one value only (counted from 1: [3])', 'quantised'):
+                  'band 3: one value only', 'quantised', 'band 5: mean or std in meta.json'):
         assert sum(words in fault for fault in faults) == 1, faults
-    assert len(faults) == 4
+    assert len(faults) == 5
+
+
+STRIPES = (np.arange(40)[:, None] // 5 + np.arange(48) // 6) % 3 + 1  # labels of make_scene()
+
+
+def say(tmp_path, flags=(), **fields):
+    """What the doctor says of the tiles of a scene with these fields"""
+    folder = tmp_path / str(len(os.listdir(tmp_path)))
+    path = make_scene(f'{folder}.npz', **fields)
+    run('data.py', 'tile', f'--root={path}', f'--out={folder}', '--tile_size=16', *flags)
+    return faults_of(folder)
+
+
+def faults_of(folder):
+    done = run('tools/check_data.py', f'--data={folder}', check=False)
+    assert 'Traceback' not in done.stderr
+    start = f'{folder}: '
+    faults = [line[len(start):] for line in done.stderr.splitlines() if line.startswith(start)]
+    assert (done.returncode == 0) == ('nothing wrong found' in done.stdout) == (not faults)
+    return '\n'.join(faults)
+
+
+def spectra(dtype=np.float32, low=500):
+    rng = np.random.default_rng(0)
+    cube = rng.uniform(low, 3000, (4, 7))[STRIPES] + rng.normal(0, 100, (40, 48, 7))
+    return cube.astype(dtype)
+
+
+@pytest.mark.parametrize('value, pixels', [(1e20, 300), (-9999, 300), (1e20, 1), (-1e30, 1)])
+def test_check_finds_fillers_that_nobody_declared(value, pixels, tmp_path):
+    cube = spectra()
+    cube.reshape(-1, 7)[:pixels, :3] = value
+    said = say(tmp_path, cube=cube)
+    assert f'bands 1-3: values far outside the rest ({value:g})' in said
+    assert f'--nodata={value:g}' in said and '\n' not in said
+    if pixels > 1:
+        assert say(tmp_path, [f'--nodata={value:g}'], cube=cube).count('far outside') == 0
+
+
+def test_check_finds_a_black_border_and_nothing_in_sound_data(tmp_path):
+    cube = spectra(np.uint16)
+    cube[:, 24:27] = 4095  # saturated: no filler
+    cube[3, 3] = 9000  # a glint
+    assert say(tmp_path, cube=cube) == ''
+    assert say(tmp_path, cube=spectra() - 1500) == ''  # both sides of 0
+    cube = spectra(np.uint16)
+    cube[:, :5] = 0
+    said = say(tmp_path, cube=cube)
+    assert '--nodata=0' in said and '\n' not in said
+    assert say(tmp_path, cube=cube, nodata=0) == ''
+
+
+def test_check_finds_pixels_missing_in_some_bands(tmp_path):
+    cube = spectra()
+    cube[10:20, 10:20, 4] = np.nan
+    said = say(tmp_path, cube=cube)
+    assert re.search(r'\d\.\d % of the pixels are missing in some bands only, most in band 5', said)
+    cube[10:20, 10:20] = np.nan
+    assert say(tmp_path, cube=cube) == ''
+    cube = spectra(np.uint8, 0) * (spectra() > 900)  # zeros in some bands of 8 bits are values
+    assert 'missing' not in say(tmp_path, cube=cube.astype(np.uint8), nodata=0)
+
+
+def test_check_finds_labels_on_missing_pixels_and_old_statistics(scene_data, tmp_path):
+    folder = tmp_path / 'tiles'
+    shutil.copytree(scene_data, folder)
+
+    def lose_pixels(images):
+        images[:, :, :4] = 7
+    change_tiles(folder, 'tr_images.npy', lose_pixels)
+    meta = json.load(open(folder / 'meta.json'))
+    json.dump({**meta, 'nodata': 7, 'std': [900, *meta['std'][1:-1], 9e4]},
+              open(folder / 'meta.json', 'w'))
+    lost = np.count_nonzero(np.load(folder / 'tr_labels.npy')[:, :4])
+    said = faults_of(folder)
+    assert f'tr: {lost} labels lie on missing pixels' in said
+    assert 'band 7: mean or std in meta.json' in said and 'ts:' not in said
+
+
+def test_check_finds_labels_that_are_no_classes(scene_data, tmp_path):
+    hill = np.add.outer(np.arange(64), np.arange(48)) % 90 + 1
+    noisy = hill + np.random.default_rng(0).integers(0, 4, hill.shape)
+    fields = np.random.default_rng(0).permutation(96) + 1  # 96 crops in fields of 4 x 8 px
+    fields = fields.reshape(16, 6).repeat(4, 0).repeat(8, 1)
+    for labels, measured in ((hill, True), (noisy, True), (hill % 9, False), (fields, False)):
+        assert check_data.are_measured(labels[None].astype(np.uint8)) == measured
+    folder = tmp_path / 'tiles'
+    shutil.copytree(scene_data, folder)
+    tiles = np.load(folder / 'tr_labels.npy')
+    np.save(folder / 'tr_labels.npy', tiles * 0 + hill[:16, :16].astype(np.uint8))
+    assert 'look like heights' in faults_of(folder)
+    assert 'one class only' in say(tmp_path, labels=(STRIPES > 1).astype(np.uint8))
+    assert 'only 3 of 30 classes' in say(tmp_path, labels=(10 * STRIPES).astype(np.uint8))
+    names = [f'crop {k}' for k in range(30)]
+    assert say(tmp_path, class_names=names) == ''  # an area where most of them do not grow
+
+
+def test_check_finds_tables_odd_tiles_and_other_units(tmp_path):
+    cube = spectra()
+    table = cube.reshape(-1, 7).T[:, :, None].repeat(3, 0)[:16]
+    assert 'one band of 16 x 1920 px looks like a table' in say(tmp_path, cube=table, labels=None,
+                                                               wavelengths_nm=None)
+    assert 'no usual patch divides tiles of 15 px' in say(tmp_path, ['--tile_size=15'])
+    for name, factor in (('a', 1), ('b', 1e-4), ('c', 0.05)):
+        np.savez(tmp_path / f'{name}.npz', cube=factor * cube, labels=STRIPES.astype(np.uint8))
+    for second, words in (('b', 'if their units differ'), ('c', '')):
+        roots = f'{tmp_path}/a.npz,{tmp_path}/{second}.npz'
+        run('data.py', 'tile', f'--root={roots}', f'--out={tmp_path}/{second}', '--tile_size=16')
+        said = faults_of(f'{tmp_path}/{second}')
+        assert words in said and bool(words) == bool(said)
 
 
 def test_the_doctors_spectra_are_those_of_the_classes(scene_data):

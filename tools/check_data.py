@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import sys
-import textwrap
 from typing import NamedTuple
 
 import numpy as np
@@ -20,15 +19,20 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import (SPLITS, Tiles, class_colors, class_legend, false_color, floors, plain_errors,
                   print_scores, read_meta, save_figure, show_classes)
-from scenes import one_line, valid_pixels
+from scenes import find_fillers, name_bands, one_line, valid_pixels
+
+SAMPLE_PIXELS = 50_000  # drawn from all tiles: what is said about values comes from these
 
 
 class Facts(NamedTuple):
     counts: dict  # split -> (256,) pixels of each label
+    unseen: dict  # split -> labels on missing pixels
     sums: np.ndarray  # (3, K + 1, C) of tr, by label: pixels, their values, values squared
-    grey_levels: list  # (C,) different values of each band in the first tiles
-    same_within: int  # tiles that repeat one of their own split
-    same_across: int  # tiles that repeat one of another split
+    extremes: np.ndarray  # (2, C) the lowest and the highest value of each band
+    sample: np.ndarray  # (C, n) float64, pixels drawn from all tiles; NaN = no value
+    sample_scene: np.ndarray  # (n,) the numbers of their scenes
+    grey_levels: np.ndarray  # (C,) different values in the sample
+    same_images: int  # tiles that repeat one of another split
     shared_labels: int  # pixels labelled in both
 
 
@@ -36,128 +40,224 @@ def read_facts(tiles):
     """tiles: dict split -> Tiles. Looks at every tile once."""
     meta = tiles['tr'].meta
     counts = {split: np.zeros(256, np.int64) for split in tiles}
+    unseen = dict.fromkeys(tiles, 0)
     sums = np.zeros((3, meta['num_classes'] + 1, meta['num_bands']))
+    lowest = np.full(meta['num_bands'], np.inf)
+    highest = -lowest
+    rng = np.random.default_rng(0)
+    per_tile = math.ceil(SAMPLE_PIXELS / sum(map(len, tiles.values())))
+    sample, sample_scene = [], []
     first_seen = {}  # fingerprint of an image -> split and labels of the first tile that has it
-    same_within = same_across = shared_labels = 0
+    same_images = shared_labels = 0
     for split in tiles:
         for i in tqdm(range(len(tiles[split])), desc=f'reading {split}', leave=False):
             image = np.asarray(tiles[split].images[i])
             labels = np.zeros(image.shape[1:], np.uint8)
             if tiles[split].labels is not None:
                 labels = np.asarray(tiles[split].labels[i])
+            valid = valid_pixels(image, meta['nodata'])
             counts[split] += np.bincount(labels.ravel(), minlength=256)
+            unseen[split] += np.count_nonzero(labels[~valid])
 
-            # is there another tile of the same image?
+            # is it in another split too?
             fingerprint = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
             first_split, first_labels = first_seen.setdefault(fingerprint, (split, labels))
-            if first_split != split:
-                same_across += 1
-                shared_labels += int(((labels > 0) & (first_labels > 0)).sum())
-            elif first_labels is not labels:
-                same_within += 1
+            if first_split != split and image.min() != image.max():
+                same_images += 1
+                shared_labels += np.count_nonzero((labels > 0) & (first_labels > 0))
+
+            # the extremes of its values, and pixels for the sample
+            if valid.any():
+                lowest = np.minimum(lowest, image[:, valid].min(1))
+                highest = np.maximum(highest, image[:, valid].max(1))
+            if first_labels is labels:  # an image that is new
+                drawn = rng.permutation(valid.size)[:per_tile]
+                drawn = image.reshape(len(image), -1)[:, drawn]
+                gone = ~np.isfinite(drawn) | (drawn == meta['nodata'])
+                gone &= ~valid_pixels(drawn, meta['nodata'], 0)
+                sample.append(np.where(gone, np.nan, drawn))
+                sample_scene += [meta['tiles'][split][i][0]] * drawn.shape[1]
 
             # the spectra of the classes
             if split == 'tr':
-                valid = valid_pixels(image, meta['nodata'])
                 for k in np.unique(labels[valid]):
                     if k <= meta['num_classes']:
                         x = image[:, valid & (labels == k)].astype(np.float64)  # (C, n)
                         sums[:, k] += [np.full(len(x), x.shape[1]), x.sum(1), (x ** 2).sum(1)]
-    first_tiles = tiles['tr'].images[:16]
-    grey_levels = [len(np.unique(first_tiles[:, band])) for band in range(meta['num_bands'])]
-    return Facts(counts, sums, grey_levels, same_within, same_across, shared_labels)
+    sample = np.concatenate(sample, 1)
+    grey_levels = [len(np.unique(values[~np.isnan(values)])) for values in sample]
+    return Facts(counts, unseen, sums, np.stack([lowest, highest]), sample, np.array(sample_scene),
+                 np.array(grey_levels), same_images, shared_labels)
 
 
 def print_facts(facts, meta, directory):
     number_of_tiles = {split: len(meta['tiles'][split]) for split in facts.counts}
+    patches = [str(side) for side in range(1, 33) if meta['tile_size'] % side == 0]
     print(f'{directory}: {meta["num_bands"]} bands of {meta["dtype"]}, tiles of '
-          f'{meta["tile_size"]} px; split: {meta["split"]}')
-    print(f'tiles {number_of_tiles}; nodata {100 * meta["nodata_share"]:.1f} % of the pixels')
-    print(f'effective grey levels per band (first tiles): {min(facts.grey_levels)} to '
-          f'{max(facts.grey_levels)}')
-    print(f'identical tiles within a split {facts.same_within}, across splits {facts.same_across}')
+          f'{meta["tile_size"]} px; patches of {", ".join(patches)} px divide them')
+    print(f'tiles {number_of_tiles}; split: {meta["split"]}')
+    print(f'{100 * meta["nodata_share"]:.1f} % of the pixels are missing; different values of a '
+          f'band in a sample: {min(facts.grey_levels)} to {max(facts.grey_levels)}')
+    by_design = ', as is meant: with blocks the splits share the image, each has its own labels'
+    print(f'{facts.same_images} tiles have the image of a tile of another split'
+          f'{by_design if meta["split"].startswith("blocks") else ""}')
     print(f'{"class":28s}' + ''.join(f'{split:>12s}' for split in facts.counts))
     for k, name in enumerate(meta['class_names'], 1):
         pixels = ''.join(f'{count[k]:12d}' for count in facts.counts.values())
         print(f'{k:3d} {name[:24]:24s}{pixels}')
 
 
-def find_faults(facts, meta):
-    """-> a sentence for each fault: what, and what to do"""
-    faults = []
+# ============ faults: each a sentence, what and what to do ============
+
+def faults_of_tiles(facts, meta):
+    size = meta['tile_size']
+    if size % 2:
+        yield (f'no usual patch divides tiles of {size} px: tile with '
+               f'--tile_size={max(size // 8 * 8, 8)}')
+    if facts.shared_labels:
+        yield (f'{facts.shared_labels} pixels are labelled in two splits (identical tiles): '
+               'remove the duplicates from tr')
+    places = np.concatenate([meta['tiles'][split] for split in facts.counts])
+    sides = places[:, 1:].max(0) + size
+    if meta['num_bands'] == 1 and sides.max() > 8 * sides.min():
+        yield (f'one band of {sides[0]} x {sides[1]} px looks like a table of bands x pixels: give '
+               'the image as rows x columns x bands')
+
+
+def faults_of_labels(facts, meta, labels):
+    """labels: (N, S, S) of tr, or None"""
     K = meta['num_classes']
-    for k, name in enumerate(meta['class_names'], 1):
-        if facts.counts['tr'][k] == 0 and any(count[k] for count in facts.counts.values()):
-            faults.append(f'class {k} ({name}) has labels but none in tr: tile with another --seed '
-                          'or a smaller --split_block')
+    pixels = sum(facts.counts.values())  # (256,)
+    used = np.flatnonzero(pixels[1:]) + 1
     for split, count in facts.counts.items():
         if count[K + 1:].any():
-            faults.append(f'{split}: label values above {K} (up to {np.flatnonzero(count)[-1]}): '
-                          'repair the labels and tile again')
-    flat = [band for band, std in enumerate(meta['std'], 1) if not std > 0]
-    if flat:
-        faults.append(f'{len(flat)} bands have one value only (counted from 1: {flat[:8]}): leave '
-                      'them out of the scene')
-    if min(facts.grey_levels) < 16:
-        faults.append(f'a band has only {min(facts.grey_levels)} grey levels: the scene was '
-                      'quantised; use the sensor\'s own values')
-    if facts.shared_labels:
-        faults.append(f'{facts.shared_labels} pixels are labelled in two splits (identical tiles): '
-                      'remove the duplicates from tr')
-    return faults
+            yield (f'{split}: label values above {K} (up to {np.flatnonzero(count)[-1]}): '
+                   'repair the labels and tile again')
+        if facts.unseen[split]:
+            yield (f'{split}: {facts.unseen[split]} labels lie on missing pixels: tile again, then '
+                   'they become 0')
+    for k in used[used <= K]:
+        if facts.counts['tr'][k] == 0:
+            yield (f'class {k} ({meta["class_names"][k - 1]}) has labels but none in tr: tile with '
+                   'another --seed or a smaller --split_block')
+    if len(used) == 1:
+        yield (f'all labels are {used[0]}, one class only: 0 means unlabelled here, so give the '
+               'background a number of its own')
+    elif 0 < 2 * len(used) < K and meta['class_names'][0] == 'class 1':
+        yield f'only {len(used)} of {K} classes have labels: number the classes 1, 2, ...'
+    if labels is not None and are_measured(labels):
+        yield (f'{len(used)} label values, neighbours often 1 or 2 apart, look like heights or '
+               'another measured quantity: give class numbers')
+
+
+def are_measured(labels):
+    """Are labels (N, S, S) no classes? Then there are many values, and a neighbour that has
+    another value has nearly the same."""
+    if len(np.unique(labels)) <= 20:
+        return False
+    here = labels[..., :-1].astype(int)
+    right = labels[..., 1:].astype(int)
+    both = (here > 0) & (right > 0)
+    here, right = here[both], right[both]
+    other = here != right
+    step = np.abs(here - right)[other].mean()
+    elsewhere = np.random.default_rng(0).permutation(here)
+    return other.mean() > 0.2 and step < 0.25 * np.abs(here - elsewhere).mean()
+
+
+def faults_of_values(facts, meta):
+    flat = np.flatnonzero(~(np.array(meta['std']) > 0))
+    if len(flat):
+        yield f'{in_file(flat, meta)}: one value only: --drop_bands leaves bands out'
+    coarse = np.setdiff1d(np.flatnonzero(facts.grey_levels < 16), flat)
+    if len(coarse):
+        yield (f'{in_file(coarse, meta)}: fewer than 16 different values: use the sensor\'s own '
+               'values if the scene was quantised, else --drop_bands leaves bands out')
+    gone = np.isnan(facts.sample)
+    lost = gone.any(0) & ~gone.all(0)
+    if lost.mean() > 0.01:
+        worst = gone[:, lost].sum(1).argmax()
+        yield (f'{100 * lost.mean():.1f} % of the pixels are missing in some bands only, most in '
+               f'{in_file([worst], meta)}: --drop_bands leaves bands out')
+
+    # values that may stand for "missing"
+    valid = facts.sample[:, ~gone.any(0)]
+    fillers = find_fillers(facts.sample, *facts.extremes)
+    for value, bands in fillers.items():
+        yield (f'{in_file(bands, meta)}: values far outside the rest ({value:g}): if they mean "no '
+               f'data", tile with --nodata={value:g}')
+    black = (valid == 0).all(0).mean() if valid.size else 0
+    if black > 0.01 and 0 not in fillers:
+        yield 'pixels that are 0 in all bands: if this means "no data", tile with --nodata=0'
+    if not fillers:
+        yield from other_units(facts, meta)
+
+    # of tiles that an older tiler or another program has made
+    n, total, squares = facts.sums.sum(1)
+    mean = total / n.clip(1)
+    std = np.sqrt((squares / n.clip(1) - mean ** 2).clip(0))
+    stated = np.array(meta['std'])
+    off = np.abs(mean - meta['mean']) > 0.5 * stated
+    off |= (std > 2 * stated) | (std < stated / 2)
+    off[flat] = False
+    if off.any():
+        yield (f'{in_file(np.flatnonzero(off), meta)}: mean or std in meta.json are not those of '
+               'the tiles: tile again')
+
+
+def in_file(bands, meta):
+    """'bands 3, 5-9' for numbers of bands in the tiles: as the scene's file counts them"""
+    numbers = meta.get('bands') or range(meta['num_bands'])
+    return name_bands([numbers[band] for band in bands], None)
+
+
+def other_units(facts, meta):
+    """Scenes whose values differ by a factor that no ground explains: snow is some 30 times as
+    bright as water"""
+    valid = ~np.isnan(facts.sample).any(0)
+    scenes = np.unique(facts.sample_scene[valid])
+    levels = []
+    for scene in scenes:
+        x = facts.sample[:, valid & (facts.sample_scene == scene)]
+        levels.append(np.sqrt(np.square(x).mean()))
+    if max(levels, default=0) > 80 * min(levels, default=0):
+        dark, bright = np.argmin(levels), np.argmax(levels)
+        yield (f'{meta["scenes"][scenes[bright]]} has values of about {levels[bright]:.2g}, '
+               f'{meta["scenes"][scenes[dark]]} of about {levels[dark]:.2g}: if their units '
+               'differ, tile with --normalize=scene')
 
 
 # ============ the picture ============
 
 def save_picture(path, train, sums):
-    """A training tile of many classes and its labels; below, the spectrum of each class"""
+    """A training tile of many classes, its labels, and the mean spectrum of each class"""
     meta, names = train.meta, train.meta['class_names']
-    classes = [k for k in range(1, len(names) + 1) if sums[0, k, 0] > 1]
-    rows = math.ceil(max(len(classes), 1) / 6)
-    heights = (3 + 0.2 * math.ceil(len(names) / 4), 0.5 + 1.2 * rows)
-    figure = Figure(figsize=(9, sum(heights)), layout='constrained')
-    above, below = figure.subfigures(2, 1, height_ratios=heights)
-    draw_spectra(below, rows, classes or [0], sums, meta)  # without labels: of all pixels
-
+    figure = Figure(figsize=(9, 7), layout='constrained')
+    axes = figure.subplot_mosaic([['image', 'labels'], ['spectra', 'spectra']])
     chosen = 0
     if train.labels is not None:
         richness = [len(np.unique(x)) + (x > 0).mean() for x in train.labels[:500]]
         chosen = int(np.argmax(richness))
-    left, right = above.subplots(1, 2)
-    left.imshow(false_color(train.images[chosen], meta), interpolation='nearest')
-    left.set_title(f'tile {chosen} of tr, {meta["tile_size"]} px, false colour', fontsize=9)
-    left.set(xticks=[], yticks=[])
-    if train.labels is None:
-        right.axis('off')
-    else:
-        show_classes(right, np.asarray(train.labels[chosen]), names)
-        right.set_title('its labels', fontsize=9)
-        right.set(xticks=[], yticks=[])
-        class_legend(above, names, set(range(len(names) + 1)))
-    save_figure(figure, path)
+        show_classes(axes['labels'], np.asarray(train.labels[chosen]), names)
+        class_legend(figure, names, set(range(len(names) + 1)))
+    axes['labels'].set_title('its labels', fontsize=9)
+    image = false_color(train.images[chosen], meta)
+    axes['image'].imshow(image, interpolation='nearest')
+    axes['image'].set_title(f'tile {chosen} of tr, false colour', fontsize=9)
+    for name in ('image', 'labels'):
+        axes[name].set(xticks=[], yticks=[])
 
-
-def draw_spectra(figure, rows, classes, sums, meta):
-    """Mean spectrum and deviation of each class, the means of the others in gray"""
+    # without labels the spectrum of all pixels
     nm = np.array(meta['wavelengths_nm'] or range(1, meta['num_bands'] + 1), float)
     order = np.argsort(nm)
-    nm = nm[order]
-    count, total, squares = sums[:, :, order]
-    mean = total / count.clip(1)
-    std = np.sqrt((squares / count.clip(1) - mean ** 2).clip(0))
-    colors = class_colors(meta['class_names']) / 255
-    axes = figure.subplots(rows, min(len(classes), 6), sharex=True, sharey=True, squeeze=False)
-    for axis in axes.flat[len(classes):]:
-        axis.axis('off')
-    for axis, k in zip(axes.flat, classes):
-        axis.plot(nm, mean[classes].T, color='0.8', linewidth=0.5, zorder=0)
-        axis.fill_between(nm, mean[k] - std[k], mean[k] + std[k], color=colors[k], alpha=0.6)
-        axis.plot(nm, mean[k], color='black', linewidth=1)
-        title = f'{k} {meta["class_names"][k - 1]}' if k else 'all pixels'
-        axis.set_title(textwrap.fill(title, 22), fontsize=7)
-        axis.tick_params(labelsize=7)
-    figure.supxlabel('wavelength, nm' if meta['wavelengths_nm'] else 'band', fontsize=8)
-    figure.supylabel('stored value, mean ± std', fontsize=8)
+    colors = class_colors(names) / 255
+    pixels, total, _ = sums[:, :, order]  # (K + 1, C)
+    for k in range(0 if train.labels is None else 1, len(names) + 1):
+        if pixels[k, 0]:
+            axes['spectra'].plot(nm[order], total[k] / pixels[k], color=colors[k])
+    axes['spectra'].set_xlabel('wavelength, nm' if meta['wavelengths_nm'] else 'band', fontsize=8)
+    axes['spectra'].set_ylabel('stored value, mean of each class', fontsize=8)
+    save_figure(figure, path)
 
 
 if __name__ == '__main__':
@@ -171,7 +271,8 @@ if __name__ == '__main__':
 
     facts = read_facts(tiles)
     print_facts(facts, meta, directory)
-    faults = find_faults(facts, meta)
+    faults = [*faults_of_tiles(facts, meta), *faults_of_labels(facts, meta, tiles['tr'].labels),
+              *faults_of_values(facts, meta)]
     for fault in faults:
         print(f'{directory}: {fault}', file=sys.stderr)
     if not faults:
@@ -179,14 +280,17 @@ if __name__ == '__main__':
 
     # what a network must beat on the last split that is there
     last = list(tiles)[-1]
-    if last != 'tr' and facts.counts['tr'][1:].any() and facts.counts[last][1:].any():
+    labelled = [facts.counts[split][1:].sum() > facts.unseen[split] for split in ('tr', last)]
+    if last != 'tr' and all(labelled):
         print(f'\nfloors on {last} (%): what a network must beat')
         print_scores(floors(directory, last))
+        if not os.path.exists(os.path.join(directory, 'floors.json')):
+            print('floors.json cannot be written there: every script computes the floors anew')
 
     path = os.path.join(directory, 'check.png')
     try:
         save_picture(path, tiles['tr'], facts.sums)
         print(f'picture: {path}')
-    except OSError as error:
-        print(f'no picture: {path} cannot be written ({one_line(error)})')
+    except Exception as error:  # all that matters has been said
+        print(f'no picture: {path} could not be made ({one_line(error)})')
     sys.exit(1 if faults else 0)

@@ -22,134 +22,192 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data import (add_statistics, class_colors, class_legend, false_color_bands, plain_errors,
-                  save_figure, show_classes, sliding_window, write_json)
+from data import (boolean, class_colors, class_legend, false_color, plain_errors, save_figure,
+                  show_classes, sliding_window, write_json)
 from models import load_segmenter, native_bfloat16
-from scenes import (UserError, band_matrix, parse_bands, read_scene, same_bands,
-                    valid_pixels)
+from scenes import (UserError, band_matrix, mix_bands, name_bands, normalized, parse_bands,
+                    read_scene, same_bands, split_name, strips, valid_pixels, when_read)
 
 
-def read_flags():
+def read_flags(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--run', default='runs/segment', help='the run directory: its best.pt maps')
-    parser.add_argument('--scene', required=True, help='scene file of any size')
-    parser.add_argument('--out', default='map.tif', help='GeoTIFF of class numbers to write')
-    parser.add_argument('--probabilities', default='', help='GeoTIFF of probabilities to write')
-    parser.add_argument('--overlap', type=float, default=0.5,
-                        help='of the windows that are blended, as a share of their side')
-    return parser.parse_args()
+    flag = parser.add_argument
+    flag('--run', default='runs/segment', help='the run directory: its best.pt maps')
+    flag('--scene', required=True, help='scene file of any size')
+    flag('--out', default='map.tif', help='GeoTIFF of class numbers to write')
+    flag('--probabilities', default='', help='GeoTIFF of probabilities to write')
+    flag('--overlap', type=float, default=0.5,
+         help='of the windows that are blended, as a share of their side')
+    same = 'as python data.py tile has it'
+    flag('--axes', default='', help=same)
+    flag('--nodata', type=float, help=same)
+    flag('--drop_bands', default='', help=same)
+    flag('--keep_bad_bands', type=boolean, nargs='?', const=True, default=False, help=same)
+    flags = parser.parse_args(argv)
 
-
-def check_names(scene, out, probabilities):
-    """The names of the files to write must not do harm"""
-    names = [name for name in (scene, out, probabilities) if name]
-    for name in names[1:]:
+    # the files to write must not do harm
+    if not 0 <= flags.overlap < 1:
+        raise UserError(f'--overlap={flags.overlap}: choose a share from 0 to below 1')
+    names = [split_name(flags.scene)[0], flags.out, flags.probabilities]
+    for name in filter(None, names[1:]):
         if not name.lower().endswith(('.tif', '.tiff')):
             raise UserError(f'{name}: the map is a GeoTIFF: choose a name that ends in .tif')
-    if len({os.path.abspath(name) for name in names}) < len(names):
-        raise UserError(f'{out}: scene, map and probabilities need names of their own: change '
-                        '--out or --probabilities')
+    if len({os.path.abspath(name) for name in names}) < 3:
+        raise UserError(f'{flags.out}: scene, map and probabilities need names of their own: '
+                        'change --out or --probabilities')
+    return flags
 
 
-# ============ from the scene's values to the model's ============
+# ============ from the scene to what the model was trained on ============
 
-def open_scene(path, meta):
-    """-> the Scene, on disk where possible, and the function that brings its values to the model's:
-    what `python data.py tile` did to the training data, with its --bands, --normalize and --pca"""
-    scene = read_scene(path, mmap=True)
-    if scene.nodata is None:
+def open_scene(flags, meta):
+    """-> the Scene in float32, missing pixels NaN, as `python data.py tile` brought the training
+    data to the bands and values of the model: a cube on disk stays there. Prints what was read."""
+    scene = read_scene(flags.scene, '', True, flags.axes, flags.nodata, flags.drop_bands,
+                       flags.keep_bad_bands)
+    print('\n  '.join([f'{flags.scene}:', *scene.notes]))
+    same_type = scene.cube.dtype.name == meta.get('dtype')
+    if scene.nodata is None and meta['nodata'] is not None and same_type:
         scene = scene._replace(nodata=meta['nodata'])
-    settings = meta.get('settings', {})
-    wanted_nm, width_nm = meta['wavelengths_nm'], 15.0
-    if settings.get('bands'):
-        wanted_nm, width_nm = parse_bands(settings['bands'])
-    components = np.array(meta.get('components') or np.eye(meta['num_bands']))
-    wanted = components.shape[1]
+        print(f'  no nodata value is stated: taken is that of the training data, {scene.nodata:g}')
+    scene = match_bands(scene, meta, flags.scene)
+    factor, shift = 1, 0
+    if scene.scale and meta.get('scale'):
+        factor = float(scene.scale[0] / meta['scale'][0])
+        shift = float((scene.scale[1] - meta['scale'][1]) / meta['scale'][0])
+    if (factor, shift) != (1, 0):
+        print(f'  {factor:g} * value + {shift:g} brings it to the units of the training data, as '
+              'both state their scale')
 
-    # all of it is linear: weights @ x + offset
-    C = len(scene.cube)
-    weights, offset = np.eye(C), np.zeros(wanted)
-    nm_known = scene.wavelengths_nm is not None and wanted_nm is not None
-    if nm_known and not same_bands(scene.wavelengths_nm, wanted_nm):
-        print(f'{path}: {C} bands are resampled to the {wanted} of the model')
-        weights = band_matrix(scene.wavelengths_nm, wanted_nm, width_nm, path)
-    elif C != wanted:
-        raise UserError(f'{path}: has {C} bands, the model was trained on {wanted}, and without '
-                        'wavelengths on both sides nobody knows which is which: give a scene of '
-                        'the same bands')
-    if settings.get('normalize') == 'scene':
-        mean, covariance = statistics(scene, path)
-        std = np.sqrt((weights @ covariance @ weights.T).diagonal())
-        weights = weights / np.where(std > 0, std, 1)[:, None]
-        offset = -weights @ mean
-    weights = (components @ weights).astype(np.float32)  # (C', C)
-    offset = (components @ offset).astype(np.float32)[:, None]
+    nodata = scene.nodata
 
-    def to_model(x):
-        """(B, C, h, w) of the scene -> (B, C', h, w) float32; a missing pixel becomes NaN, which
-        every later step knows"""
-        B, _, h, w = x.shape
-        valid = valid_pixels(x, scene.nodata)[:, None]
-        x = np.where(valid, x, 0).astype(np.float32).reshape(B, C, h * w)
-        x = (weights @ x + offset).reshape(B, -1, h, w)
-        return np.where(valid, x, np.float32(np.nan))
-    return scene, to_model
+    def values(x, rows, cols):
+        valid = valid_pixels(x, nodata)
+        return np.where(valid, factor * x.astype(np.float32) + shift, np.nan)
+    scene = scene._replace(cube=when_read(scene.cube, values, np.float32), nodata=None)
+    if meta.get('settings', {}).get('normalize') == 'scene':
+        scene = normalized(scene)
+    if meta.get('components'):
+        scene = mix_bands(scene, meta['components'])
+    return scene
 
 
-def statistics(scene, path):
-    """-> mean (C,) and covariance (C, C) of the scene's valid pixels, read strip by strip"""
-    sums = {'pixels': 0, 'valid': 0}
-    add_statistics(sums, scene.cube, scene.nodata)
-    if sums['valid'] == 0:
-        raise UserError(f'{path}: no valid pixel, all are NaN or nodata: nothing can be mapped')
-    mean = np.array(sums['sum']) / sums['valid']  # without the `shift` that is taken from all
-    covariance = np.array(sums['outer']) / sums['valid'] - np.outer(mean, mean)
-    return mean + sums['shift'], covariance
+def match_bands(scene, meta, path):
+    """-> the Scene with the bands that the training data had before --pca: those that it has, by
+    wavelength or number, or resampled"""
+    nm, wanted_nm, fwhm = scene.wavelengths_nm, meta['wavelengths_nm'], 15.0
+    resampled = meta.get('settings', {}).get('bands')  # so were the training data
+    if resampled:
+        wanted_nm, fwhm = parse_bands(resampled)
+    if nm is None or wanted_nm is None:
+        wanted = np.shape(meta.get('components') or np.eye(meta['num_bands']))[1]
+        kept = bands_by_number(scene, wanted, meta, path)
+    elif same_bands(nm, wanted_nm):
+        return scene
+    else:
+        distance = np.abs(np.subtract.outer(wanted_nm, nm))  # (C', C)
+        kept = distance.argmin(1)
+        if resampled or distance.min(1).max() > 1:
+            if not resampled:
+                refuse_holes(nm, wanted_nm, path)
+            print(f'  {len(nm)} bands are resampled to the {len(wanted_nm)} of the model')
+            return mix_bands(scene, band_matrix(nm, wanted_nm, fwhm, path), list(wanted_nm))
+    if list(kept) == list(range(len(scene.cube))):
+        return scene
+    print(f'  of its {len(scene.cube)} bands the {len(kept)} of the training data are used')
+    cube = when_read(scene.cube, lambda x, rows, cols: x[kept], scene.cube.dtype, len(kept))
+    return scene._replace(cube=cube, wavelengths_nm=None)
 
 
-def units_warning(scene, to_model, meta):
+def bands_by_number(scene, wanted, meta, path):
+    """Without wavelengths: numbers of the scene's bands that are those of the training data, where
+    the files have as many bands; or all, if they are as many as the model wants"""
+    there = scene.bands or list(range(len(scene.cube)))
+    needed = meta.get('bands') or list(range(wanted))
+    if meta.get('settings', {}).get('bands'):
+        raise UserError(f'{path}: states no wavelengths, and the training data were resampled by '
+                        'theirs: give a file that states them, as .npz with wavelengths_nm')
+    if (scene.file_bands or len(there)) == (meta.get('file_bands') or wanted):
+        gone = sorted(set(needed) - set(there))
+        if gone:
+            raise UserError(f'{path}: the model needs {name_bands(gone, None)}, left out here (see '
+                            'above): give a scene that has data there')
+        return [there.index(band) for band in needed]
+    if len(there) == wanted:
+        return range(wanted)
+    raise UserError(f'{path}: has {len(there)} bands, the model was trained on {wanted}, and '
+                    'without wavelengths on both sides nobody knows which is which: give a scene '
+                    'of the same bands')
+
+
+def refuse_holes(nm, wanted_nm, path):
+    """Refuses a scene that has no data where the model needs a band, since bands without data are
+    left out: band_matrix() would interpolate over as much as 50 nm"""
+    nm, wanted_nm = np.array(nm), np.array(wanted_nm)
+    usual_step = np.median(np.diff(np.sort(nm))) if len(nm) > 1 else 0
+    hole = np.abs(np.subtract.outer(wanted_nm, nm)).min(1) > max(0.75 * usual_step, 15)
+    hole &= (nm.min() < wanted_nm) & (wanted_nm < nm.max())
+    if hole.any():
+        named = ', '.join(f'{wanted:.0f}' for wanted in wanted_nm[hole][:6])
+        raise UserError(f'{path}: has no band with data near {named} nm, which the model needs: '
+                        'give a scene that has')
+
+
+def units_warning(scene, meta):
     """A sentence where the scene's values lie far from those the model was trained on, else ''.
 
-    Looks at about 100 x 100 pixels, band by band: a mean more than 4 standard deviations off, or
-    values spread 5 times more or less. Half of the bands must be so: other units show in all.
+    Looks at about 100 x 100 pixels, band by band. Far is a mean more than 4 standard deviations
+    off, or both brightness and spread more than 4 times larger or smaller: a meadow alone has
+    little spread, clouds have much. Half of the bands must be so: other units show in all.
     """
     step = math.ceil(max(scene.cube.shape[1:]) / 100)
-    sample = np.asarray(scene.cube[:, ::step, ::step])
-    x = to_model(sample[None])[0].astype(np.float64)
-    x = x[:, np.isfinite(x).all(0)]  # (C', n)
+    x = valid_spectra(scene.cube[:, ::step, ::step])
+    if x.shape[1] < 100:  # little of the scene is valid: look at all of it
+        x = np.concatenate([valid_spectra(scene.cube[:, strip])[:, :1000]
+                            for strip in strips(scene.cube)], 1)
     if x.shape[1] == 0:
         return ''
     mean, std = x.mean(1), x.std(1)
     model_mean, model_std = np.array(meta['mean']), np.array(meta['std'])
     model_std = model_std.clip(min=1e-6 * model_std.max())
-    shift = np.abs(mean - model_mean) / model_std
+    brightness = np.hypot(mean, std) / np.hypot(model_mean, model_std)
     spread = std / model_std
-    far = (shift > 4) | (spread > 5) | (spread < 1 / 5)
+    far = np.abs(mean - model_mean) > 4 * model_std
+    far |= np.minimum(brightness, spread) > 4
+    far |= np.maximum(brightness, spread) < 1 / 4
     if 2 * far.sum() < len(far):
         return ''
-    return (f'WARNING: in {far.sum()} of {len(far)} bands the values lie far from those the model '
-            f'was trained on. Over all bands their mean is {mean.mean():.4g} (deviation '
-            f'{std.mean():.4g}), that of the training data {model_mean.mean():.4g} (deviation '
-            f'{model_std.mean():.4g}): are they in the same units?')
+    sentence = (f'WARNING: in {far.sum()} of {len(far)} bands the values lie far from those the '
+                f'model was trained on. Over all bands their mean is {mean.mean():.4g} (deviation '
+                f'{std.mean():.4g}), that of the training data {model_mean.mean():.4g} (deviation '
+                f'{model_std.mean():.4g}): are they in the same units?')
+    if bool(scene.scale) != bool(meta.get('scale')):
+        who, scale = ('scene', scene.scale) if scene.scale else ('training data', meta['scale'])
+        sentence += f' Only the {who} state a scale: {scale[0]:g} * value + {scale[1]:g}.'
+    return sentence
+
+
+def valid_spectra(x):
+    """(C, h, w) with NaN for missing -> (C, n) float64"""
+    return x[:, np.isfinite(x).all(0)].astype(np.float64)
 
 
 # ============ the map ============
 
-def map_scene(predict, path, meta, window, overlap, out, probabilities=''):
-    """Classify the scene at `path` by blended windows; write `out` and what belongs to it.
+def map_scene(predict, flags, meta, window):
+    """Classify the scene by blended windows; write --out and what belongs to it.
 
     predict(raw (B, C, window, window)) -> probabilities (B, K, window, window), of the bands that
     `meta` tells of (the training data's). The files appear under their names when complete.
+    -> False where the map cannot be right.
     """
-    check_names(path, out, probabilities)
-    if not 0 <= overlap < 1:
-        raise UserError(f'--overlap={overlap}: choose a share of the window from 0 to below 1')
-    scene, to_model = open_scene(path, meta)
-    _, H, W = scene.cube.shape
-    warning = units_warning(scene, to_model, meta)
+    out, probabilities = flags.out, flags.probabilities
+    scene = open_scene(flags, meta)
+    warning = units_warning(scene, meta)
     if warning:
-        print(f'{path}: {warning}')
+        print(f'{flags.scene}: {warning}')
+    _, H, W = scene.cube.shape
 
     # both GeoTIFFs in full size, on disk under temporary names
     started = time.time()
@@ -164,22 +222,21 @@ def map_scene(predict, path, meta, window, overlap, out, probabilities=''):
         shares = new_tiff(probabilities, scene.geotags, shape=(K, H, W), photometric='minisblack',
                           **layout)
 
-    def classify(raw):
-        return predict(torch.from_numpy(to_model(raw.numpy())))
-
     # from top to bottom; rows come when no further window touches them
-    stride = max(1, round(window * (1 - overlap)))
+    stride = max(1, round(window * (1 - flags.overlap)))
+    pixels = np.zeros(K + 1, np.int64)  # of each class
     with tqdm(total=H, unit='row') as bar:
-        for top, probs in sliding_window(classify, scene.cube, window, stride, K):
+        for top, probs in sliding_window(predict, scene.cube, window, stride, K):
             rows = slice(top, top + probs.shape[1])
-            valid = valid_pixels(np.asarray(scene.cube[:, rows]), scene.nodata)
+            valid = np.isfinite(scene.cube[:, rows]).all(0)
             classes[rows] = np.where(valid, probs.argmax(0) + 1, 0)
+            pixels += np.bincount(classes[rows].ravel(), minlength=K + 1)
             if probabilities:
                 shares[:, rows] = np.where(valid, np.round(255 * probs), 0)
             bar.update(probs.shape[1])
 
     # the final names, then what belongs to the map
-    step = picture_step(scene)
+    step = math.ceil(max(H, W) / 600)  # of a large scene the picture shows every step-th pixel
     thin_classes = np.array(classes[::step, ::step])
     classes.flush()
     del classes  # Windows renames no file that is mapped
@@ -190,8 +247,13 @@ def map_scene(predict, path, meta, window, overlap, out, probabilities=''):
         os.replace(probabilities + '.tmp', probabilities)
     stem = os.path.splitext(out)[0]
     write_json(stem + '.json', {str(k): name for k, name in enumerate(meta['class_names'], 1)})
-    save_picture(stem + '.png', scene, thin_classes, meta)
-    print(f'{out}: {H} x {W} pixels in {time.time() - started:.0f} s{place_note(scene.geotags)}')
+    save_picture(stem + '.png', scene, thin_classes, step, meta)
+    print(f'{out}: {H} x {W} pixels in {time.time() - started:.0f} s')
+    present = np.flatnonzero(pixels[1:])
+    if len(present) == 1 < K:
+        print(f'WARNING: every pixel became class {present[0] + 1}, '
+              f'{meta["class_names"][present[0]]}')
+    return not (warning and len(present) == 1)
 
 
 def new_tiff(path, geotags, **layout):
@@ -202,29 +264,12 @@ def new_tiff(path, geotags, **layout):
                            **layout)
 
 
-def place_note(geotags):
-    """What is to be said about where the map lies: '' when it lies where the scene does"""
-    codes = [tag[0] for tag in geotags]
-    if not codes:
-        return '; no georeference: the scene has none (GeoTIFF and ENVI files can have one)'
-    if 34735 not in codes:  # the keys of a coordinate system
-        return '; placed as the scene is, but no coordinate system that is known here was found'
-    return ''
-
-
 # ============ its picture ============
 
-def picture_step(scene, max_side=600):
-    """Of a large scene the picture reads and shows every step-th row and column"""
-    return math.ceil(max(scene.cube.shape[1:]) / max_side)
-
-
-def save_picture(path, scene, classes, meta):
+def save_picture(path, scene, classes, step, meta):
     """The scene in false colour, its labels if it has some, and the map: every step-th pixel of
-    its classes"""
+    each; `classes` are thinned already"""
     _, H, W = scene.cube.shape
-    step = picture_step(scene)
-    names = meta['class_names']
     panels = {'map': classes}
     if scene.labels is not None and scene.labels.any():
         panels = {'labels': scene.labels[::step, ::step], 'map': classes}
@@ -236,36 +281,20 @@ def save_picture(path, scene, classes, meta):
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
 
     # axes count the pixels of the scene, whatever the step
-    rgb = thin_false_color(scene, step, meta['wavelengths_nm'])
+    rgb = false_color(scene.cube[:, ::step, ::step], meta | {'nodata': None})
     axes[0].imshow(rgb, interpolation='nearest',
                    extent=(0, rgb.shape[1] * step, rgb.shape[0] * step, 0))
     axes[0].set_title('false colour', fontsize=10)
     axes[0].set_ylabel('row, px', fontsize=8)
     for axis, (title, numbers) in zip(axes[1:], panels.items()):
-        show_classes(axis, numbers, names, step)
+        show_classes(axis, numbers, meta['class_names'], step)
         axis.set_title(title, fontsize=10)
     for axis in axes:
         axis.tick_params(labelsize=7)
         axis.set_xlabel('column, px', fontsize=8)
     present = {int(k) for numbers in panels.values() for k in np.unique(numbers)}
-    class_legend(figure, names, present)
+    class_legend(figure, meta['class_names'], present)
     save_figure(figure, path)
-
-
-def thin_false_color(scene, step, model_nm):
-    """Every step-th pixel (h, w, 3) in 0..1: three bands, each its mean ± 2 standard deviations"""
-    num_bands = len(scene.cube)
-    nm = scene.wavelengths_nm
-    if nm is None and model_nm and len(model_nm) == num_bands:
-        nm = model_nm
-    bands = false_color_bands(nm, num_bands)
-    x = np.asarray(scene.cube[:, ::step, ::step][bands], np.float32)
-    valid = valid_pixels(x, scene.nodata)
-    if valid.any():
-        mean = x[:, valid].mean(1)[:, None, None]
-        std = x[:, valid].std(1).clip(min=1e-6)[:, None, None]
-        x = (x - mean) / (4 * std) + 0.5
-    return np.where(valid, x, 0).clip(0, 1).transpose(1, 2, 0)
 
 
 if __name__ == '__main__':
@@ -282,5 +311,7 @@ if __name__ == '__main__':
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
             return network(x).float().softmax(1)
 
-    map_scene(predict, flags.scene, network.meta, network.window, flags.overlap, flags.out,
-              flags.probabilities)
+    meta = dict(network.meta)
+    network.meta['nodata'] = None  # missing pixels come to it as NaN
+    plausible = map_scene(predict, flags, meta, network.window)
+    sys.exit(0 if plausible else 1)
