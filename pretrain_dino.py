@@ -112,7 +112,8 @@ wandb_log = False  # send the log to wandb.ai as well
 
 LARGE = dict(img_size=64, local_crops_size=32, local_crops_number=8, global_scale_min=0.4,
              local_scale_min=0.15, patch_size=8, out_dim=4096, ibot_weight=1.0,
-             koleo_weight=0.02, momentum_teacher=0.992, batch_size=128, base_lr=1e-3)
+             koleo_weight=0.02, momentum_teacher=0.992, batch_size=128, base_lr=1e-3, log_every=100,
+             eval_every=2000, save_every=2000)
 PRESETS = {
     'tiny': {},  # the values above
     'small': {**LARGE, 'steps': 50_000},

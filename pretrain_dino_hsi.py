@@ -99,7 +99,7 @@ spectral_mask_ratio_max = 0.6  # largest share of masked band groups
 teacher_temp = 0.05  # temperature of the teacher's softmax, rising from 0.04
 momentum_teacher = 0.98  # of the running average, rising to 1 by a cosine
 # ---- optimizer
-steps = 400  # length of the run
+steps = 480  # length of the run
 warmup = 0.1  # share of the steps in which the learning rate rises
 teacher_temp_warmup = 0.3  # share of the steps in which the temperature rises
 freeze_last_layer = 0.03  # share of the steps in which the prototypes are frozen
@@ -111,7 +111,7 @@ out_dir = 'runs/dino_hsi'  # one directory a run
 max_steps = 0  # stop at this step, to resume later; 0: run to the end
 seed = 0  # of weights, crops, masks and order
 log_every = 20  # steps between entries of the log
-eval_every = 100  # steps between probes
+eval_every = 120  # steps between probes
 save_every = 100  # steps between checkpoints
 probe_tiles = 64  # tiles of each split that the probe looks at
 dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 if native, else float32
@@ -120,7 +120,8 @@ wandb_log = False  # send the log to wandb.ai as well
 
 LARGE = dict(img_size=64, local_crops_size=32, local_crops_number=8, global_scale_min=0.4,
              local_scale_min=0.15, patch_size=8, out_dim=4096, ibot_weight=1.0,
-             koleo_weight=0.02, momentum_teacher=0.992, batch_size=64, base_lr=1e-3)
+             koleo_weight=0.02, momentum_teacher=0.992, batch_size=64, base_lr=1e-3, log_every=100,
+             eval_every=2000, save_every=2000)
 PRESETS = {
     'tiny': {},  # the values above
     'small': {**LARGE, 'steps': 100_000},

@@ -79,7 +79,8 @@ dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 if nativ
 compile = True  # torch.compile, on a GPU
 wandb_log = False  # send the log to wandb.ai as well
 
-LARGE = dict(img_size=64, patch_size=8, batch_size=128, base_lr=1.5e-4)
+LARGE = dict(img_size=64, patch_size=8, batch_size=128, base_lr=1.5e-4, log_every=100,
+             eval_every=2000, save_every=2000)
 PRESETS = {
     'tiny': {},  # the values above
     'small': {**LARGE, 'steps': 20_000},
