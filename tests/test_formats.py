@@ -109,7 +109,7 @@ def test_what_is_missing_of_an_envi_image_is_named(tmp_path):
 @pytest.mark.parametrize('fields, word', [
     (dict(bands=0), 'bands'), (dict(samples='eleven'), 'samples'), (dict(data_type=99), 'data type'), (dict(interleave='bsx'), 'interleave'),
     (dict(lines=None), 'lines'), (dict(wavelength=[450, 500]), 'wavelength'), (dict(bbl=[1, 0]), 'bbl'), (dict(byte_order=2), 'byte order'),
-    (dict(file_compression=1), 'compression'), (dict(wavelength='{450, 500, 550'), 'wavelength'), (dict(fwhm=['a'] * C), 'fwhm'),
+    (dict(file_compression=1), 'compression'), (dict(wavelength='{450, 500, 550'), 'ends within'), (dict(fwhm=['a'] * C), 'fwhm'),
     (dict(major_frame_offsets=[2, 0]), 'frame offsets'), (dict(data_type=6, lines=2), 'complex')])
 def test_wrong_envi_headers_are_refused_by_the_name_of_the_field(fields, word, tmp_path):
     refused(write_envi(tmp_path / 'a.img', **fields), word, 'a.')
@@ -181,7 +181,7 @@ def test_names_and_colours_of_an_envi_classification_come_with_its_labels(tmp_pa
 
 def test_headers_of_other_languages_and_with_comments_are_read(tmp_path):
     path = write_envi(tmp_path / 'a.img', description='{Fläche = 3 m², Überflug}', band_names=['a = 1'] * C, wavelength=NM)
-    text = (tmp_path / 'a.hdr').read_bytes().replace(b'wavelength = {', b'; bands = 99\n  Wavelength  = {\n ').replace(b'samples', b'SAMPLES')
+    text = (tmp_path / 'a.hdr').read_bytes().replace(b'wavelength = {', b'; bands = 99\n  Wavelength  = {\n; in nm, \xb5m elsewhere\n ').replace(b'samples', b'SAMPLES')
     (tmp_path / 'a.hdr').write_bytes(text.replace(b'\n', b'\r\n'))
     scene = read(path)
     np.testing.assert_array_equal(scene.cube, CUBE)
@@ -236,6 +236,9 @@ def test_bands_of_overlapping_detectors_are_put_in_order_and_resampled_rightly(t
     for values in (scene.cube[:, 1, 1], ):
         np.testing.assert_allclose(band_matrix(scene.wavelengths_nm, [500, 667, 900], 30.0) @ values, [500, 667, 900], atol=0.5)
     np.testing.assert_allclose(band_matrix(nm, [500, 667, 900], 30.0) @ cube[:, 1, 1], [500, 667, 900], atol=0.5)  # in any order
+    scene = read(tmp_path / 'f1_rfl', drop_bands='1')  # numbers stay those of the file
+    np.testing.assert_array_equal(nm[scene.bands], scene.wavelengths_nm)
+    assert 0 not in scene.bands and len(scene.bands) == len(nm) - 1
     chosen = [860, 650, 550, 450, 2200, 1600]  # an order that someone chose stays
     scene = read(write_envi(tmp_path / 'b.img', wavelength=chosen))
     assert scene.wavelengths_nm == chosen and scene.bands is None
@@ -267,7 +270,7 @@ def test_names_decide_what_is_image_and_what_labels_in_a_mat(tmp_path):
     np.testing.assert_array_equal(scene.cube, CUBE)
     np.testing.assert_array_equal(scene.labels, classes)
     assert told(scene, 'HSI', 'array') and told(scene, 'labels from "gt"')
-    scene = read(savemat(tmp_path / 'b.mat', {'HSI': HWC, 'LiDAR': lidar, 'DSM': lidar, 'abundances': CUBE[1].astype(float)}))
+    scene = read(savemat(tmp_path / 'b.mat', {'HSI': HWC, 'LiDAR': lidar, 'DSM': lidar, 'abundances': HWC[..., :3] / 4000.0}))
     assert scene.labels is None
     scene = read(savemat(tmp_path / 'c.mat', {'HSI': HWC, 'layer': classes}))
     assert scene.labels is None and told(scene, 'layer (9 x 11, uint8)', '--labels')
