@@ -165,7 +165,7 @@ def fuzz(folder, count, seed):
             compared += check_values(sound_scene, scene, before, content, ranges, packed)
             read += 1
         except UserError as error:
-            assert (path in str(error) or source in str(error)) and '\n' not in str(error), f'{i}: {error}'
+            assert any(os.path.splitext(name)[0] in str(error) for name in (path, source)) and '\n' not in str(error), f'{i}: {error}'
         except BaseException as error:
             open(os.path.join(tempfile.gettempdir(), 'fuzz_failure' + os.path.splitext(source)[1]), 'wb').write(content)
             raise AssertionError(f'file {i} of seed {seed}, made of {os.path.basename(source)}: {type(error).__name__}: {error}') from error
