@@ -9,6 +9,7 @@ only. In this order: the Scene; reading and checking; bands; a reader for each f
 Shapes: C bands, H rows, W columns; C' bands asked for.
 """
 import collections
+import contextlib
 import logging
 import math
 import os
@@ -34,7 +35,7 @@ BAND_SETS = {
 GEOTAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 NO_CLASS = ('unlabelled', 'unlabeled', 'undefined', 'background', 'unclassified', 'nodata', '')
 SAMPLE_PIXELS = 20_000  # of a scene, that tell what values it has
-STRIP_BYTES = 64e6  # as much of a cube is in memory at once where it is gone through
+STRIP_BYTES = 32e6  # as much of a cube is in memory at once where it is gone through
 
 
 class UserError(ValueError):
@@ -113,7 +114,7 @@ def mapped_cube(mapped):
     cube = mapped()  # a file that is too short is found here
 
     def read(rows, cols):
-        return np.array(mapped()[:, rows, cols])
+        return np.array(mapped()[:, rows, cols], order='C')
     return Lazy(cube.shape, cube.dtype, read)
 
 
@@ -160,7 +161,9 @@ def read_scene(path, labels='', mmap=False, axes='', nodata=None, drop_bands='',
     """
     scene = read_file(path, mmap, axes)
     scene = check_values(scene, path, nodata)
-    scene, missing = choose_bands(scene, path, drop_bands, keep_bad_bands)
+    with one_sentence(path):  # what stays on disk is gone through here
+        scene, missing = choose_bands(scene, path, drop_bands, keep_bad_bands)
+    scene = in_order(one_scale(scene))
     if scene.scale == (1, 0):
         scene = scene._replace(scale=None)
     if scene.scale:
@@ -195,20 +198,28 @@ def read_file(path, mmap=False, axes=''):
     if os.path.getsize(file) == 0:
         raise UserError(f'{path}: the file is empty: copy it again')
     ending = os.path.splitext(file)[1].lower()
-    if ending not in READERS:
+    reader = READERS.get(ending)
+    if reader is None and (ending in ENVI_ENDINGS or envi_header_of(file)):
+        reader = read_envi  # the data file of an ENVI image may have any name
+    if reader is None:
         raise UserError(f'{path}: files of type "{ending}" are not read: convert it to one of '
                         f'{", ".join(READERS)}')
+    with one_sentence(path):
+        scene = reader(file, mmap, name, axes)
+        return scene if mmap else scene._replace(cube=np.asarray(scene.cube))
+
+
+@contextlib.contextmanager
+def one_sentence(path):
+    """Makes a UserError of whatever a damaged file makes a reader do"""
     try:
-        scene = READERS[ending](file, mmap, name, axes)
-        if not mmap:
-            scene = scene._replace(cube=np.asarray(scene.cube))
-        return scene
+        yield
     except UserError:
         raise
     except ImportError as error:
         raise UserError(f'{path}: reading it needs a package that is missing: '
                         f'pip install {error.name}') from None
-    except Exception as error:  # whatever a damaged file makes a reader do
+    except Exception as error:
         raise UserError(f'{path}: cannot be read ({type(error).__name__}: {one_line(error)}): '
                         'copy or convert it again') from None
 
@@ -233,7 +244,10 @@ def check_values(scene, path, nodata):
     small_integers = cube.dtype.kind in 'iu' and cube.dtype.itemsize <= 2
     dtype = cube.dtype.newbyteorder('=') if small_integers else np.dtype(np.float32)
     if cube.dtype != dtype:
-        cube = when_read(cube, lambda x, rows, cols: x, dtype)
+        def converted(x, rows, cols):
+            with np.errstate(over='ignore'):  # infinite, so missing
+                return x.astype(dtype)
+        cube = when_read(cube, converted, dtype)
     scene = scene._replace(cube=cube)
     stated = scene.nodata if nodata is None else nodata
     value = fitting_nodata(stated, dtype)
@@ -268,6 +282,7 @@ class Survey(NamedTuple):
     some_bands: float  # share of the pixels that are missing in some of their bands only
     lacking: np.ndarray  # (C,) share of the pixels that have no value in this band
     fillers: dict  # value far outside the rest -> numbers of the bands that have it
+    zeros: list  # numbers of the bands that are 0 everywhere, where others are not
 
 
 def survey(cube, nodata):
@@ -280,15 +295,18 @@ def survey(cube, nodata):
     samples = []
     for strip in strips(cube):
         x = cube[:, strip]
-        gone = ~np.isfinite(x) if nodata is None else ~np.isfinite(x) | (x == nodata)
-        lacking += gone.sum((1, 2))
-        missing_bands[strip] = gone.sum(0)
-        for band in range(C):
-            values = x[band][~gone[band]] if gone[band].any() else x[band]
+        sample = x[:, ::step, ::step].astype(np.float64)
+        for band, plane in enumerate(x):
+            values = plane
+            if cube.dtype.kind == 'f' or nodata is not None:
+                gone = ~valid_pixels(plane[None], nodata)
+                lacking[band] += np.count_nonzero(gone)
+                missing_bands[strip] += gone
+                sample[band][gone[::step, ::step]] = np.nan
+                values = plane[~gone]
             if values.size:
                 low[band] = min(low[band], values.min())
                 high[band] = max(high[band], values.max())
-        sample = np.where(gone, np.nan, x)[:, ::step, ::step]
         samples.append(sample.reshape(C, -1))
     empty = np.flatnonzero(lacking == H * W).tolist()
     missing = missing_bands > (len(empty) if len(empty) < C else 0)
@@ -296,7 +314,9 @@ def survey(cube, nodata):
         missing = missing_bands == C
     some_bands = missing & (missing_bands < C)
     fillers = find_fillers(np.concatenate(samples, 1), low, high)
-    return Survey(missing, empty, some_bands.mean(), lacking / (H * W), fillers)
+    zeros = np.flatnonzero((low == 0) & (high == 0)).tolist()
+    zeros = zeros if len(zeros) + len(empty) < C else []
+    return Survey(missing, empty, some_bands.mean(), lacking / (H * W), fillers, zeros)
 
 
 def find_fillers(sample, low, high):
@@ -338,8 +358,9 @@ def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
     empty = [kept[number] for number in found.empty]
     if len(empty) == len(kept):  # nothing at all in this file
         empty = []
+    zeros = [kept[number] for number in found.zeros]
     for numbers, reason in ((marked, 'marked as bad'), (dropped, 'dropped as asked'),
-                            (empty, 'without one value')):
+                            (empty, 'without one value'), (zeros, '0 everywhere')):
         if numbers:
             scene = say(scene, f'{name_bands(numbers, nm)} left out: {reason}')
     names = [name_bands([band], nm) for band in kept]
@@ -348,7 +369,7 @@ def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
         bands = name_bands([kept[number] for number in numbers], nm)
         scene = say(scene, f'{bands}: values far outside the rest ({value:g}): a filler? pass '
                     f'--nodata={value:g}')
-    kept = [band for band in kept if band not in empty]
+    kept = [band for band in kept if band not in {*empty, *zeros}]
     nm = nm and checked_wavelengths([nm[band] for band in kept], path).tolist()
     fwhm = scene.fwhm_nm and [scene.fwhm_nm[band] for band in kept]
     cube = take_bands(scene.cube, kept)
@@ -358,7 +379,7 @@ def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
 
 
 def take_bands(cube, kept):
-    if len(kept) == len(cube):
+    if list(kept) == list(range(len(cube))):
         return cube
     return when_read(cube, lambda x, rows, cols: x[kept], cube.dtype, len(kept))
 
@@ -428,11 +449,11 @@ def add_labels(scene, path, labels, missing):
     where = labels or path
     if labels:
         found = read_labels(labels)
-        scene = scene._replace(labels=found.labels, class_names=found.class_names,
+        scene = scene._replace(labels=one_of(found.labels, labels), class_names=found.class_names,
                                class_colors=found.class_colors)
         scene = say(scene, *[note for note in found.notes if note.startswith('WARNING')])
         check_same_place(scene, found.geotags, path, labels)
-    raw = np.asarray(scene.labels)
+    raw = one_of(scene.labels, path)
     raw = raw.squeeze() if raw.ndim == 3 and 1 in raw.shape and min(raw.shape[:2]) > 0 else raw
     H, W = scene.cube.shape[1:]
     if raw.shape != (H, W):
@@ -448,6 +469,14 @@ def add_labels(scene, path, labels, missing):
     if on_missing:
         scene = say(scene, f'{on_missing:,} labels lay on missing pixels: they are 0 now')
     return scene
+
+
+def one_of(labels, path):
+    """Raw labels; several, {name: labels}, are refused"""
+    if not isinstance(labels, dict):
+        return np.asarray(labels)
+    raise UserError(f'{path}: any of {list_arrays(labels)} could be the labels: choose one, as '
+                    f'--labels={split_name(path)[0]}:{next(iter(labels))}')
 
 
 def read_labels(path):
@@ -509,7 +538,8 @@ def label_text(labels, names):
         return ['labels: all 0, which is unlabelled']
     names = dict(enumerate(names or [], 1))
     listed = ', '.join(f'{f"{k} {names.get(k, str())}".strip()}: {counts[k]:,}' for k in used[:30])
-    sentences = [f'labels: pixels of {len(used)} classes ({listed}), {counts[0]:,} unlabelled']
+    number = f'{len(used)} classes' if len(used) > 1 else '1 class'
+    sentences = [f'labels: pixels of {number} ({listed}), {counts[0]:,} unlabelled']
     if len(used) == 1:
         sentences.append('WARNING: only one class: 0 means unlabelled here; number background 1 '
                          'and object 2')
@@ -601,7 +631,7 @@ def shape_note(cube, words):
         return f'shape {shape_text(cube)}'  # refused later
     C, H, W = cube.shape
     bands = '1 band' if C == 1 else f'{C} bands'
-    return f'{bands} of {H} x {W} px, {cube.dtype} ({words})'
+    return f'{bands} of {H} x {W} px, {cube.dtype.name} ({words})'
 
 
 # nm in one of each unit that files state wavelengths in
@@ -612,13 +642,16 @@ UNITS_NM = {'nm': 1, 'nanometer': 1, 'nanometre': 1, 'um': 1e3, 'micrometer': 1e
 UNITS_PER_NM = {'cm-1': 1e7, 'cm^-1': 1e7, '1/cm': 1e7, 'wavenumber': 1e7, 'ghz': 299792458.0}
 
 
+NO_WAVELENGTHS = 'no wavelengths are stated'
+
+
 def to_nm(values, unit='', where='its header'):
     """Wavelengths in a file's own unit -> list in nm, NaN = missing, or None; and a sentence.
 
     unit: as the file names it; '' = not stated: all below 100 are micrometres. where: said.
     """
     if values is None or len(values) == 0:
-        return None, 'no wavelengths are stated'
+        return None, NO_WAVELENGTHS
     try:
         numbers = np.array([float(value) for value in values])
     except (TypeError, ValueError):
@@ -950,8 +983,9 @@ def read_tiff(path, mmap, name, axes):
     colors = facts[0].get('colors')
     if COLOR_MAP in tags and not colors:
         colors = (np.array(tags[COLOR_MAP]).reshape(3, -1) >> 8).T.tolist()
-    return Scene(cube, None, nm, nodata, names, geotags, fwhm,
-                 colors and colors[1:], scale, None, tuple(notes))
+    scene = Scene(cube, None, nm, nodata, names, geotags, fwhm,
+                  colors and colors[1:], scale, None, tuple(notes))
+    return product_metadata(path, scene)
 
 
 def tiff_cube(tif, path, mmap, axes):
@@ -1019,7 +1053,8 @@ def unpack_tiff(pages):
         written = 0
         offset = number * first.nbytes
         image = np.memmap(file, first.dtype, 'r+', offset, first.shaped)
-        for segment, (s, d, h, w, _), (depth, length, width, _) in page.segments():
+        segments = page.segments(buffersize=int(STRIP_BYTES))
+        for segment, (s, d, h, w, _), (depth, length, width, _) in segments:
             place = image[s, d:d + depth, h:h + length, w:w + width]  # ends at the border
             if segment is None:  # not stored, as in a sparse file
                 place[...] = first.nodata
@@ -1081,23 +1116,26 @@ def split_alpha(cube, marked):
     value. A marked one with other values is an image band: many programs write four bands as RGBA.
     """
     alpha, sentences = {}, []
-    C, H, W = cube.shape
+    C = len(cube)
     integers = cube.dtype.kind in 'iu'
     highest = np.iinfo(cube.dtype).max if integers else 1
     suspects = marked | {C - 1} if integers else marked
-    step = math.ceil(math.sqrt(H * W / SAMPLE_PIXELS))
-    sample = cube[:, ::step, ::step]
     for band in sorted(suspects) if C > 1 else ():
-        values = sample[band]
-        ends = ((values == 0) | (values == highest)).mean()
-        if band in marked and ends < 0.9:
+        planes, ends = [], []
+        for strip in strips(cube):
+            planes.append(cube[:, strip][band])
+            ends.append(((planes[-1] == 0) | (planes[-1] == highest)).mean())
+            if band not in marked and ends[-1] < 1:
+                break
+        mask = np.concatenate(planes) != 0
+        if band in marked and np.mean(ends) < 0.9:
             sentences.append(f'band {band + 1} is marked as alpha but has the values of an image: '
                              'kept as a band')
-        elif band in marked or ends == 1:
-            mask = np.asarray(cube[band]) != 0
-            how = '' if band in marked else ' by its values (0 and the highest)'
-            if band in marked or mask.any() and not mask.all():
-                alpha[band] = mask, f'band {band + 1} is an alpha band{how}, taken out'
+        elif band in marked:
+            alpha[band] = mask, f'band {band + 1} is an alpha band, taken out'
+        elif min(ends) == 1 and mask.any() and not mask.all():
+            alpha[band] = mask, (f'band {band + 1} holds only 0 and {highest}, as an alpha band '
+                                 'does: taken out')
     return take_bands(cube, [band for band in range(C) if band not in alpha]), alpha, sentences
 
 
@@ -1233,96 +1271,726 @@ def read_numpy(path, mmap, name, axes):
                  facts.get('class_colors'), scale and tuple(scale), None, tuple(notes))
 
 
-# ============ MATLAB, ENVI ============
+# ============ ENVI ============
 
+ENVI_TYPES = {'1': 'u1', '2': 'i2', '3': 'i4', '4': 'f4', '5': 'f8', '6': 'c8', '9': 'c16',
+              '12': 'u2', '13': 'u4', '14': 'i8', '15': 'u8'}
+ENVI_AXES = {'bsq': 'chw', 'bil': 'hcw', 'bip': 'hwc'}
+ENVI_ENDINGS = ('', '.img', '.dat', '.bsq', '.bil', '.bip', '.raw', '.bin', '.rfl', '.rdn',
+                '.hyspex', '.tif', '.tiff')  # of the data file of x.hdr; AVIRIS has none
+
+
+def files_beside(stem, endings):
+    """-> the files stem + ending that exist, in small or in capital letters"""
+    found = []
+    for ending in endings:
+        for path in (stem + ending, stem + ending.upper()):
+            if os.path.isfile(path) and not any(os.path.samefile(path, old) for old in found):
+                found.append(path)
+    return found
+
+
+def envi_header_of(path):
+    """The ENVI header of a data file, x.img.hdr or x.hdr for x.img; None = there is none"""
+    found = files_beside(path, ['.hdr']) + files_beside(os.path.splitext(path)[0], ['.hdr'])
+    return found[0] if found else None
+
+
+def read_envi(path, mmap, name, axes):
+    """An ENVI image, by its header or by its data file"""
+    if path.lower().endswith('.hdr'):
+        header_path, missing = path, f'{path[:-4]} or {path[:-4]}.img'
+        candidates = files_beside(path[:-4], ENVI_ENDINGS)
+    else:
+        header_path, missing = envi_header_of(path), f'{os.path.splitext(path)[0]}.hdr'
+        candidates = [path]
+    if not header_path or not candidates:
+        raise UserError(f'{path}: an ENVI image is two files, and {missing} is not there: copy it '
+                        'beside this one')
+    header = envi_header(header_path)
+    dtype, offset, shape, axes = envi_layout(header_path, header)
+    needed = offset + math.prod(shape) * dtype.itemsize
+
+    # the data: of several files the one that has the size
+    fitting = [found for found in candidates if os.path.getsize(found) == needed]
+    if len(candidates) > 1 and len(fitting) != 1:
+        raise UserError(f'{path}: {" and ".join(candidates)} could be its data: give the data file '
+                        'instead of the header')
+    data_path = (fitting or candidates)[0]
+    if data_path.lower().endswith(('.tif', '.tiff')):
+        return envi_facts(read_tiff(data_path, mmap, name, ''), header, header_path)
+    size = os.path.getsize(data_path)
+    if size < needed:
+        raise UserError(f'{data_path}: the file is truncated: it has {size} bytes, its header '
+                        f'speaks of {needed}: copy it again')
+    cube = file_cube(data_path, dtype, shape, axes, offset)
+    notes = [shape_note(cube, f'{header["interleave"].lower()}, as its ENVI header states')]
+    if size > needed:
+        notes.append(f'{data_path} has {size - needed} bytes more than its header speaks of')
+    scene = Scene(cube, None, None, None, None, notes=tuple(notes))
+    return envi_facts(scene, header, header_path)
+
+
+def envi_header(path):
+    """-> {field: text} of an ENVI header, names in small letters; a {list} may have many lines"""
+    with open(path, 'rb') as file:
+        content = file.read(1 << 24)
+    try:
+        text = content.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        text = content.decode('latin-1')
+    if not text.lstrip().startswith('ENVI'):
+        raise UserError(f'{path}: is no ENVI header, its first line is not "ENVI": give the '
+                        'header or the data file of an ENVI image')
+    text = re.sub(r'(?m)^[ \t]*;.*$', '', text)  # comments
+    header = {}
+    for field, value in re.findall(r'(?m)^([^={}\n]+?)=[ \t]*(\{[^}]*\}?|[^\r\n]*)', text):
+        if value.startswith('{') and not value.endswith('}'):
+            raise UserError(f'{path}: ends within its list "{field.strip()}": copy the header '
+                            'again')
+        header[' '.join(field.lower().split())] = value.strip()
+    return header
+
+
+def envi_list(header, field):
+    """-> the words of a field {a, b, ...}, [] where it is missing or empty"""
+    text = header.get(field, '').strip('{}').strip()
+    return [word.strip() for word in text.split(',')] if text else []
+
+
+def envi_numbers(header, field, path, counts=()):
+    """-> the numbers of a field, [] where it is missing; `counts`: how many it may have"""
+    words = envi_list(header, field)
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError:
+        raise UserError(f'{path}: its field "{field}" holds no numbers ({header[field][:40]}): '
+                        'correct the header') from None
+    if numbers and counts and len(numbers) not in counts:
+        raise UserError(f'{path}: its field "{field}" has {len(numbers)} values for {counts[0]} '
+                        'bands: correct the header')
+    return numbers
+
+
+def envi_layout(path, header):
+    """-> numpy type, offset in bytes, shape as it lies in the file, its axes ('hwc')"""
+    header = {'header offset': '0', 'byte order': '0', 'file compression': '0', **header}
+    patterns = {'bands': '0*[1-9][0-9]{0,8}', 'lines': '0*[1-9][0-9]{0,8}',
+                'samples': '0*[1-9][0-9]{0,8}', 'header offset': '[0-9]{1,12}',
+                'interleave': 'bsq|bil|bip', 'data type': '|'.join(ENVI_TYPES),
+                'byte order': '0|1', 'file compression': '0'}
+    for field, pattern in patterns.items():
+        if not re.fullmatch(pattern, header.get(field, ''), re.IGNORECASE):
+            raise UserError(f'{path}: its field "{field}" is {header.get(field, "missing")}: '
+                            'correct the header, or save the image again as a plain ENVI file')
+    for field in ('major frame offsets', 'minor frame offsets'):
+        if any(envi_numbers(header, field, path)):
+            raise UserError(f'{path}: its {field} are not 0, which is not read: save the image '
+                            'again as a plain ENVI file')
+    axes = ENVI_AXES[header['interleave'].lower()]
+    sides = {'c': 'bands', 'h': 'lines', 'w': 'samples'}
+    shape = tuple(int(header[sides[letter]]) for letter in axes)
+    dtype = np.dtype('<>'[int(header['byte order'])] + ENVI_TYPES[header['data type']])
+    return dtype, int(header['header offset']), shape, axes
+
+
+def envi_facts(scene, header, path):
+    """-> the scene with what an ENVI header states about its bands, classes and place"""
+    C = len(scene.cube)
+    centres = envi_numbers(header, 'wavelength', path, [C])
+    nm, text = to_nm(centres, header.get('wavelength units', ''), 'the header')
+    widths = envi_numbers(header, 'fwhm', path, [C])
+    scene = say(scene._replace(wavelengths_nm=nm, fwhm_nm=widths_nm(widths, centres, nm)), text)
+    ignored = envi_numbers(header, 'data ignore value', path)
+    if ignored:
+        scene = scene._replace(nodata=ignored[0])
+
+    # 1 = good, 0 = bad
+    good = envi_numbers(header, 'bbl', path, [C])
+    if any(good):
+        scene = scene._replace(bands=[band for band in range(C) if good[band]])
+    elif good:
+        scene = say(scene, 'the header marks every band as bad (bbl): that is not believed')
+
+    # physical units
+    divisor = envi_numbers(header, 'reflectance scale factor', path)
+    kind = 'data reflectance' if 'data reflectance gain values' in header else 'data'
+    gains = envi_numbers(header, f'{kind} gain values', path, [C, 1])
+    offsets = envi_numbers(header, f'{kind} offset values', path, [C, 1])
+    if any(divisor):
+        scene = scene._replace(scale=(1 / divisor[0], 0.0))
+    elif gains or offsets:
+        scene = scene._replace(scale=(gains or [1.0], offsets or [0.0]))
+
+    # a classification: 0 is its first class, and unlabelled here
+    names, words = names_of_classes(envi_list(header, 'class names'))
+    colors = envi_numbers(header, 'class lookup', path)
+    rgb = list(zip(*(map(int, colors[start::3]) for start in range(3))))
+    scene = say(scene._replace(class_names=names, class_colors=rgb[1:] or None), *words)
+    wkt = header.get('coordinate system string', '').strip('{}')
+    geotags = envi_geotags(envi_list(header, 'map info'), wkt)
+    return scene._replace(geotags=geotags or scene.geotags)
+
+
+def envi_geotags(info, wkt=''):
+    """ENVI's "map info" -> GeoTIFF tags; () where nothing is stated.
+
+    info: projection, column and row of a pixel (from 1), its x and y, width and height of a
+    pixel, then for UTM zone and North or South, datum; rotation=degrees, counter-clockwise.
+    wkt: its "coordinate system string"
+    """
+    info = [str(word).strip() for word in info]
+    if len(info) < 7:
+        return ()
+    column, row, x, y, width, height = (float(word) for word in info[1:7])
+    angles = [float(word.split('=')[1]) for word in info if word.lower().startswith('rotation=')]
+    angle = math.radians(sum(angles))
+    epsg = epsg_of(wkt)
+    if {word.lower() for word in info[7:]} & {'wgs-84', 'wgs84', 'wgs 84'}:
+        if info[0] == 'UTM':
+            epsg = int(info[7]) + (32700 if info[8].lower() == 'south' else 32600)
+        elif info[0] == 'Geographic Lat/Lon':
+            epsg = 4326
+    matrix = (x, math.cos(angle) * width, math.sin(angle) * height,
+              y, math.sin(angle) * width, -math.cos(angle) * height)
+    return place_tags(matrix, epsg, (column - 1, row - 1))
+
+
+def epsg_of(wkt):
+    """The EPSG number of a coordinate system's text; None where it names none"""
+    number = re.search(r'(AUTHORITY|ID)\["EPSG",\s*"?(\d+)"?\]\s*\]\s*$', wkt)
+    if number:
+        return int(number[2])
+    # ESRI's names of UTM zones
+    zone = re.match(r'PROJCS\["(WGS_1984|ETRS_1989|NAD_1983)_UTM_Zone_(\d+)([NS])"', wkt)
+    north = {'WGS_1984': 32600, 'ETRS_1989': 25800, 'NAD_1983': 26900}
+    south = {'WGS_1984': 32700}
+    known = {'N': north, 'S': south}[zone[3]] if zone else {}
+    return known[zone[1]] + int(zone[2]) if zone and zone[1] in known else None
+
+
+def place_tags(matrix, epsg=None, at=(0.0, 0.0)):
+    """GeoTIFF tags of an image whose point `at` (column, row; 0, 0 = the upper left corner) lies at
+    x, y.
+
+    matrix: x, what x gains by a column and by a row, y, what y gains so. epsg: of the system
+    """
+    x, a, b, y, d, e = matrix
+    column, row = at
+    if b == d == 0 and a > 0 > e:
+        tags = ((33550, 12, 3, (a, -e, 0.0)), (33922, 12, 6, (column, row, 0.0, x, y, 0.0)))
+    else:
+        rows = (a, b, 0.0, x - a * column - b * row, d, e, 0.0, y - d * column - e * row)
+        tags = ((34264, 12, 16, (*rows, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)),)
+    if epsg is None:
+        return tags
+    model, key = (2, 2048) if 4000 <= epsg < 5000 else (1, 3072)  # geographic, projected
+    keys = (1, 1, 0, 3, 1024, 0, 1, model, 1025, 0, 1, 1, key, 0, 1, epsg)  # 1025: of areas
+    return (*tags, (34735, 3, 16, keys))
+
+
+# ============ arrays with names: MATLAB, HDF5 ============
+
+class Stored(NamedTuple):
+    """An array in a file: read(...) gives all of it as numpy, read((slice, ...)) a piece"""
+    shape: tuple
+    dtype: np.dtype
+    read: object
+    attrs: dict = {}  # of HDF5
+    axes: tuple = ()  # names of its axes, of HDF5
+
+
+# what the last part of a name says
+LABEL_NAMES = re.compile(r'(\b|_)gt|gt(\b|_)|label|truth|class|map|gnd|train|test|(^|_)t[res]$',
+                         re.IGNORECASE)
+OTHER_LAYERS = re.compile(r'lidar|ds[mt]|dem$|dtm|height|elev|abund|endmem|conf', re.IGNORECASE)
+WAVELENGTHS = re.compile(r'wave|lambda|^wl$|centers?$|centres?$', re.IGNORECASE)
+ROWS = re.compile(r'^n?_?(rows?|r|lines|h|height)$', re.IGNORECASE)
+COLUMNS = re.compile(r'^n?_?(cols?|columns|c|samples|w|width)$', re.IGNORECASE)
+
+
+def last_part(name):
+    """'hsi.info.1' -> 'info': numbers are those of cells"""
+    parts = [part for part in re.split('[./]', name) if not part.isdigit()]
+    return parts[-1] if parts else name
+
+
+def list_arrays(arrays):
+    """'HSI (80 x 96 x 8, uint16), ...'"""
+    words = [f'{name} ({shape_text(stored)}, {stored.dtype})' for name, stored in arrays.items()]
+    return ', '.join(words[:8]) + (f' and {len(words) - 8} more' if len(words) > 8 else '')
+
+
+def pick_array(path, arrays, name):
+    """The image among the arrays of a file -> its name.
+
+    The one that `name` asks for; else the only one of three axes whose name does not speak of
+    labels, heights or abundances; else the only one of three axes, or of two.
+    """
+    arrays = {key: stored for key, stored in arrays.items()
+              if len(stored.shape) in (2, 3) and stored.dtype.kind in 'iufb'}
+    cubes = {key: stored for key, stored in arrays.items()
+             if len(stored.shape) == 3 and min(stored.shape) > 1}
+    images = {key: stored for key, stored in cubes.items() if not (
+        OTHER_LAYERS.search(last_part(key)) or LABEL_NAMES.search(last_part(key)))}
+    layers = {key: stored for key, stored in arrays.items()
+              if key not in cubes and sorted(stored.shape)[-2] > 1}
+    candidates = images or cubes or layers or arrays
+    if name:
+        candidates = {key: stored for key, stored in arrays.items()
+                      if key == name or last_part(key) == name}
+        candidates = {name: arrays[name]} if name in arrays else candidates
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    if not candidates:
+        what = f'no array "{name}"' if name else 'no array of two or three axes'
+        raise UserError(f'{path}: holds {what}, but {list_arrays(arrays) or "others"}: give a file '
+                        'or a name of an image')
+    raise UserError(f'{path}: any of {list_arrays(candidates)} could be meant: choose one, as '
+                    f'{os.path.basename(path)}:{next(iter(candidates))}')
+
+
+def find_vector(arrays, pattern, counts):
+    """The first array of numbers in a row that has such a name and one of these `counts` of values
+    -> its name, the list of its numbers, their unit; '', [], '' where there is none"""
+    for name, stored in arrays.items():
+        size = math.prod(stored.shape)
+        if (pattern.search(last_part(name)) and size == max(stored.shape, default=1)
+                and size in counts and stored.dtype.kind in 'iuf'):
+            unit = text_of(stored.attrs.get('units', stored.attrs.get('Units', '')))
+            return name, np.ravel(stored.read(...)).tolist(), unit
+    return '', [], ''
+
+
+def named_scene(path, arrays, name, axes, order=''):
+    """A Scene of the named arrays of a file.
+
+    arrays: name -> Stored. name: of the image, '' = it is found, and labels beside it. order: the
+    axes of the image where the file states them, as 'hwc'.
+    """
+    key = pick_array(path, arrays, name)
+    image, words = arrays[key], f'array "{key}"'
+    if len(image.shape) == 2:
+        folded = fold(path, key, arrays)
+        if folded is None:  # labels, or an image of one band
+            cube = image.read(...)[None]
+            return Scene(cube, None, None, None, None, notes=(shape_note(cube, words),))
+        image, order, text = folded
+        words += f', {text}'
+    wave_name, values, unit = find_vector(arrays, WAVELENGTHS, image.shape)
+    maps = {other: stored for other, stored in arrays.items() if stored.dtype.kind in 'iufb'
+            and stored.shape in (image.shape[:2], image.shape[1:])}
+    if axes or not order:
+        sizes = {stored.shape for stored in maps.values()}
+        pixels = sizes.pop() if len(sizes) == 1 else None
+        order, text = choose_axes(image.shape, path, axes, len(values), pixels)
+        words += f', {text}'
+
+    def read(rows, cols):
+        key = {'c': slice(None), 'h': rows, 'w': cols}
+        return to_chw(image.read(tuple(key[letter] for letter in order)), order)
+    sides = [image.shape[order.index(letter)] for letter in 'chw']
+    cube = Lazy(sides, image.dtype, read)
+    values = values if len(values) == len(cube) else []
+    nm, text = to_nm(values, unit, f'"{wave_name}"')
+    widths = find_vector(arrays, re.compile('fwhm', re.IGNORECASE), [len(cube)])[1]
+    scene = Scene(cube, None, nm, None, None, fwhm_nm=widths_nm(widths, values, nm),
+                  notes=(shape_note(cube, words), text))
+    maps = {other: stored for other, stored in maps.items() if stored.shape == cube.shape[1:]}
+    return scene if name else named_labels(scene, maps)
+
+
+def named_labels(scene, maps):
+    """-> the scene with the one of the layers `maps` that is named as labels are; where several
+    are, all of them as {name: layer}, for the caller to refuse"""
+    maps = {name: stored for name, stored in maps.items() if not OTHER_LAYERS.search(name)}
+    labels = {name: stored.read(...) for name, stored in maps.items() if LABEL_NAMES.search(name)}
+    if len(labels) == 1:
+        name, layer = next(iter(labels.items()))
+        return say(scene._replace(labels=layer), f'labels from "{name}"')
+    if maps and not labels:
+        scene = say(scene, f'{list_arrays(maps)} may be labels: if so, pass --labels=FILE:NAME')
+    return scene._replace(labels=labels or None)
+
+
+def fold(path, key, arrays):
+    """bands x pixels, as unmixing data are -> Stored of three axes, their order, words; None for
+    another array. The numbers of rows and columns stand beside it."""
+    flat = arrays[key]
+    H, W = (int(find_vector(arrays, pattern, [1])[1][0]) if find_vector(arrays, pattern, [1])[1]
+            else 0 for pattern in (ROWS, COLUMNS))
+    if min(H, W) < 2 or H * W not in flat.shape:
+        if max(flat.shape) > 40 * min(flat.shape):
+            raise UserError(f'{path}: "{key}" of {shape_text(flat)} looks like bands x pixels, and '
+                            'nothing says how many rows and columns: save it as rows x columns x '
+                            'bands')
+        return None
+    pixels = flat.read(...)
+    pixels = pixels if flat.shape[1] == H * W else pixels.T  # (C, pixels)
+    # column by column, as MATLAB folds, or row by row: neighbours in the image are alike
+    x = pixels[::max(len(pixels) // 16, 1)].astype(np.float64)
+    across, down = (np.abs(x[:, step:] - x[:, :-step]).mean() for step in (H, W))
+    if across <= down:
+        cube, order, how = pixels.reshape(-1, W, H), 'cwh', 'column by column'
+    else:
+        cube, order, how = pixels.reshape(-1, H, W), 'chw', 'row by row'
+    text = f'bands x pixels, folded {how} to {H} x {W}'
+    return Stored(cube.shape, cube.dtype, cube.__getitem__), order, text
+
+
+def text_of(value):
+    """An attribute or a text of HDF5 -> str"""
+    value = np.ravel(value)[0] if np.size(value) else ''
+    return value.decode('utf-8', 'replace') if isinstance(value, bytes) else str(value)
+
+
+# ============ MATLAB ============
+
+# names of arrays inside structs and cells are put together with dots
 READ_MAT = """
 import sys, numpy, scipy.io
-arrays = [a for a in scipy.io.loadmat(sys.argv[1]).values()
-          if isinstance(a, numpy.ndarray) and a.dtype.kind in 'iuf' and a.ndim in (2, 3)]
-numpy.savez(sys.argv[2], *arrays)
+found = {}
+def collect(name, value, depth=0):
+    if not isinstance(value, numpy.ndarray) or depth > 8 or len(found) > 1000:
+        return
+    for field in value.dtype.names or ():
+        for item in value[field].ravel()[:50]:
+            collect(name + '.' + field, item, depth + 1)
+    if value.dtype.kind == 'O':
+        for number, item in enumerate(value.ravel()[:200], 1):
+            collect(f'{name}.{number}', item, depth + 1)
+    if value.dtype.kind in 'iufbc' and value.size:
+        found.setdefault(name, value)
+for name, value in scipy.io.loadmat(sys.argv[1]).items():
+    collect(name, value)
+numpy.savez(sys.argv[2], *found.values(), names=numpy.array(list(found), str))
 """
 
 
 def load_mat(path):
-    """The numeric arrays of a .mat file, 2-d and 3-d. They are read in a process of its own:
+    """The numeric arrays of a .mat file -> {name: Stored}. They are read in a process of its own:
     scipy's reader crashes the whole process on some damaged files."""
     import scipy.io  # noqa: F401  where it is missing, say so before a process is started
     with tempfile.TemporaryDirectory() as folder:
         kept = os.path.join(folder, 'arrays.npz')
         done = subprocess.run([sys.executable, '-c', READ_MAT, path, kept], capture_output=True,
                               text=True, errors='replace')
-        if 'NotImplementedError' in done.stderr:
-            raise UserError(f'{path}: MATLAB 7.3 files are not read: save it again with '
-                            'save(..., "-v7")')
         if done.returncode or not os.path.exists(kept):
             lines = done.stderr.strip().splitlines()
             reason = lines[-1] if lines else f'the reader crashed, code {done.returncode}'
             raise UserError(f'{path}: cannot be read ({one_line(reason)}): copy or convert it '
                             'again')
-        return list(np.load(kept).values())
+        with np.load(kept) as file:
+            arrays = {name: file[f'arr_{number}'] for number, name in enumerate(file['names'])}
+    return {str(name): Stored(array.shape, array.dtype, array.__getitem__)
+            for name, array in arrays.items()}
 
 
 def read_mat(path, mmap, name, axes):
-    arrays = load_mat(path)
-    cubes = [array for array in arrays if array.ndim == 3]
-    flat = [array for array in arrays if array.ndim == 2 and min(array.shape) > 1]
-    if not cubes and len(flat) != 1:
-        raise UserError(f'{path}: holds no 3-d array: give the file with the image as the root, '
-                        'the labels with --labels')
-    if not cubes:
-        cube = flat[0][None]
-        notes = (shape_note(cube, 'one band'),)
-        return Scene(cube, None, None, None, None, notes=notes)
-    cubes.sort(key=np.size)
-    cube = np.moveaxis(cubes[-1], 2, 0)
-    fitting = [array for array in flat if array.shape == cube.shape[1:]]
-    notes = (shape_note(cube, 'bands last, the habit of the field'),)
-    return Scene(cube, fitting[0] if fitting else None, None, None, None, notes=notes)
+    if not is_hdf5(path):
+        return named_scene(path, load_mat(path), name, axes)
+    arrays = {}  # MATLAB 7.3 is HDF5 with the axes reversed
+    for key, stored in h5_arrays(path).items():
+        arrays[key.replace('/', '.')] = turned(stored)
+    return named_scene(path, arrays, name, axes)
 
 
-def read_envi(path, mmap, name, axes):
-    import spectral
-    image = spectral.open_image(path)
-    header = image.metadata
-    nodata = float(header['data ignore value']) if 'data ignore value' in header else None
-    cube = image.open_memmap() if image.using_memmap else image.load(dtype=image.dtype)
-    cube = np.moveaxis(np.asarray(cube), 2, 0)
-    geotags = envi_geotags(header.get('map info', []))
-    notes = (shape_note(cube, f'{image.interleave}, as ENVI states'),)
-    return Scene(cube, None, image.bands.centers, nodata, None, geotags, notes=notes)
+def turned(stored):
+    """An array with its axes in reversed order"""
+    def read(key):
+        return stored.read(key if key is ... else key[::-1]).transpose()
+    return stored._replace(shape=stored.shape[::-1], read=read)
 
 
-def envi_geotags(info):
-    """ENVI's "map info" -> GeoTIFF tags; () where nothing or a rotation is stated.
+# ============ HDF5 and NetCDF ============
 
-    info: projection, column and row of a pixel (from 1), its x and y, width and height of a
-    pixel, then for UTM zone and North or South, datum. The tags are pixel scale and tie point,
-    and for UTM or longitude and latitude on WGS-84 the keys that hold their EPSG number.
-    """
-    info = [str(word).strip() for word in info]
-    rotations = [word for word in info if word.lower().startswith('rotation')]
-    if len(info) < 7 or any(float(word.split('=')[1]) for word in rotations):
+def is_hdf5(path):
+    with open(path, 'rb') as file:
+        return b'\x89HDF\r\n\x1a\n' in file.read(1 << 13)
+
+
+def h5_arrays(path):
+    """The arrays of an HDF5 file -> {'group/name': Stored}; of references, which MATLAB's cells
+    are, what they refer to. What lies in other files is left out."""
+    import h5py
+    found = {}
+
+    def read_from(name):
+        def read(key):
+            try:
+                with h5py.File(path, 'r') as file:
+                    return file[name][key]
+            except (OSError, RuntimeError, KeyError, ValueError) as error:
+                raise UserError(f'{path}: its array {name} cannot be read ({one_line(error)}): '
+                                'copy it again') from None
+        return read
+
+    def collect(name, item, depth=0):
+        if depth > 8 or len(found) > 2000:
+            return
+        if isinstance(item, h5py.Group):
+            for key in item:
+                hard = item.get(key, getclass=True, getlink=True) is h5py.HardLink
+                if hard and not key.startswith('#'):
+                    collect(f'{name}/{key}' if name else key, item.get(key), depth + 1)
+        elif not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
+            return
+        elif item.dtype == h5py.ref_dtype and item.size:
+            for number, reference in enumerate(np.ravel(item[()])[:200], 1):
+                if reference:
+                    collect(f'{name}/{number}', item.file[reference], depth + 1)
+        elif item.size * item.dtype.itemsize > 100_000 * os.path.getsize(path):
+            raise UserError(f'{path}: its array {name} claims {item.size / 1e9:.0f} billion '
+                            'values: the file is damaged, copy it again')
+        elif item.size and text_of(item.attrs.get('MATLAB_class', '')) != 'char':
+            axes = [([os.path.basename(scale.name) for scale in axis.values()] or [axis.label])[0]
+                    for axis in item.dims]
+            found[name] = Stored(item.shape, item.dtype, read_from(item.name), dict(item.attrs),
+                                 tuple(axes))
+
+    with h5py.File(path, 'r') as file:
+        collect('', file)
+    return found
+
+
+def read_h5(path, mmap, name, axes):
+    """HDF5 or NetCDF-4: a product that is known by its names, or the one cube, or the named one"""
+    if not is_hdf5(path):
+        raise UserError(f'{path}: is no HDF5 or NetCDF-4 file (older NetCDF and HDF4 are not '
+                        'read): convert it, as nccopy -k netCDF-4 does')
+    arrays = h5_arrays(path)
+    if not name and any(key.endswith('_HCO/Data Fields/VNIR_Cube') for key in arrays):
+        return read_prisma(path, arrays)
+    if not name and 'sensor_band_parameters/wavelengths' in arrays:
+        return read_emit(path, arrays)
+    key = pick_array(path, arrays, name)
+    attrs = arrays[key].attrs
+
+    # NetCDF names the axes
+    order = ''
+    for axis in arrays[key].axes:
+        for letter, words in (('c', 'band|wave|channel|lambda|spectral'),
+                              ('h', '^(y|lat|row|line|down|north)'),
+                              ('w', '^(x|lon|col|sample|cross|east)')):
+            order += letter if re.search(words, axis, re.IGNORECASE) else ''
+    order = order if sorted(order) == ['c', 'h', 'w'] else ''
+    # labels may lie beside the image, other layers of a product in other groups
+    group = key[:key.rfind('/') + 1]
+    beside = {other: stored for other, stored in arrays.items()
+              if len(stored.shape) < 2 or other[:other.rfind('/') + 1] == group}
+    scene = named_scene(path, beside, name, axes, order)
+
+    # attributes by the CF conventions, and NEON's
+    notes = []
+
+    def number(*names):
+        found = [text_of(attrs[name]) for name in names if name in attrs]
+        return read_number(found[0], notes) if found else None
+    factor, offset = number('scale_factor'), number('add_offset')
+    if number('Scale_Factor'):
+        factor = 1 / number('Scale_Factor')
+    if factor or offset:
+        scene = scene._replace(scale=(factor or 1.0, offset or 0.0))
+    nodata = number('_FillValue', 'missing_value', 'Data_Ignore_Value', 'nodata')
+    return say(scene._replace(nodata=nodata, geotags=h5_place(arrays, key)), *notes)
+
+
+def h5_place(arrays, key):
+    """GeoTIFF tags of an array: NEON's Map_Info, or GeoTransform as GDAL writes it for CF"""
+    group = key[:key.rfind('/') + 1]
+
+    def text(name):
+        stored = arrays.get(f'{group}Metadata/Coordinate_System/{name}')
+        return text_of(stored.read(...)) if stored else ''
+    if text('Map_Info'):
+        return envi_geotags(text('Map_Info').split(','), text('Coordinate_System_String'))
+    mapping = arrays.get(group + text_of(arrays[key].attrs.get('grid_mapping', '')))
+    attrs = mapping.attrs if mapping else {}
+    numbers = [read_number(word, []) for word in text_of(attrs.get('GeoTransform', '')).split()]
+    if len(numbers) != 6 or None in numbers:
         return ()
-    column, row, x, y, width, height = (float(word) for word in info[1:7])
-    scale = (33550, 12, 3, (width, height, 0.0))
-    tie_point = (33922, 12, 6, (column - 1, row - 1, 0.0, x, y, 0.0))
-    words = {word.lower() for word in info[7:]}
-    if not words & {'wgs-84', 'wgs84', 'wgs 84'}:
-        return scale, tie_point
-    if info[0] == 'UTM':
-        model, key = 1, 3072  # projected
-        epsg = int(info[7]) + (32700 if info[8].lower() == 'south' else 32600)
-    elif info[0] == 'Geographic Lat/Lon':
-        model, key = 2, 2048  # geographic
-        epsg = 4326
+    return place_tags(numbers, epsg_of(text_of(attrs.get('crs_wkt', attrs.get('spatial_ref', '')))))
+
+
+def read_emit(path, arrays):
+    """EMIT L1B and L2A: one cube (rows, columns, bands) in the geometry of the sensor"""
+    names = [name for name in ('reflectance', 'radiance') if name in arrays]
+    if not names:
+        raise UserError(f'{path}: an EMIT file without reflectance or radiance: give the RFL or '
+                        'the RAD file')
+    parameters = {name.split('/')[1]: stored.read(...).tolist() for name, stored in arrays.items()
+                  if name.startswith('sensor_band_parameters/')}
+    only = {name: arrays[name] for name in names[:1]}
+    scene = named_scene(path, only, '', '', 'hwc')
+    nm, text = to_nm(parameters['wavelengths'], 'nm', 'sensor_band_parameters')
+    good = parameters.get('good_wavelengths', [1] * len(nm))
+    notes = (scene.notes[0], text, 'EMIT, in the geometry of the sensor: its look-up table to the '
+             'map (glt) is not applied')
+    return scene._replace(
+        wavelengths_nm=nm, fwhm_nm=parameters.get('fwhm'), notes=notes,
+        bands=[band for band in range(len(good)) if good[band] == 1],
+        nodata=float(text_of(only[names[0]].attrs.get('_FillValue', -9999))))
+
+
+def read_prisma(path, arrays):
+    """PRISMA L1 and L2: the cubes (rows, bands, columns) of two detectors -> bands in the order of
+    their wavelengths, in physical units, NaN where all bands hold 0"""
+    import h5py
+    with h5py.File(path, 'r') as file:
+        attrs = dict(file.attrs)
+    names = ('Vnir', 'Swir')
+    fields = next(key for key in arrays if key.endswith('_HCO/Data Fields/VNIR_Cube'))[:-9]
+    cubes = [arrays[f'{fields}{name.upper()}_Cube'] for name in names]
+    level = fields.split('PRS_')[1].split('_')[0]
+
+    def stated(pattern):
+        """One value for each band of both detectors, of lists or of single numbers"""
+        values = [np.ravel(attrs[pattern.format(name)]).astype(float) for name in names]
+        return np.concatenate([np.broadcast_to(one, cube.shape[1])
+                               for one, cube in zip(values, cubes)])
+    nm = stated('List_Cw_{}')
+    recorded = (nm > 0) & (stated('List_Cw_{}_Flags') > 0)
+    order = [band for band in np.argsort(nm, kind='stable') if recorded[band]]
+    if level == 'L1':
+        kind, factor, offset = 'radiance', 1 / stated('ScaleFactor_{}'), -stated('Offset_{}')
     else:
-        return scale, tie_point
-    keys = (1, 1, 0, 3, 1024, 0, 1, model, 1025, 0, 1, 1, key, 0, 1, epsg)  # 1025: of areas
-    return scale, tie_point, (34735, 3, 16, keys)
+        kind, offset = 'reflectance', stated('L2Scale{}Min')
+        factor = (stated('L2Scale{}Max') - offset) / 65535
+    factor, offset = (side[order, None, None].astype(np.float32) for side in (factor, offset))
+
+    def read(rows, cols):
+        blocks = [cube.read((rows, slice(None), cols)) for cube in cubes]
+        return np.concatenate(blocks, 1)[:, order].transpose(1, 0, 2)
+
+    def physical(numbers, rows, cols):
+        values = numbers * factor + offset
+        values[:, (numbers == 0).all(0)] = np.nan
+        return values
+    H, _, W = cubes[0].shape
+    numbers = Lazy((len(order), H, W), cubes[0].dtype, read)
+    cube = when_read(numbers, physical, np.float32)
+    nm, text = to_nm(nm[order], 'nm', 'List_Cw_Vnir and List_Cw_Swir')
+    notes = [shape_note(cube, f'PRISMA {level}, two detectors in the order of wavelengths'), text,
+             f'values brought to {kind} by the scale of each detector']
+
+    # 0 in a band of level 2 is a retrieval that failed; where most did, in the bands of water
+    # vapour, the band is bad
+    bands = None
+    if level != 'L1':
+        failed, pixels = np.zeros(len(order), int), 0
+        for strip in strips(numbers):
+            block = numbers[:, strip]
+            inside = (block != 0).any(0)
+            failed += (block[:, inside] == 0).sum(1)
+            pixels += inside.sum()
+        bands = np.flatnonzero(failed <= pixels / 2).tolist()
+        if failed[bands].any():
+            share = failed[bands].sum() / (pixels * len(bands))
+            notes.append(f'{share:.2%} of the values are 0, where the retrieval failed: kept as 0')
+    geotags = prisma_place(attrs, H, W) if level == 'L2D' else ()
+    return Scene(cube, None, nm, None, None, geotags, bands=bands, notes=tuple(notes),
+                 fwhm_nm=stated('List_Fwhm_{}')[order].tolist())
+
+
+def prisma_place(attrs, H, W):
+    """GeoTIFF tags of PRISMA L2D, which states the centres of its corner pixels"""
+    left, top, right, bottom = (float(attrs[f'Product_{corner}']) for corner in (
+        'ULcorner_easting', 'ULcorner_northing', 'LRcorner_easting', 'LRcorner_northing'))
+    width, height = (right - left) / max(W - 1, 1), (top - bottom) / max(H - 1, 1)
+    if not 0.98 * height < width < 1.02 * height:
+        return ()  # these corners are not those of this image
+    matrix = (left - width / 2, width, 0.0, top + height / 2, 0.0, -height)
+    return place_tags(matrix, int(attrs['Epsg_Code']))
+
+
+# ============ GeoTIFF with METADATA.XML: EnMAP, DESIS ============
+
+def product_metadata(path, scene):
+    """-> the scene of NAME-SPECTRAL_IMAGE.TIF with what NAME-METADATA.XML states of its bands"""
+    match = re.fullmatch(r'(.*)-SPECTRAL_IMAGE(_VNIR|_SWIR|)(_COG)?\.TIFF?', path, re.I | re.S)
+    if not match:
+        return scene
+    found = files_beside(match[1], ['-METADATA.xml', '-METADATA.XML'])
+    if not found:
+        return say(scene, f'{match[1]}-METADATA.XML is not there: nothing is known of the bands')
+    try:
+        root = ElementTree.parse(found[0]).getroot()
+    except ElementTree.ParseError as error:
+        raise UserError(f'{found[0]}: cannot be read ({one_line(error)}): copy it again') from None
+
+    # EnMAP: <bandID number="1"> with FWHMOfBand; DESIS: <band> with bandNumber
+    bands = []
+    for section in root.iterfind('.//{*}bandCharacterisation'):
+        for band in section:
+            stated = {child.tag.rpartition('}')[2].lower(): child.text for child in band}
+            stated |= {name.lower(): value for name, value in band.attrib.items()}
+            bands.append([float(stated.get(name) or stated[other]) for name, other in (
+                ('number', 'bandnumber'), ('wavelengthcenterofband', ''),
+                ('fwhmofband', 'wavelengthwidthofband'), ('gainofband', ''),
+                ('offsetofband', ''))])
+    bands.sort()
+    C = len(scene.cube)
+    if match[2] and len(bands) > C:  # the detectors of EnMAP L1B have a file each
+        bands = bands[:C] if match[2].upper() == '_VNIR' else bands[-C:]
+    if len(bands) != C:
+        raise UserError(f'{found[0]}: describes {len(bands)} bands, {path} has {C}: they do not '
+                        'belong together')
+    _, centres, fwhm, gains, offsets = (list(column) for column in zip(*bands))
+    nm, text = to_nm(centres, 'nm', os.path.basename(found[0]))
+    notes = [note for note in scene.notes if note != NO_WAVELENGTHS]
+    background = root.findtext('.//{*}backgroundValue')
+    nodata = scene.nodata
+    if nodata is None and (background or scene.cube.dtype == np.int16):
+        nodata = float(background or -32768)
+        where = 'from METADATA.XML' if background else 'stated nowhere, but usual there'
+        text += f'; nodata {nodata:g} ({where})'
+    return scene._replace(wavelengths_nm=nm, fwhm_nm=fwhm, scale=(gains, offsets), nodata=nodata,
+                          notes=(*notes, text))
+
+
+# ============ scales and orders that differ from band to band ============
+
+def one_scale(scene):
+    """A reader's lists of gains and offsets: equal ones become one scale, which is not applied;
+    others are, for bands of different units could not be mixed -> float32, NaN = missing"""
+    if not scene.scale or np.ndim(scene.scale[0]) == 0:
+        return scene
+    C = max(len(scene.cube), *map(len, scene.scale))
+    kept = scene.bands or list(range(len(scene.cube)))
+    gains, offsets = (np.broadcast_to(side, C)[kept] for side in scene.scale)
+    if np.ptp(gains) == 0 and np.ptp(offsets) == 0:
+        return scene._replace(scale=(float(gains[0]), float(offsets[0])))
+    gains, offsets = (side[:, None, None].astype(np.float32) for side in (gains, offsets))
+
+    def physical(values, rows, cols):
+        scaled = values * gains + offsets
+        scaled[:, ~valid_pixels(values, scene.nodata)] = np.nan
+        return scaled
+    cube = when_read(scene.cube, physical, np.float32)
+    return say(scene._replace(cube=cube, nodata=None, scale=None), 'gains and offsets differ from '
+               'band to band: values brought to physical units, float32')
+
+
+def in_order(scene):
+    """Bands of detectors that overlap, one behind the other in the file -> sorted by wavelength"""
+    nm = scene.wavelengths_nm
+    starts = [0, *np.flatnonzero(np.diff(nm) <= 0) + 1, len(nm)] if nm else []
+    lengths = np.diff(starts)  # of the detectors
+    if not 1 < len(lengths) < 9 or lengths.min() < 3 or not np.isfinite(nm).all():
+        return scene  # in order, or in one that someone chose
+    order = np.argsort(nm, kind='stable').tolist()
+    kept = scene.bands or range(len(nm))
+    scene = scene._replace(
+        cube=take_bands(scene.cube, order), bands=[kept[band] for band in order],
+        wavelengths_nm=[nm[band] for band in order],
+        fwhm_nm=scene.fwhm_nm and [scene.fwhm_nm[band] for band in order])
+    return say(scene, f'the wavelengths of {len(lengths)} detectors overlap: the bands are put in '
+               'the order of their wavelengths')
 
 
 # ============ the readers by the ending of a name ============
 
 # each: reader(path, mmap, name, axes) -> Scene; cube (C, H, W), mmap a Lazy, labels as they are
 READERS = {'.tif': read_tiff, '.tiff': read_tiff, '.npz': read_numpy, '.npy': read_numpy,
-           '.mat': read_mat, '.hdr': read_envi}
+           '.mat': read_mat, '.hdr': read_envi, '.h5': read_h5, '.hdf5': read_h5,
+           '.he5': read_h5, '.nc': read_h5}

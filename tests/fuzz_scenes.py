@@ -1,13 +1,17 @@
 """Damaged scene files by the hundred: python tests/fuzz_scenes.py [count [seed]]
 
 Makes small scenes of every format, damages them (bit flips, cut ends, zeroed and swapped stretches, damage in the header), and reads them.
-Each must give a scene or one UserError that names the file: no other exception, no crash, no hang, and no more than 4 GB of memory.
+Each must give a scene or one UserError that names the file: no other exception, no crash, no hang, and no more than 4 GB of memory. Where only
+pixels are damaged, so that the header says the same as before, a scene has the sound file's values everywhere else; where a checksum or a cut end
+gives the damage away, there is no scene.
 """
 import os
 import resource
 import signal
 import sys
 import tempfile
+import warnings
+import zipfile
 
 import numpy as np
 
@@ -20,21 +24,102 @@ def make_files(folder):
     import tifffile
     from scipy.io import savemat
     rng = np.random.default_rng(0)
-    cube = rng.integers(0, 4000, (24, 20, 5)).astype(np.uint16)
+    cube = rng.integers(1, 4000, (24, 20, 5)).astype(np.uint16)
+    bands = np.moveaxis(cube, 2, 0)
     labels = rng.integers(0, 4, (24, 20)).astype(np.uint8)
     path = lambda name: os.path.join(folder, name)
+    metadata = ''.join(f'<Item name="wavelength" sample="{b}">{400 + 100 * b}</Item><Item name="SCALE" sample="{b}" role="scale">0.1</Item>' for b in range(5))
+    tags = [(42112, 's', 0, f'<GDALMetadata>{metadata}</GDALMetadata>', True), (42113, 's', 0, '0', True), (33550, 'd', 3, (30.0, 30.0, 0.0), True),
+            (33922, 'd', 6, (0.0, 0.0, 0.0, 350000.0, 5800000.0, 0.0), True), (34735, 'H', 16, (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32633), True)]
+    options = dict(photometric='minisblack', metadata=None)
     tifffile.imwrite(path('plain.tif'), cube, planarconfig='contig', photometric='minisblack')
-    tifffile.imwrite(path('deflate.tif'), np.moveaxis(cube, 2, 0), planarconfig='separate', photometric='minisblack', compression='zlib', rowsperstrip=8)
+    tifffile.imwrite(path('gdal.tif'), cube, planarconfig='contig', extratags=tags, rowsperstrip=5, **options)
+    tifffile.imwrite(path('deflate.tif'), bands, planarconfig='separate', photometric='minisblack', compression='zlib', rowsperstrip=8)
     tifffile.imwrite(path('float.tif'), cube.astype(np.float32), planarconfig='contig', photometric='minisblack', tile=(16, 16), bigtiff=True)
-    np.savez(path('a.npz'), cube=cube, labels=labels, wavelengths_nm=np.linspace(400, 900, 5))
+    tifffile.imwrite(path('tiled.tif'), bands, planarconfig='separate', extratags=tags, tile=(16, 16), compression='zlib', predictor=2, byteorder='>', **options)
+    tifffile.imwrite(path('array.tif'), cube, photometric='minisblack')
+    alpha = np.where(np.arange(20) < 3, 0, 65535)[None].repeat(24, 0)[None].astype(np.uint16)
+    tifffile.imwrite(path('alpha.tif'), np.concatenate([bands, alpha]), planarconfig='separate', extrasamples=[0, 0, 0, 0, 2], extratags=tags[:1], **options)
+    palette = rng.integers(0, 65535, (3, 256)).astype(np.uint16)
+    tifffile.imwrite(path('labels.tif'), labels, photometric='palette', colormap=palette, compression='zlib', metadata=None)
+    with tifffile.TiffWriter(path('pages.tif')) as file:
+        for band in bands:
+            file.write(band, compression='zlib', **options)
+        file.write(labels > 0, subfiletype=2, **options)
+    with tifffile.TiffFile(path('pages.tif'), mode='r+b') as tif:
+        tif.pages[5].tags['NewSubfileType'].overwrite(4)
+    np.savez(path('a.npz'), cube=cube, labels=labels, wavelengths_nm=np.linspace(400, 900, 5), nodata=0, class_names=['a', 'b', 'c'], scale=[0.1, 0])
     np.savez_compressed(path('b.npz'), cube=cube.astype(np.float64), labels=labels)
     np.save(path('c.npy'), cube)
+    np.save(path('fortran.npy'), np.asfortranarray(cube))
     savemat(path('d.mat'), {'cube': cube, 'gt': labels})
     savemat(path('e.mat'), {'cube': cube}, do_compression=True)
     cube.tofile(path('f.img'))
     open(path('f.hdr'), 'w').write('ENVI\nsamples = 20\nlines = 24\nbands = 5\nheader offset = 0\nfile type = ENVI Standard\ndata type = 12\n'
                                    'interleave = bip\nbyte order = 0\nwavelength = {400, 500, 600, 700, 800}\n')
-    return [path(name) for name in ('plain.tif', 'deflate.tif', 'float.tif', 'a.npz', 'b.npz', 'c.npy', 'd.mat', 'e.mat', 'f.hdr')]
+    return sorted(path(name) for name in os.listdir(folder) if not name.endswith('.img'))
+
+
+def pixel_ranges(path):
+    """-> (start, end) of the stretches of a sound file that hold nothing but pixels, and whether a damaged pixel can be told from a sound one"""
+    import tifffile
+    if path.lower().endswith('.tif'):
+        with tifffile.TiffFile(path) as tif:
+            pages = [page for page in tif.pages if not page.keyframe.subfiletype & 4]
+            packed = pages[0].keyframe.compression != 1
+            return [(at, at + size) for page in pages for at, size in zip(page.dataoffsets, page.databytecounts)], packed
+    if path.endswith('.npy'):
+        return [(os.path.getsize(path) - 24 * 20 * 5 * 2, os.path.getsize(path))], False
+    if path.endswith('.npz'):
+        with zipfile.ZipFile(path) as file:
+            member = file.getinfo('cube.npy')
+            start = member.header_offset + 30 + len('cube.npy') + 20  # 20: the extra field
+            return [(start + 128, start + member.compress_size)], True
+    return [], False
+
+
+def check_values(sound, scene, before, after, ranges, packed):
+    """Where only pixels were damaged, the scene has the sound one's values elsewhere"""
+    size = max(len(before), len(after))
+    old, new = (np.frombuffer(content.ljust(size, b'\0'), np.uint8) for content in (before, after))
+    changed = np.flatnonzero(old != new)
+    inside = np.zeros(size, bool)
+    for start, end in ranges:
+        inside[start:end] = True
+    if not ranges or not inside[changed].all():
+        return False
+    differ = np.inf
+    if scene.cube.shape == sound.cube.shape:
+        pixels = ~np.isclose(np.asarray(sound.cube), np.asarray(scene.cube), rtol=0, atol=0, equal_nan=True).all(0)
+        differ = np.count_nonzero(pixels)
+    assert len(before) == len(after) and differ <= (0 if packed else len(changed)), f'{differ} pixels differ after {len(changed)} bytes were damaged'
+    return True
+
+
+def more_files(folder):
+    """-> [(file to damage, path to read)] of formats whose files test_formats.py writes; those of HDF5 where h5py is installed"""
+    import test_formats as formats
+    from pathlib import Path
+    folder = Path(folder)
+    header = dict(wavelength=formats.NM, bbl=[1, 1, 0, 1, 1, 1], map_info=[*formats.UTM, 'rotation=20'], data_ignore_value=-9999,
+                  data_gain_values=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], class_names=['a', 'b', 'c'], class_lookup=[0, 0, 0, 1, 1, 1, 2, 2, 2])
+    data = formats.write_envi(folder / 'envi.bsq', big_endian=True, offset=64, **header)
+    struct = formats.savemat(folder / 'struct.mat', {'hsi': {'Data': formats.HWC, 'info': {'wavelength': formats.NM}, 'gt': formats.LABELS}})
+    tif = formats.tiff(folder / 'ENMAP01-L2A-SPECTRAL_IMAGE.TIF', formats.CUBE, -32768)
+    formats.enmap(folder / 'ENMAP01-L2A-METADATA.XML', formats.NM, [1e-4] * formats.C)
+    pairs = [(str(folder / 'envi.hdr'), data), (data, data), (struct, struct), (str(folder / 'ENMAP01-L2A-METADATA.XML'), tif)]
+    try:
+        import h5py
+    except ImportError:
+        return pairs
+    files = [formats.save73(folder / 'v73.mat', {'scene': {'data': formats.HWC, 'wavelengths': formats.NM[None]}, 'gt': formats.LABELS, 'list': [formats.NM]}),
+             formats.prisma(folder / 'PRS_L2D.he5', 'L2D')[0], formats.prisma(folder / 'PRS_L1.he5', 'L1')[0], str(folder / 'chunks.h5'),
+             formats.h5(folder / 'EMIT.nc', {'reflectance': (formats.HWC.astype(np.float32), {'_FillValue': np.float32([-9999])}),
+                                             'sensor_band_parameters/wavelengths': formats.NM, 'sensor_band_parameters/good_wavelengths': np.uint8([1] * 6)})]
+    with h5py.File(folder / 'chunks.h5', 'w') as file:
+        file.create_dataset('x/cube', data=formats.HWC, chunks=(3, 4, 6), compression='gzip')
+        file['wavelength'] = formats.NM
+    return pairs + [(path, path) for path in files]
 
 
 def damage(content, rng):
@@ -60,33 +145,39 @@ def damage(content, rng):
 
 
 def fuzz(folder, count, seed):
-    """Read `count` damaged files -> how many gave a scene, how many a sentence. Anything else is raised."""
-    rng, files, read = np.random.default_rng(seed), make_files(folder), 0
+    """Read `count` damaged files -> how many gave a scene, how many a sentence, how many scenes were compared. Anything else is raised."""
+    rng, read, compared = np.random.default_rng(seed), 0, 0
+    files = [(path, path) for path in make_files(folder)] + more_files(folder)
+    sound = {source: (open(source, 'rb').read(), read_scene(path), *pixel_ranges(source)) for source, path in files}
     for i in range(count):
-        source = files[i % len(files)]
-        path = os.path.join(folder, f'damaged{os.path.splitext(source)[1]}')
-        if source.endswith('.hdr'):
-            os.replace(os.path.join(folder, 'f.img'), os.path.join(folder, 'damaged.img')) if i < len(files) else None
-        content = damage(open(source, 'rb').read(), rng)
-        open(path, 'wb').write(content)
+        source, path = files[i % len(files)]
+        before, sound_scene, ranges, packed = sound[source]
+        content = damage(before, rng)
+        open(source, 'wb').write(content)
         signal.alarm(20)  # a hang ends the process
         try:
-            scene = read_scene(path, mmap=bool(i % 2))
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                scene = read_scene(path, mmap=bool(rng.integers(2)))
+            np.asarray(scene.cube)  # what stays on disk can be read
             assert scene.cube.ndim == 3 and scene.cube.dtype.kind in 'iuf' and (scene.labels is None or scene.labels.dtype == np.uint8)
+            assert scene.notes and all(isinstance(note, str) and '\n' not in note for note in scene.notes), scene.notes
+            compared += check_values(sound_scene, scene, before, content, ranges, packed)
             read += 1
         except UserError as error:
-            assert path in str(error) and '\n' not in str(error), f'{i}: {error}'
+            assert (path in str(error) or source in str(error)) and '\n' not in str(error), f'{i}: {error}'
         except BaseException as error:
             open(os.path.join(tempfile.gettempdir(), 'fuzz_failure' + os.path.splitext(source)[1]), 'wb').write(content)
             raise AssertionError(f'file {i} of seed {seed}, made of {os.path.basename(source)}: {type(error).__name__}: {error}') from error
         finally:
             signal.alarm(0)
-    return read, count - read
+            open(source, 'wb').write(before)
+    return read, count - read, compared
 
 
 if __name__ == '__main__':
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     count, seed = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 300), (2, 0)))
     with tempfile.TemporaryDirectory() as folder:
-        read, refused = fuzz(folder, count, seed)
-    print(f'{count} damaged files: {read} read, {refused} refused in a sentence, none did anything else')
+        read, refused, compared = fuzz(folder, count, seed)
+    print(f'{count} damaged files: {read} read ({compared} of them compared with the sound file), {refused} refused in a sentence, none did anything else')

@@ -130,6 +130,7 @@ def test_nodata_as_programs_write_it(tmp_path, text, stored):
     scene = read_scene(write_tiff(tmp_path / 'a.tif', hidden(REFLECTANCE, stored), tag(42113, text)))
     np.testing.assert_array_equal(missing_of(scene), LEFT)
     assert scene.nodata is None or np.isfinite(scene.nodata)
+    assert not any('is stated where a number belongs' in note for note in scene.notes)
     np.testing.assert_array_equal(np.asarray(scene.cube)[:, ~LEFT], REFLECTANCE[:, ~LEFT])
 
 
@@ -160,7 +161,7 @@ def test_an_alpha_band_is_a_mask(tmp_path, kind, planar, mmap):
     assert scene.cube.shape == (C, H, W) and scene.cube.dtype == np.float32 and scene.nodata is None
     np.testing.assert_array_equal(missing_of(scene), LEFT)
     np.testing.assert_array_equal(np.asarray(scene.cube)[:, ~LEFT], CUBE[:, ~LEFT])
-    said(scene, 'band 9 is an alpha band')
+    said(scene, 'band 9 holds only 0 and 65535' if kind == 0 else 'band 9 is an alpha band')
     if kind == 'gdal':
         np.testing.assert_allclose(scene.wavelengths_nm, NM)
 
@@ -208,14 +209,18 @@ def test_masks_inside_and_beside_the_file(tmp_path, where, mmap):
 
 
 def test_nodata_beside_the_file_wins_and_may_differ_from_band_to_band(tmp_path):
-    array = hidden(CUBE.astype(np.int16), -1)
+    array = CUBE.astype(np.int16)
     array[0, LEFT] = -5
+    array[3, 4:6] = -1
+    array[0, 8:] = np.where(LEFT[8:], -5, -1)  # which is a value there
+    lost = LEFT.copy()
+    lost[4:6] = True
     path = write_tiff(tmp_path / 'a.tif', array, tag(42113, '-9999'))
     bands = ''.join(f'<PAMRasterBand band="{band + 1}"><NoDataValue>{-1 if band else -5}</NoDataValue></PAMRasterBand>' for band in range(C))
     open(path + '.aux.xml', 'w').write(f'<PAMDataset>{bands}</PAMDataset>')
     scene = read_scene(path)
-    np.testing.assert_array_equal(missing_of(scene), LEFT)
-    np.testing.assert_array_equal(scene.cube[:, ~LEFT], CUBE[:, ~LEFT])
+    np.testing.assert_array_equal(missing_of(scene), lost)
+    np.testing.assert_array_equal(scene.cube[:, ~lost], array[:, ~lost])
     open(path + '.aux.xml', 'w').write('<PAMDataset><PAMRasterBand band="1"><NoDataValue>')
     refused('a.tif.aux.xml: cannot be read', path)
 
@@ -435,6 +440,8 @@ def test_the_same_place_in_other_words_is_accepted(image, tmp_path):
         scene = read_scene(image, write_tiff(tmp_path / 'l.tif', LABELS, *tags))
         np.testing.assert_array_equal(scene.labels, LABELS)
     said(scene, 'place: UTM zone 33N, pixels of 30 m, upper left corner at 350000, 5800000')
+    for tags in (centre, other_tie):
+        said(read_scene(write_tiff(tmp_path / 'l.tif', LABELS, *tags)), 'upper left corner at 350000, 5800000')
 
 
 def test_a_rotated_place_is_kept(tmp_path):
@@ -642,6 +649,24 @@ def test_mixed_and_normalised_cubes_stay_on_disk_and_have_the_same_values(tmp_pa
     np.testing.assert_allclose(valid.mean(1), 0, atol=1e-6)
     np.testing.assert_allclose(valid.std(1), 1, rtol=1e-6)
     np.testing.assert_allclose(mix_bands(memory, weights).cube[:, 5, 9], weights @ CUBE[:, 5, 9], rtol=1e-5)
+
+
+def test_a_file_that_breaks_while_it_is_gone_through_is_one_sentence(tmp_path, monkeypatch):
+    def read(rows, cols):
+        raise OSError('wrong checksum')
+    monkeypatch.setitem(scenes.READERS, '.npy', lambda *args: scene_of(Lazy(CUBE.shape, CUBE.dtype, read)))
+    path = saved(tmp_path / 'a.npy', CUBE)
+    assert 'a.npy: cannot be read (OSError: wrong checksum)' in refused('copy or convert', path, mmap=True)
+
+
+@pytest.mark.filterwarnings('error')
+def test_values_beyond_float32_are_missing(tmp_path):
+    wide = hidden(REFLECTANCE.astype(np.float64), -1.7976931348623157e308)
+    for mmap in (False, True):
+        for path in (saved(tmp_path / 'a.npy', wide), write_tiff(tmp_path / 'a.tif', wide, tag(42113, '-1.7976931348623157e+308'))):
+            scene = read_scene(path, axes='chw', mmap=mmap)
+            np.testing.assert_array_equal(missing_of(scene), LEFT)
+            assert scene.nodata is None
 
 
 def test_only_what_is_sliced_is_read():
