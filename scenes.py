@@ -67,10 +67,12 @@ class Lazy:
     """
     ndim = 3
 
-    def __init__(self, shape, dtype, read):
+    def __init__(self, shape, dtype, read, row_bytes=0):
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
         self.read = read
+        # a row in memory, or, where that is more, what it is computed from
+        self.row_bytes = max(row_bytes, shape[0] * shape[2] * self.dtype.itemsize)
 
     def __len__(self):
         return self.shape[0]
@@ -93,6 +95,8 @@ def strips(cube, rows=slice(None)):
     """Slices that cut the rows of a cube into strips of STRIP_BYTES"""
     start, stop, step = rows.indices(cube.shape[1])
     row_bytes = cube.shape[0] * cube.shape[2] * cube.dtype.itemsize
+    if isinstance(cube, Lazy):
+        row_bytes = cube.row_bytes
     height = step * max(int(STRIP_BYTES / row_bytes), 1)
     for top in range(start, max(stop, start + 1), height):
         yield slice(top, min(top + height, stop), step)
@@ -106,7 +110,8 @@ def when_read(cube, function, dtype, num_bands=None):
 
     def read(rows, cols):
         return function(cube[:, rows, cols], rows, cols).astype(dtype, copy=False)
-    return Lazy((num_bands or len(cube), *cube.shape[1:]), dtype, read)
+    row_bytes = cube.row_bytes * np.dtype(dtype).itemsize // cube.dtype.itemsize
+    return Lazy((num_bands or len(cube), *cube.shape[1:]), dtype, read, row_bytes)
 
 
 def mapped_cube(mapped):
