@@ -18,13 +18,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PRETRAINERS = ('pretrain_mae.py', 'pretrain_dino.py', 'pretrain_dino_hsi.py')
+PRETRAINERS = ('pretrain_mae.py', 'pretrain_dino.py', 'pretrain_dino_hsi.py',
+               'pretrain_lejepa.py')
 # the dissertation's batches, and the FLOPs of a tile (forward and backward, ViT-B/8, 64 px, 32
 # bands; DINOv2: 2 + 8 crops)
-BATCH = {'pretrain_mae.py': 128, 'pretrain_dino.py': 128, 'pretrain_dino_hsi.py': 64}
+BATCH = {'pretrain_mae.py': 128, 'pretrain_dino.py': 128, 'pretrain_dino_hsi.py': 64,
+         'pretrain_lejepa.py': 128}
 FLOPS = {'pretrain_mae.py': 19.21e9, 'pretrain_dino.py': 189.2e9}
 STILL = {'pretrain_mae.py': '--dropout=0', 'pretrain_dino.py': '--drop_path_rate=0',
-         'pretrain_dino_hsi.py': '--drop_path_rate=0'}  # what draws other numbers on a GPU
+         'pretrain_dino_hsi.py': '--drop_path_rate=0',
+         'pretrain_lejepa.py': '--noise=0'}  # what draws other numbers on a GPU
 PRODUCT = """
 import torch
 a = torch.randn(8192, 8192, device='cuda', dtype=torch.bfloat16)
