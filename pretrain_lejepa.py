@@ -192,10 +192,12 @@ def sigreg(z, directions):
 
 
 @torch.no_grad()
-def feature_std(features):
-    """Sign of collapse: the spread of cls features (n, D); 0: all the same, 1: as random vectors"""
-    features = F.normalize(features.float(), dim=-1)
-    return features.std(0).mean() * math.sqrt(features.shape[1])
+def signs_of_collapse(cls_features, z):
+    """For the log: spread of cls features (0: all the same, 1: as random vectors), and of the
+    embeddings (0: all the same, 1: as a standard normal distribution has it)"""
+    features = F.normalize(cls_features.float(), dim=-1)
+    return {'feature_std': features.std(0).mean() * math.sqrt(features.shape[1]),
+            'embedding_std': z.std(1).mean()}
 
 
 # ============ method: crops ============
@@ -378,7 +380,7 @@ def save_curves(path, log):
     left, right = figure.subplots(1, 2)
     trained = [entry for entry in log if 'loss' in entry]
     at = [entry['step'] for entry in trained]
-    for name in ('sigreg', 'invariance', 'feature_std'):
+    for name in ('sigreg', 'embedding_std', 'feature_std', 'invariance'):
         left.plot(at, [entry[name] for entry in trained], label=name)
     left.axhline(1.05, color='gray', linestyle=':', label='sigreg of normal samples')
     left.set(xlabel='step', yscale='log')
@@ -551,12 +553,13 @@ if __name__ == '__main__':
             mean_loss = loss.detach() / world  # this rank's share of the mean
             if world > 1:
                 dist.all_reduce(mean_loss)
-            terms['feature_std'] = feature_std(cls_features.detach())
+            terms |= signs_of_collapse(cls_features, z)
             record({'step': step, 'loss': mean_loss.item(), 'lr': optimizer.param_groups[0]['lr'],
                     'grad_norm': norm.item(), 'seconds': time.time() - started,
-                    **{name: float(value) for name, value in terms.items()}})
+                    **{name: value.item() for name, value in terms.items()}})
             bar.set_postfix(loss=f'{mean_loss.item():.4f}')
-            if log[-1]['feature_std'] < 0.05 and step > warmup * steps and not warned:
+            collapsing = min(log[-1]['feature_std'], log[-1]['embedding_std']) < 0.1
+            if collapsing and step > warmup * steps and not warned:
                 warned = True
                 bar.write(f'step {step}: WARNING: the features are collapsing (see curves.png): '
                           'try a larger --sigreg_weight or a lower --base_lr')

@@ -167,9 +167,11 @@ def test_every_parameter_gets_a_gradient_and_compiles_without_graph_breaks(const
     assert counter.frame_count == 1
 
 
-def test_the_sign_of_collapse_tells_all_the_same_from_all_different():
-    assert pretrain_lejepa.feature_std(torch.ones(16, 32)) == pytest.approx(0, abs=1e-5)
-    assert pretrain_lejepa.feature_std(torch.randn(64, 32)) == pytest.approx(1, abs=0.1)
+def test_signs_of_collapse_tell_all_the_same_from_all_different():
+    same = pretrain_lejepa.signs_of_collapse(torch.ones(16, 32), torch.ones(4, 4, 32))
+    assert same['feature_std'] == pytest.approx(0, abs=1e-5) and same['embedding_std'] == 0
+    apart = pretrain_lejepa.signs_of_collapse(torch.randn(64, 32), torch.randn(4, 16, 32))
+    assert apart['feature_std'] == pytest.approx(1, abs=0.1) and apart['embedding_std'] == pytest.approx(1, abs=0.1)
 
 
 MISTAKES = [(dict(local_crops_size=32), '--img_size=16 and --local_crops_size=32'), (dict(patch_size=5), 'multiples of --patch_size=5'),
