@@ -639,11 +639,14 @@ def read_meta(directory):
     if os.path.exists(half_made):
         raise UserError(f'{directory}: is half-made: finish it with\n'
                         f'  {read_json(half_made)["command"]}')
-    if ',' in directory:
+    if ',' in str(directory):
         raise UserError(f'--data={directory}: name one directory; python data.py tile --root=a,b '
                         'brings several scenes into one')
-    raise UserError(f'{directory}: no tiles here: make them with `python data.py tile --root=... '
-                    f'--out={directory}`')
+    if os.path.isfile(directory):
+        raise UserError(f'--data={directory}: is a file: cut it into tiles with `python data.py '
+                        f'tile --root={directory} --out=data/mine`, and pass --data=data/mine')
+    raise UserError(f'{directory}: no tiles here: pass the directory where they are as --data, or '
+                    f'make them with `python data.py tile --root=... --out={directory}`')
 
 
 class Tiles:
@@ -1702,6 +1705,8 @@ def plain_errors():
         number = getattr(error, 'errno', None)
         about_files = isinstance(error, OSError) and error.filename
         disk_full = number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        if isinstance(error, ModuleNotFoundError):
+            error = UserError(f'{error}: pip install {error.name}')
         if isinstance(error, (UserError, KeyboardInterrupt)) or about_files or disk_full:
             print(f'error: {error}' if str(error) else 'interrupted', file=sys.stderr)
         else:

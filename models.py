@@ -81,6 +81,25 @@ def interpolate_positions(table, h, w):
     return F.interpolate(table.float(), size=(h, w), mode='bicubic').flatten(2).transpose(1, 2)
 
 
+def prepare(network, raw):
+    """Raw values (B, C, H, W) or (C, H, W), tensor or array of any number type -> standardised
+    (B, C, H, W), float32, on the network's device. NaN and masked values are missing.
+
+    The network is one of load_encoder() or load_segmenter().
+    """
+    if not isinstance(raw, torch.Tensor):
+        values = np.ma.array(raw, dtype=np.float32, copy=True, order='C')
+        raw = torch.from_numpy(values.filled(np.nan))
+    mean, matrix = network.statistics
+    C = len(mean)
+    if raw.ndim not in (3, 4) or raw.shape[-3] != C:
+        raise UserError(f'prepare: the images have the shape {tuple(raw.shape)}, the network was '
+                        f'trained on {C} bands: pass (B, {C}, H, W) or ({C}, H, W)')
+    device = next(network.parameters()).device
+    raw = raw.reshape(-1, *raw.shape[-3:]).to(device)
+    return standardize(raw, mean.to(device), matrix.to(device), network.meta['nodata'])
+
+
 class PatchEmbed(nn.Module):
     """Linear map of each patch to a token; its weight is stored as a strided convolution's."""
 
@@ -234,6 +253,8 @@ class ViT(nn.Module):
     and any number of bands. `fixed_positions` gives MAE's sine-cosine table instead of a learned
     one; `mask_token` is for iBOT's masked patches. Order of tokens: [cls, registers, patches].
     """
+
+    prepare = prepare
 
     def __init__(self, img_size: int = 64, patch_size: int = 8, in_chans: int = 32,
                  embed_dim: int = 768, depth: int = 12, num_heads: int = 12,
@@ -774,6 +795,8 @@ class Segmenter(nn.Module):
     `pixel_head`, if there is one, adds what the pixel's own spectrum says to the logits.
     """
 
+    prepare = prepare
+
     def __init__(self, encoder, head, freeze, pixel_head=None):
         super().__init__()
         self.encoder = encoder
@@ -925,6 +948,8 @@ class DeepLabV3Plus(nn.Module):
     pixels between two features of stage 4.
     """
 
+    prepare = prepare
+
     def __init__(self, in_chans: int = 32, num_classes: int = 24, output_stride: int = 16,
                  stem: str = 'three', width: int = 64, blocks: tuple = (3, 4, 6, 3),
                  head_dim: int = 256):
@@ -1033,11 +1058,11 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
 def save_checkpoint(path, content):
     """Atomic: a kill or a full disk leaves the file before as it was."""
     try:
-        with open(path + '.tmp', 'wb') as file:
+        with open(f'{path}.tmp', 'wb') as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(path + '.tmp', path)
+        os.replace(f'{path}.tmp', path)
     except (OSError, RuntimeError) as error:
         raise UserError(f'{path}: could not be written ({one_line(error)}): make room, or choose '
                         'another place, and run the same command again; the checkpoint before is '
@@ -1105,30 +1130,14 @@ def load_run(path):
 
 
 def add_run(network, checkpoint, whiten):
-    """Give a network what the checkpoint knows of its run, and prepare(): a checkpoint is enough
+    """Give a network what the checkpoint knows of its run: with prepare() a checkpoint is enough
     to use it."""
     network.config = checkpoint['config']
     network.args = checkpoint['encoder_args']
     network.script = checkpoint['script']
-    network.meta = meta = checkpoint['meta']
+    network.meta = checkpoint['meta']
     network.whiten = whiten
-    mean, matrix = standardization(meta, whiten)
-
-    def prepare(raw):
-        """Raw values (B, C, H, W) or (C, H, W), tensor or array of any number type -> standardised
-        (B, C, H, W), float32, on the network's device. NaN and masked values are missing."""
-        if not isinstance(raw, torch.Tensor):
-            raw = np.ma.asarray(raw, np.float32).filled(np.nan)
-            raw = torch.from_numpy(np.ascontiguousarray(raw))
-        C = len(mean)
-        if raw.ndim not in (3, 4) or raw.shape[-3] != C:
-            raise UserError(f'prepare: the images have the shape {tuple(raw.shape)}, the network '
-                            f'was trained on {C} bands: pass (B, {C}, H, W) or ({C}, H, W)')
-        raw = raw.reshape(-1, *raw.shape[-3:])
-        device = next(network.parameters()).device
-        return standardize(raw.to(device), mean.to(device), matrix.to(device), meta['nodata'])
-
-    network.prepare = prepare
+    network.statistics = standardization(network.meta, whiten)
     return network.eval()
 
 

@@ -197,7 +197,7 @@ def signs_of_collapse(cls_features, z):
     embeddings (0: all the same, 1: as a standard normal distribution has it)"""
     features = F.normalize(cls_features.float(), dim=-1)
     return {'feature_std': features.std(0).mean() * math.sqrt(features.shape[1]),
-            'embedding_std': z.std(1).mean()}
+            'embedding_std': z.flatten(0, 1).std(0).mean()}
 
 
 # ============ method: crops ============
@@ -521,12 +521,12 @@ if __name__ == '__main__':
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step)
 
-        # one step: two global crops of each tile and some local ones
+        # one step: two global crops of each tile and some local ones get embeddings
         batch = Batch(*(t.to(device, non_blocking=True) for t in batch))
         big, small = make_crops(batch, statistics, meta['nodata'], step)
         with autocast:
             cls_features, z = net(big, small)
-        # the views of a tile are to be one point, the tiles of a batch a normal distribution
+        # those of a tile are to be one point, those of all tiles a normal distribution
         terms = {'invariance': invariance(z), 'sigreg': sigreg(z, batch.directions)}
         loss = (1 - sigreg_weight) * terms['invariance'] + sigreg_weight * terms['sigreg']
         scaler.scale(loss).backward()

@@ -1,7 +1,9 @@
 """The networks: parameter counts, names, shapes and outputs against the public implementations. Checkpoints that are enough to use them."""
+import copy
 import json
 import math
 import os
+import pickle
 import zlib
 
 import numpy as np
@@ -167,6 +169,9 @@ def test_features_by_a_checkpoint_alone_are_those_of_the_run(scene_data, tmp_pat
         masked = encoder.prepare(np.ma.masked_array(raw.numpy(), missing))
         assert (masked[0, :, 3, 4] == 0).all() and torch.equal(masked[1:], prepared[1:])
     assert (encoder.script, encoder.whiten, encoder.meta) == ('pretrain_mae.py', 3, kept_meta(tiles.meta))
+    for again in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):  # as for a worker of a DataLoader
+        again.meta['nodata'] = 0 if again.meta['nodata'] is None else None
+        assert torch.equal(encoder.prepare(raw), prepared) and again.prepare.__self__ is again
     for wrong in (raw[:, :6], raw[0, 0], raw.numpy()[:, :, :, 0], raw.movedim(1, 3), raw[0].movedim(0, 2), raw[None], 5.0):
         with pytest.raises(UserError, match=r'trained on 7 bands: pass \(B, 7, H, W\) or \(7, H, W\)'):
             encoder.prepare(wrong)

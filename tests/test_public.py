@@ -469,13 +469,16 @@ def test_heads_are_not_in_a_file_but_known_of_every_size_of_ours(tmp_path):
 
 
 def test_the_command_exports_and_refuses_in_a_sentence(tmp_path):
-    encoder = our_run(tmp_path / 'last.pt')
+    encoder = our_run(tmp_path / 'last.pt', whiten=0)  # a vector: the export makes it a matrix
     done = run('tools/convert_weights.py', f'--export={tmp_path}/last.pt', f'--out={tmp_path}/new/vit.pth')
     assert 'vit = timm.models.VisionTransformer(img_size=16' in done.stdout and sorted(os.listdir(tmp_path / 'new')) == ['vit.npz', 'vit.pth']
     statistics, raw = np.load(tmp_path / 'new' / 'vit.npz'), torch.randn(1, 7, 16, 16)
     prepared = standardize(raw, torch.from_numpy(statistics['mean']), torch.from_numpy(statistics['matrix']))
     torch.testing.assert_close(prepared, load_encoder(str(tmp_path / 'last.pt')).prepare(raw))  # a matrix, where it was a vector
     assert encoder(prepared).isfinite().all()
+    lines = {'numpy': np, 'torch': torch, 'raw': raw}
+    exec('\n'.join(line for line in done.stdout.splitlines() if line.startswith(('mean, matrix =', 'x ='))), lines)
+    torch.testing.assert_close(lines['x'], prepared)
     for flags, code, words in (([f'--export={tmp_path}/last.pt', '--form=jax'], 2, 'choose from'), ([f'--export={tmp_path}/no.pt'], 1, 'no such checkpoint'),
                                ([f'--weights={tmp_path}/last.pt'], 2, 'needs --data'), ([], 2, 'required')):
         done = run('tools/convert_weights.py', *flags, f'--out={tmp_path}/x.pth', check=False)

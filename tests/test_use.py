@@ -1,6 +1,7 @@
 """Used beyond the printed commands: the modules in a notebook, run directories that are copied, moved, opened twice, weights that go from run to run."""
 import contextlib
 import errno
+import importlib.util
 import io
 import json
 import os
@@ -9,18 +10,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
+
+from matplotlib.figure import Figure
 
 import data
 import pretrain_mae
 from conftest import MAE_TINY, ROOT, made_once, make_scene, run
 from data import Tiles, UserError, lock_directory, next_command
 from models import MaskedAutoencoder, dense_features, load_checkpoint, load_encoder, start_from
-from test_train import FLAGS, JUDGES, PRETRAINERS, equal, losses, train, weights
+from test_train import FLAGS, JUDGES, PRETRAINERS, altered_copy, equal, losses, train, weights
 
 MAE = [*MAE_TINY, '--whiten=3', '--max_steps=2']
 
@@ -191,3 +193,122 @@ def test_a_judge_whose_best_state_is_gone_says_so(scene_data, tmp_path):
         if os.path.exists(tmp_path / 'run' / 'best.pt') and 'is gone' not in done.stdout + done.stderr:
             os.remove(tmp_path / 'run' / 'best.pt')
     assert 'best.pt with' in done.stdout + done.stderr and 'is gone: this state replaces it' in done.stdout + done.stderr
+
+
+# ============ weights that go from run to run ============
+
+@pytest.mark.parametrize('script, source, fresh, left_out', [
+    ('pretrain_dino_hsi.py', 'mae', 'fuse, head, mask_token, spectral', 'decoder'), ('pretrain_dino.py', 'dino_hsi', 'head', 'fuse, spectral'),
+    ('pretrain_mae.py', 'judged', 'decoder, decoder_pred, mask_token', ''),
+    pytest.param('pretrain_dino.py', 'mae', 'head, mask_token', 'decoder, decoder_pred, mask_token', marks=pytest.mark.slow),
+    pytest.param('pretrain_dino_hsi.py', 'dino', 'fuse, head, spectral', '', marks=pytest.mark.slow)])
+def test_a_run_starts_from_the_encoder_of_any_other(script, source, fresh, left_out, scene_data, runs, tmp_path):
+    path = runs / 'runs' / source / ('best.pt' if source == 'judged' else 'last.pt')
+    still = ['--base_lr=0'] + ['--momentum_teacher=1'] * ('dino' in script)
+    done = train(script, scene_data, tmp_path / 'run', f'--init_from={path}', '--max_steps=1', *still)
+    assert re.search(rf'{path}: \d+ tensors taken; what starts fresh: {fresh}(; what is left out of the file: {left_out}.*)?\n', done.stdout)
+    assert ('left out of the file' in done.stdout) == bool(left_out)
+    given, got = load_encoder(path).state_dict(), load_encoder(tmp_path / 'run' / 'last.pt').state_dict()
+    shared = given.keys() & got.keys()
+    assert len(shared) > 70 and all(torch.equal(given[name], got[name]) for name in shared)
+    if 'dino' in script:  # student and teacher alike
+        both = weights(tmp_path / 'run')
+        assert all(torch.equal(both[f'student.encoder.{name}'], given[name]) for name in shared)
+
+
+def test_what_cannot_start_a_run_is_told_in_a_sentence(scene_data, runs, tmp_path):
+    for script, source, words in (('pretrain_mae.py', 'dino', 'start pretrain_dino.py from it'), ('pretrain_mae.py', 'dino_hsi', 'start pretrain_dino.py from it')):
+        done = train(script, scene_data, tmp_path / 'run', f'--init_from={runs}/runs/{source}/last.pt', check=False)
+        assert done.returncode == 1 and words in done.stderr and 'Traceback' not in done.stderr
+    train('baseline_deeplab.py', scene_data, tmp_path / 'cnn', '--max_steps=1')
+    done = train('pretrain_dino.py', scene_data, tmp_path / 'run', f'--init_from={tmp_path}/cnn/last.pt', check=False)
+    assert done.returncode == 1 and 'holds no encoder' in done.stderr and 'Traceback' not in done.stderr
+    done = train('baseline_deeplab.py', scene_data, tmp_path / 'run', f'--init_from={runs}/runs/mae/last.pt', check=False)
+    assert done.returncode == 1 and 'does not fit this network' in done.stderr and 'Traceback' not in done.stderr
+    with pytest.raises(UserError, match='decoder_pred.*does not fit|does not fit'):  # its own script's run is taken whole or not at all
+        start_from(str(runs / 'runs' / 'mae' / 'last.pt'), MaskedAutoencoder(16, 4, 7, 128, 6, 4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2), 'pretrain_mae.py')
+
+
+def test_the_first_probe_of_a_run_that_started_from_weights_is_not_called_random():
+    log = [{'step': 0, 'probe_miou': 0.1}, {'step': 9, 'probe_miou': 0.4}]
+    for init_from, label in (('', 'random encoder'), ('runs/mae/last.pt', 'the encoder it started from')):
+        axis = Figure().subplots()
+        data.draw_probe(axis, log, init_from)
+        assert [line.get_label() for line in axis.lines] == ['frozen encoder', label]
+    for script in PRETRAINERS:
+        assert 'draw_probe(right, log, init_from)' in open(os.path.join(ROOT, script), encoding='utf-8').read()
+
+
+# ============ mistakes that are blamed on something else ============
+
+def tiles_with(meta_changes, source, folder):
+    shutil.copytree(source, folder)
+    meta = json.load(open(folder / 'meta.json'))
+    for name, value in meta_changes.items():
+        meta[name] = value
+    json.dump(meta, open(folder / 'meta.json', 'w'))
+    return folder
+
+
+def test_splits_without_labels_are_refused_only_where_they_are_needed(scene_data, tmp_path):
+    counts = json.load(open(os.path.join(scene_data, 'meta.json')))['class_counts']
+    for split in ('val', 'ts'):
+        tiles = tiles_with({'class_counts': {**counts, split: [0, 0, 0]}}, scene_data, tmp_path / split)
+        np.save(tiles / f'{split}_labels.npy', 0 * np.load(tiles / f'{split}_labels.npy'))
+        for decoder in ('logistic', 'linear')[:1 + (split == 'val')]:  # the CNN's lines are the same text
+            done = train('segment.py', tiles, tmp_path / f'{split}_{decoder}', f'--decoder={decoder}', '--steps=1', check=False)
+            if decoder == 'logistic' and split == 'val':
+                assert done.returncode == 0, done.stderr  # nothing is chosen by it
+            else:
+                assert done.returncode == 1 and f'its tiles of "{split}" have no labels' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_what_is_no_directory_of_tiles_and_what_is_not_installed_are_told(scene_data, tmp_path):
+    scene = make_scene(tmp_path / 's.npz')
+    for path, words in ((scene, f'is a file: cut it into tiles with `python data.py tile --root={scene}'), (tmp_path / 'gone', 'pass the directory where they are as --data')):
+        with pytest.raises(UserError, match=re.escape(words)):
+            Tiles(path, 'tr')
+    if not importlib.util.find_spec('wandb'):
+        done = run('pretrain_mae.py', *MAE, '--wandb_log', f'--data={scene_data}', f'--out_dir={tmp_path}/run', check=False)
+        assert done.returncode == 1 and done.stderr == "error: No module named 'wandb': pip install wandb\n"
+
+
+def test_a_mask_of_0_and_1_is_no_data_set_of_two_classes(tmp_path):
+    rng = np.random.default_rng(0)
+    scene = make_scene(tmp_path / 's.npz', height=64, width=64, labels=(rng.random((64, 64)) < 0.3).astype(np.uint8))
+    run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path}/tiles', '--tile_size=16', '--split_block=8')
+    for script in JUDGES:
+        done = run(script, f'--data={tmp_path}/tiles', f'--out_dir={tmp_path}/run', check=False)
+        assert done.returncode == 1 and 'store a mask of 0 and 1 as 1 and 2' in done.stderr and 'Traceback' not in done.stderr
+
+
+MAE_MISTAKES = [(dict(img_size=128), 'at most that'), (dict(patch_size=16), '--mask_ratio=0.75 of 1 patches'), (dict(mask_ratio=0.01), 'hide one at least'),
+                (dict(mask_ratio=1.0), 'leave one'), (dict(mask_ratio=1.5), '--mask_ratio=1.5: is a share'), (dict(scale_min=1.5), '--scale_min=1.5: is a share'),
+                (dict(dropout=1.0), 'below 1'), (dict(warmup=1.0), 'below 1'), (dict(base_lr=-1.0), 'start at 0'), (dict(patch_size=5), '--patch_size=5'),
+                (dict(probe_tiles=0), '--probe_tiles at 1'), (dict(patch_size=0), '--patch_size=0')]
+
+
+@pytest.mark.parametrize('changes, words', MAE_MISTAKES)
+def test_constants_of_the_autoencoder_that_cannot_go_together_are_refused(changes, words, monkeypatch):
+    pretrain_mae.check_constants({'tile_size': 64})
+    for name, value in changes.items():
+        monkeypatch.setattr(pretrain_mae, name, value)
+    with pytest.raises(UserError, match=words):
+        pretrain_mae.check_constants({'tile_size': 64})
+
+
+@pytest.mark.parametrize('script, flags', [('pretrain_mae.py', []), ('pretrain_dino.py', ['--local_crops_size=8'])])
+def test_tiles_that_do_not_divide_into_patches_are_refused_before_the_first_step(script, flags, tmp_path):
+    scene = make_scene(tmp_path / 's.npz', height=60, width=60, labels=None)
+    run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path}/tiles', '--tile_size=30')
+    done = train(script, tmp_path / 'tiles', tmp_path / 'run', *flags, check=False)
+    assert done.returncode == 1 and '30 px' in done.stderr and '--patch_size' in done.stderr and 'Traceback' not in done.stderr
+    assert not os.path.exists(tmp_path / 'run' / 'log.jsonl')
+
+
+def test_a_float16_run_that_diverges_stops_whether_its_loss_or_only_its_gradient_overflows(scene_data, tmp_path):
+    done = train('pretrain_mae.py', scene_data, tmp_path / 'loss', '--dtype=float16', '--base_lr=30', check=False)
+    assert done.returncode == 1 and 'the gradient is not finite (loss nan)' in done.stderr and '--dtype=float32' in done.stderr
+    copy = altered_copy('pretrain_mae.py', tmp_path / 'copy', ('scaler.scale(loss).backward()', 'scaler.scale(1e9 * loss).backward()'))
+    done = run(copy, *MAE_TINY, f'--data={scene_data}', f'--out_dir={tmp_path}/gradient', '--dtype=float16', check=False)
+    assert done.returncode == 1 and re.search(r'step 1\d: the gradient is not finite \(loss \d', done.stderr)

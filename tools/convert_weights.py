@@ -332,7 +332,8 @@ if __name__ == '__main__':
     os.makedirs(os.path.dirname(flags.out) or '.', exist_ok=True)
     if flags.export:
         call = export(flags.export, flags.out, flags.form)
-        print(f'{flags.out}: written; to use it on raw images (B, C, H, W), float32,\nwithout missing pixels:\n')
+        print(f'{flags.out}: written. To use it on raw images (B, C, H, W), float32 and '
+              'without missing pixels:\n')
         print(usage(call, flags.out, flags.form))
     elif flags.data:
         meta = Tiles(flags.data, 'tr').meta
