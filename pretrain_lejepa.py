@@ -1,13 +1,13 @@
 """LeJEPA on hyperspectral tiles (Balestriero and LeCun 2025, arXiv 2511.08544).
 
 A Vision Transformer (ViT) sees two large ("global") crops of a tile and small ("local") ones, each
-in a light of its own. A small network, the projector, makes an embedding (a short vector) of each
-crop. The ViT learns to give all crops of a tile the same embedding.
+in a light of its own. The mean of a crop's patch tokens is its embedding. The ViT learns to give
+all crops of a tile the same embedding.
 
 What keeps all tiles from getting the same one ("collapse"): the embeddings of a batch are pulled
 towards a standard normal distribution, whose points lie apart (SIGReg). There is no teacher, no
-running average, no temperature: one weight, lambda, stands between the two terms. Labels are used
-by the probe only, which watches.
+running average, no head, no temperature: one weight, lambda, stands between the two terms. Labels
+are used by the probe only, which watches.
 
     python pretrain_lejepa.py                                  # demo data, minutes on a CPU
     python pretrain_lejepa.py --size=base --data=data/mine --out_dir=runs/mine     # on one GPU
@@ -23,7 +23,7 @@ script: skip them at first. What a checkpoint holds stands at the last of them. 
 beyond this is what `diff pretrain_lejepa.py pretrain_dino.py` shows.
 
 Shapes: B tiles, C bands, S side of a global and s of a local crop, V views (crops) of a tile,
-L local crops of a tile, D width, E width of an embedding, M directions.
+L local crops of a tile, D width, M directions.
 """
 import argparse
 import datetime
@@ -50,9 +50,8 @@ from data import (Light, Statistics, Tiles, UserError, augment_spectra, check_sh
                   kept_meta, lock_directory, next_command, plain_errors, principal_colors, probe,
                   probe_floors, probe_splits, save_figure, standardization, standardize,
                   standardize_rows)
-from models import (SIZES, ViT, check_bands, dense_features, encoder_shape, init_linear,
-                    load_encoder, native_bfloat16, parameter_groups, resume_from, save_checkpoint,
-                    start_from)
+from models import (SIZES, ViT, check_bands, dense_features, encoder_shape, load_encoder,
+                    native_bfloat16, parameter_groups, resume_from, save_checkpoint, start_from)
 
 # Each line `name = value  # help` is a flag: --name=other replaces the value. Functions read them.
 # ---- data
@@ -75,14 +74,13 @@ size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESET
 patch_size = 4  # side of a patch, px
 init_from = ''  # last.pt to start from (or tools/convert_weights.py's): sets the encoder's size
 # ---- method
-sigreg_weight = 0.05  # lambda: weight of SIGReg; that of the invariance is 1 - lambda
-out_dim = 64  # width of an embedding
+sigreg_weight = 0.2  # lambda: weight of SIGReg; the other term has 1 - lambda (0.05 in LeJEPA)
 num_directions = 256  # directions in which a step looks at the embeddings
 # ---- optimizer
 steps = 400  # length of the run
 warmup = 0.1  # share of the steps in which the learning rate rises
 batch_size = 32  # tiles per step, over all processes
-base_lr = 2e-2  # per 1,024 tiles: lr = base_lr * sqrt(batch_size / 1024)
+base_lr = 1e-2  # per 1,024 tiles: lr = base_lr * sqrt(batch_size / 1024)
 weight_decay = 0.05  # not on biases, norms and tokens
 # ---- run
 out_dir = 'runs/lejepa'  # one directory a run
@@ -106,64 +104,31 @@ PRESETS = {
 }
 
 
-# ============ method: network ============
+# ============ method: embeddings and losses ============
 
-class JointEmbedding(nn.Module):
-    """An encoder, and a projector that is thrown away after training"""
+class LeJEPA(nn.Module):
+    """The encoder, and with forward() the embeddings: all that is learned"""
 
-    def __init__(self, encoder, hidden_dim):
+    def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder
-        self.projector = nn.ModuleList([
-            nn.Linear(encoder.embed_dim, hidden_dim, bias=False),  # the norm would undo a bias
-            nn.Linear(hidden_dim, hidden_dim, bias=False),
-            nn.Linear(hidden_dim, out_dim)])
-        self.projector.apply(init_linear)
+
+    def embed(self, x):
+        """Crops (n, C, h, w) -> the mean of each one's patch tokens (n, D)"""
+        patches = self.encoder(x)[:, self.encoder.num_prefix_tokens:]
+        return patches.float().mean(1)
 
     def forward(self, big, small):
-        """Global crops (2B, C, S, S), local (L * B, C, s, s) -> their cls features (V * B, D), and
-        their embeddings (V, B, E). Views are in order: the first of all tiles, the second ..."""
-        cls_features = torch.cat([self.encoder(big)[:, 0], self.encoder(small)[:, 0]])
-        x = cls_features
-        for layer in self.projector[:-1]:
-            x = F.relu(normalize_batch(layer(x)))
-        z = self.projector[-1](x)
-        return cls_features, z.float().unflatten(0, (-1, len(big) // 2))
+        """Global crops (2B, C, S, S), local (L * B, C, s, s) -> embeddings z (V, B, D): of all
+        first crops, all second crops ..."""
+        z = torch.cat([self.embed(big), self.embed(small)])
+        return z.unflatten(0, (-1, len(big) // 2))
 
-
-class MeanOfProcesses(torch.autograd.Function):
-    """x -> its mean over all processes. Each process has a loss of its own, and DDP takes their
-    mean: so the gradient of what all have in common is the mean as well."""
-
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone()
-        dist.all_reduce(total)
-        return total / dist.get_world_size()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return MeanOfProcesses.apply(gradient)
-
-
-def batch_mean(x, dim):
-    """Mean over the axis of x whose entries are dealt out over the processes"""
-    mean = x.float().mean(dim, keepdim=True)
-    return MeanOfProcesses.apply(mean) if dist.is_initialized() else mean
-
-
-def normalize_batch(x):
-    """x (n, D) -> each column with mean 0 and variance 1: batch norm without parameters"""
-    x = x.float() - batch_mean(x, 0)
-    return x / (batch_mean(x.square(), 0) + 1e-5).sqrt()
-
-
-# ============ method: losses ============
 
 def invariance(z):
     """Mean squared distance of each view from the mean of the tile's two global views.
 
-    z (V, B, E): embeddings, global views first
+    z (V, B, D): embeddings, global views first
     """
     center = z[:2].mean(0)
     return (z - center).square().mean()
@@ -172,7 +137,7 @@ def invariance(z):
 def sigreg(z, directions):
     """How far the embeddings of each view are from a standard normal distribution.
 
-    z (V, B, E), directions (E, M) of length 1. A distribution is a standard normal one if its
+    z (V, B, D), directions (D, M) of length 1. A distribution is a standard normal one if its
     shadow in every direction is one (Cramer and Wold). The shadow of B embeddings, x = z @ a, is
     judged by its characteristic function phi(t) = mean of exp(i t x), which is exp(-t^2 / 2) of a
     standard normal one (Epps and Pulley 1983):
@@ -184,20 +149,35 @@ def sigreg(z, directions):
     t = torch.linspace(0, 3, 17, device=z.device)
     normal = (-t.square() / 2).exp()
     angles = (z @ directions)[..., None] * t  # (V, B, M, 17)
-    real = batch_mean(angles.cos(), 1)
-    imaginary = batch_mean(angles.sin(), 1)
+    real = batch_mean(angles.cos())
+    imaginary = batch_mean(angles.sin())
     error = (real - normal).square() + imaginary.square()
     statistic = 2 * torch.trapezoid(error * normal, t)
     return batch_size * statistic.mean()
 
 
-@torch.no_grad()
-def signs_of_collapse(cls_features, z):
-    """For the log: spread of cls features (0: all the same, 1: as random vectors), and of the
-    embeddings (0: all the same, 1: as a standard normal distribution has it)"""
-    features = F.normalize(cls_features.float(), dim=-1)
-    return {'feature_std': features.std(0).mean() * math.sqrt(features.shape[1]),
-            'embedding_std': z.flatten(0, 1).std(0).mean()}
+def batch_mean(x):
+    """Mean over the tiles of all processes: x (V, B, ...) -> (V, ...)"""
+    mean = x.mean(1)
+    if dist.is_initialized():
+        everyone = mean.detach().clone()
+        dist.all_reduce(everyone)
+        everyone /= dist.get_world_size()
+        # the value is everyone's, the gradient this process's share: DDP takes the mean of these
+        mean = mean + (everyone - mean.detach())
+    return mean
+
+
+def draw_directions(width, step, device):
+    """-> (width, M) unit vectors, other ones at each step and the same on all processes"""
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+    directions = torch.randn(width, num_directions, generator=generator, device=device)
+    return F.normalize(directions, dim=0)
+
+
+def feature_std(z):
+    """Sign of collapse: spread of embeddings (n, D); 0: all the same, 1: as random vectors"""
+    return F.normalize(z, dim=-1).std(0).mean() * math.sqrt(z.shape[1])
 
 
 # ============ method: crops ============
@@ -209,7 +189,6 @@ class Batch(NamedTuple):
     flips: torch.Tensor  # (B, V, 3) flip rows, flip columns, transpose
     softness: torch.Tensor  # (B, V) 1 = sharp, 2 = a resize filter twice as wide
     draws: torch.Tensor  # (B, V, 11) uniform numbers for augment_spectra
-    directions: torch.Tensor  # (E, M) in which sigreg() looks
 
 
 def get_batch(tiles, step, rank=0, world=1):
@@ -232,12 +211,10 @@ def get_batch(tiles, step, rank=0, world=1):
     flips = torch.stack([crop.flips for crop in crops], dim=1)
     draws = torch.rand(batch_size, len(scales), 13, generator=generator)
     softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
-    directions = torch.randn(out_dim, num_directions, generator=generator)
-    directions = F.normalize(directions, dim=0)
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
-    return Batch(raw, boxes[here], flips[here], softness[here], draws[here, :, 2:], directions)
+    return Batch(raw, boxes[here], flips[here], softness[here], draws[here, :, 2:])
 
 
 def crops_per_epoch(tiles):
@@ -278,12 +255,11 @@ def learning_rate(step):
 
 
 def build_model(meta):
-    """-> encoder and projector, and the arguments that build the encoder again"""
+    """-> the model, and the arguments that build its encoder again"""
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
                         **SIZES[size])
     encoder_args.update(encoder_shape(init_from))  # that of the weights to start from
-    hidden_dim = 512 if size == 'tiny' else 2048
-    return JointEmbedding(ViT(**encoder_args), hidden_dim), encoder_args
+    return LeJEPA(ViT(**encoder_args)), encoder_args
 
 
 def check_constants(meta):
@@ -305,8 +281,8 @@ def check_constants(meta):
         raise UserError(f'{sides}: a global crop needs two patches at least along a side')
     if local_crops_number < 1:
         raise UserError('--local_crops_number is at least 1')
-    if batch_size < 2 or min(out_dim, num_directions) < 1:
-        raise UserError('a distribution needs two tiles: --batch_size starts at 2, --out_dim and '
+    if batch_size < 2 or num_directions < 1:
+        raise UserError('a distribution needs two tiles: --batch_size starts at 2, '
                         '--num_directions at 1')
     if local_scale_min > local_scale_max:
         raise UserError('--local_scale_min is above what is to be largest')
@@ -380,7 +356,7 @@ def save_curves(path, log):
     left, right = figure.subplots(1, 2)
     trained = [entry for entry in log if 'loss' in entry]
     at = [entry['step'] for entry in trained]
-    for name in ('sigreg', 'embedding_std', 'feature_std', 'invariance'):
+    for name in ('sigreg', 'feature_std', 'invariance'):
         left.plot(at, [entry[name] for entry in trained], label=name)
     left.axhline(1.05, color='gray', linestyle=':', label='sigreg of normal samples')
     left.set(xlabel='step', yscale='log')
@@ -525,10 +501,11 @@ if __name__ == '__main__':
         batch = Batch(*(t.to(device, non_blocking=True) for t in batch))
         big, small = make_crops(batch, statistics, meta['nodata'], step)
         with autocast:
-            cls_features, z = net(big, small)
+            z = net(big, small)
         # those of a tile are to be one point, those of all tiles a normal distribution
-        terms = {'invariance': invariance(z), 'sigreg': sigreg(z, batch.directions)}
-        loss = (1 - sigreg_weight) * terms['invariance'] + sigreg_weight * terms['sigreg']
+        same = invariance(z)
+        normal = sigreg(z, draw_directions(z.shape[2], step, device))
+        loss = (1 - sigreg_weight) * same + sigreg_weight * normal
         scaler.scale(loss).backward()
         batch = get_batch(train, step + 1, rank, world)  # read while the GPU is still at work
         scaler.unscale_(optimizer)
@@ -553,13 +530,12 @@ if __name__ == '__main__':
             mean_loss = loss.detach() / world  # this rank's share of the mean
             if world > 1:
                 dist.all_reduce(mean_loss)
-            terms |= signs_of_collapse(cls_features, z)
             record({'step': step, 'loss': mean_loss.item(), 'lr': optimizer.param_groups[0]['lr'],
                     'grad_norm': norm.item(), 'seconds': time.time() - started,
-                    **{name: value.item() for name, value in terms.items()}})
+                    'invariance': same.item(), 'sigreg': normal.item(),
+                    'feature_std': feature_std(z.detach().flatten(0, 1)).item()})
             bar.set_postfix(loss=f'{mean_loss.item():.4f}')
-            collapsing = min(log[-1]['feature_std'], log[-1]['embedding_std']) < 0.1
-            if collapsing and step > warmup * steps and not warned:
+            if log[-1]['feature_std'] < 0.1 and step > warmup * steps and not warned:
                 warned = True
                 bar.write(f'step {step}: WARNING: the features are collapsing (see curves.png): '
                           'try a larger --sigreg_weight or a lower --base_lr')
