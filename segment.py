@@ -88,7 +88,8 @@ wandb_log = False  # send the log to wandb.ai as well
 LARGE = dict(img_size=64, patch_size=8)
 PRESETS = {'tiny': {}, 'small': LARGE, 'base': LARGE}
 METHODS = {'pretrain_mae.py': 'MAE', 'pretrain_dino.py': 'DINOv2',
-           'pretrain_dino_hsi.py': 'HSI-DINOv2', 'segment.py': 'fine-tuned ViT'}
+           'pretrain_dino_hsi.py': 'HSI-DINOv2', 'pretrain_lejepa.py': 'LeJEPA',
+           'segment.py': 'fine-tuned ViT'}
 
 
 # ============ shell: flags and signals ============

@@ -20,7 +20,7 @@ DINO = [*AT_ONCE[:-1], '--steps=19200', '--out_dim=64', '--freeze_last_layer=0',
 FLAGS = {'pretrain_mae.py': [*AT_ONCE, '--dropout=0.1'], 'pretrain_dino.py': DINO, 'pretrain_dino_hsi.py': DINO,
          'segment.py': ['--batch_size=4', '--steps=10', '--decoder=conv', '--pixel=false'],
          'baseline_deeplab.py': ['--batch_size=4', '--steps=10', '--crop_size=32']}
-FLAGS |= {f'{script} today': [] for script in FLAGS} | {'segment.py today': ['--decoder=linear']}
+FLAGS |= {f'{script} today': [] for script in (*FLAGS, 'pretrain_lejepa.py')} | {'segment.py today': ['--decoder=linear']}
 PATH = os.path.join(ROOT, 'tests', 'reference_losses.json')
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from conftest import ROOT
 
-TRAINERS = ['pretrain_mae.py', 'pretrain_dino.py', 'pretrain_dino_hsi.py', 'segment.py', 'baseline_deeplab.py']
+TRAINERS = ['pretrain_mae.py', 'pretrain_dino.py', 'pretrain_dino_hsi.py', 'pretrain_lejepa.py', 'segment.py',
+            'baseline_deeplab.py']
 SCRIPTS = [*TRAINERS, 'viz_attention.py']
 TOOLS = [f'tools/{name}.py' for name in ('map_scene', 'check_data', 'compare', 'convert_weights')]
 SOURCES = [*SCRIPTS, 'models.py', 'data.py', 'scenes.py', *TOOLS]
@@ -36,7 +37,7 @@ def test_the_shell_is_the_same_text_in_every_script():
         for heading, block in blocks.items():
             owner, expected = first.setdefault(heading, (name, block))
             assert block == expected, f'{name}: "{heading}" differs from {owner}\'s: make them the same again'
-    for name in ('pretrain_dino.py', 'pretrain_dino_hsi.py'):
+    for name in ('pretrain_dino.py', 'pretrain_dino_hsi.py', 'pretrain_lejepa.py'):
         assert shell(read(name)).keys() == shell(read('pretrain_mae.py')).keys()
 
 
@@ -51,6 +52,14 @@ def test_lines_are_as_wide_as_a_reader_takes_in(name):
             prose |= set(range(node.lineno, node.end_lineno + 1))
     code = [line for number, line in enumerate(lines, 1) if number not in prose and line.strip() and not line.strip().startswith('#')]
     assert sum(map(len, code)) / len(code) <= 55, name
+
+
+def test_lejepa_is_dino_without_a_teacher():
+    """What is in DINOv2's script and not in LeJEPA's is the teacher, prototypes, masks; the other way round there is little."""
+    pair = [read(name).splitlines() for name in ('pretrain_dino.py', 'pretrain_lejepa.py')]
+    docstrings = [ast.get_docstring(ast.parse(read(name))).splitlines() for name in ('pretrain_dino.py', 'pretrain_lejepa.py')]
+    new = [line for line in difflib.ndiff(*(lines[len(words):] for lines, words in zip(pair, docstrings))) if line[:2] == '+ ']
+    assert len(new) < 160
 
 
 def test_the_second_stream_is_what_tells_the_two_dino_scripts_apart():

@@ -1,0 +1,576 @@
+"""LeJEPA on hyperspectral tiles (Balestriero and LeCun 2025, arXiv 2511.08544).
+
+A Vision Transformer (ViT) sees two large ("global") crops of a tile and small ("local") ones, each
+in a light of its own. The mean of a crop's patch tokens is its embedding. The ViT learns to give
+all crops of a tile the same embedding.
+
+What keeps all tiles from getting the same one ("collapse"): the embeddings of a batch are pulled
+towards a standard normal distribution, whose points lie apart (SIGReg). There is no teacher, no
+running average, no head, no temperature: one weight, lambda, stands between the two terms. Labels
+are used by the probe only, which watches.
+
+    python pretrain_lejepa.py                                  # demo data, minutes on a CPU
+    python pretrain_lejepa.py --size=base --data=data/mine --out_dir=runs/mine     # on one GPU
+    torchrun --nproc_per_node=4 pretrain_lejepa.py --size=base --data=data/mine \\
+        --out_dir=runs/mine
+
+Writes into out_dir: last.pt (all that a resumed run, or a user of the encoder, needs), log.jsonl,
+curves.png and features.png. The same command again resumes a run that was stopped.
+
+Where to start: "one step" in the training loop says how a step goes, invariance() and sigreg()
+what is learned, get_batch() what is cropped. Blocks headed `shell` are the same text in every
+script: skip them at first. What a checkpoint holds stands at the last of them. What DINOv2 needs
+beyond this is what `diff pretrain_lejepa.py pretrain_dino.py` shows.
+
+Shapes: B tiles, C bands, S side of a global and s of a local crop, V views (crops) of a tile,
+L local crops of a tile, D width, M directions.
+"""
+import argparse
+import datetime
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import (Light, Statistics, Tiles, UserError, augment_spectra, check_shares, crop_by,
+                  crop_weights, demo_if_missing, draw_crops, draw_probe, epoch_ids, false_color,
+                  kept_meta, lock_directory, next_command, plain_errors, principal_colors, probe,
+                  probe_floors, probe_splits, save_figure, standardization, standardize,
+                  standardize_rows)
+from models import (SIZES, ViT, check_bands, dense_features, encoder_shape, load_encoder,
+                    native_bfloat16, parameter_groups, resume_from, save_checkpoint, start_from)
+
+# Each line `name = value  # help` is a flag: --name=other replaces the value. Functions read them.
+# ---- data
+data = 'data/demo'  # tile directory (python data.py tile); the demo is made on first use
+img_size = 16  # side of the global crops, px
+local_crops_size = 8  # side of the local crops, px
+local_crops_number = 2  # local crops of a tile
+global_scale_min = 0.7  # smallest global crop, share of the window read (0.3 in LeJEPA)
+local_scale_min = 0.3  # smallest local crop (0.05 in LeJEPA)
+local_scale_max = 0.4  # largest local crop
+whiten = 16  # ZCA-whiten the bands by so many principal components; 0: standardise each band
+turns = True  # random flips and quarter turns
+blur = 0.3  # probability that a crop is blurred
+gain = 0.02  # all bands times a factor of 1 +- this: illumination
+offset = 0.1  # all bands plus +- this many standard deviations: haze
+noise = 0.5  # largest standard deviation of white noise, on standardised values
+band_dropout = 0.3  # probability that a crop lacks a run of neighbouring bands
+# ---- model
+size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)
+patch_size = 4  # side of a patch, px
+init_from = ''  # last.pt to start from (or tools/convert_weights.py's): sets the encoder's size
+# ---- method
+sigreg_weight = 0.2  # lambda: weight of SIGReg; the other term has 1 - lambda (0.05 in LeJEPA)
+num_directions = 256  # directions in which a step looks at the embeddings
+# ---- optimizer
+steps = 400  # length of the run
+warmup = 0.1  # share of the steps in which the learning rate rises
+batch_size = 32  # tiles per step, over all processes
+base_lr = 1e-2  # per 1,024 tiles: lr = base_lr * sqrt(batch_size / 1024)
+weight_decay = 0.05  # not on biases, norms and tokens
+# ---- run
+out_dir = 'runs/lejepa'  # one directory a run
+max_steps = 0  # stop at this step, to resume later; 0: run to the end
+seed = 0  # of weights, crops, directions and order
+log_every = 20  # steps between entries of the log
+eval_every = 100  # steps between probes
+save_every = 100  # steps between checkpoints
+probe_tiles = 64  # tiles of each split that the probe looks at
+dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 if native, else float32
+compile = True  # torch.compile, on a GPU
+wandb_log = False  # send the log to wandb.ai as well
+
+LARGE = dict(img_size=64, local_crops_size=32, local_crops_number=8, global_scale_min=0.4,
+             local_scale_min=0.15, patch_size=8, num_directions=1024, batch_size=128,
+             base_lr=1.4e-3)
+PRESETS = {
+    'tiny': {},  # the values above
+    'small': {**LARGE, 'steps': 50_000},
+    'base': {**LARGE, 'steps': 241_100},  # the dissertation's: 100 epochs of WHU-OHS
+}
+
+
+# ============ method: embeddings and losses ============
+
+class LeJEPA(nn.Module):
+    """The encoder, and with forward() the embeddings: all that is learned"""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def embed(self, x):
+        """Crops (n, C, h, w) -> the mean of each one's patch tokens (n, D)"""
+        patches = self.encoder(x)[:, self.encoder.num_prefix_tokens:]
+        return patches.float().mean(1)
+
+    def forward(self, big, small):
+        """Global crops (2B, C, S, S), local (L * B, C, s, s) -> embeddings z (V, B, D): of all
+        first crops, all second crops ..."""
+        z = torch.cat([self.embed(big), self.embed(small)])
+        return z.unflatten(0, (-1, len(big) // 2))
+
+
+def invariance(z):
+    """Mean squared distance of each view from the mean of the tile's two global views.
+
+    z (V, B, D): embeddings, global views first
+    """
+    center = z[:2].mean(0)
+    return (z - center).square().mean()
+
+
+def sigreg(z, directions):
+    """How far the embeddings of each view are from a standard normal distribution.
+
+    z (V, B, D), directions (D, M) of length 1. A distribution is a standard normal one if its
+    shadow in every direction is one (Cramer and Wold). The shadow of B embeddings, x = z @ a, is
+    judged by its characteristic function phi(t) = mean of exp(i t x), which is exp(-t^2 / 2) of a
+    standard normal one (Epps and Pulley 1983):
+
+        B * integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt
+
+    by the trapezoidal rule at 17 points from 0 to 3, twice, as the integrand is the same at -t.
+    """
+    t = torch.linspace(0, 3, 17, device=z.device)
+    normal = (-t.square() / 2).exp()
+    angles = (z @ directions)[..., None] * t  # (V, B, M, 17)
+    real = batch_mean(angles.cos())
+    imaginary = batch_mean(angles.sin())
+    error = (real - normal).square() + imaginary.square()
+    statistic = 2 * torch.trapezoid(error * normal, t)
+    return batch_size * statistic.mean()
+
+
+def batch_mean(x):
+    """Mean over the tiles of all processes: x (V, B, ...) -> (V, ...)"""
+    mean = x.mean(1)
+    if dist.is_initialized():
+        everyone = mean.detach().clone()
+        dist.all_reduce(everyone)
+        everyone /= dist.get_world_size()
+        # the value is everyone's, the gradient this process's share: DDP takes the mean of these
+        mean = mean + (everyone - mean.detach())
+    return mean
+
+
+def draw_directions(width, step, device):
+    """-> (width, M) unit vectors, other ones at each step and the same on all processes"""
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+    directions = torch.randn(width, num_directions, generator=generator, device=device)
+    return F.normalize(directions, dim=0)
+
+
+def feature_std(z):
+    """Sign of collapse: spread of embeddings (n, D); 0: all the same, 1: as random vectors"""
+    return F.normalize(z, dim=-1).std(0).mean() * math.sqrt(z.shape[1])
+
+
+# ============ method: crops ============
+
+class Batch(NamedTuple):
+    """One rank's share of a step's batch; V = 2 + L views of each tile"""
+    raw: torch.Tensor  # (B, C, S, S) windows as stored
+    boxes: torch.Tensor  # (B, V, 4) the crops in each: top, left, height, width
+    flips: torch.Tensor  # (B, V, 3) flip rows, flip columns, transpose
+    softness: torch.Tensor  # (B, V) 1 = sharp, 2 = a resize filter twice as wide
+    draws: torch.Tensor  # (B, V, 11) uniform numbers for augment_spectra
+
+
+def get_batch(tiles, step, rank=0, world=1):
+    """What is cropped at `step` -> Batch.
+
+    All of it is drawn for the whole batch from (seed, step). So one process and four see
+    the same crops, and a resumed run needs no generator's state.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    tile_size = tiles.meta['tile_size']
+    ids = epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
+    # a window of img_size, in which all crops of a tile lie
+    window = draw_crops(batch_size, tile_size, img_size, 1.0, 1.0, generator, False)
+    corners = window.corners + window.boxes[:, :2]
+    scales = [(global_scale_min, 1.0)] * 2
+    scales += [(local_scale_min, local_scale_max)] * local_crops_number
+    crops = [draw_crops(batch_size, img_size, img_size, low, high, generator, turns)
+             for low, high in scales]
+    boxes = torch.stack([crop.boxes for crop in crops], dim=1)
+    flips = torch.stack([crop.flips for crop in crops], dim=1)
+    draws = torch.rand(batch_size, len(scales), 13, generator=generator)
+    softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
+
+    here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+    raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
+    return Batch(raw, boxes[here], flips[here], softness[here], draws[here, :, 2:])
+
+
+def crops_per_epoch(tiles):
+    """An epoch is one window for every img_size x img_size pixels stored."""
+    return len(tiles) * max(1, round((tiles.meta['tile_size'] / img_size) ** 2))
+
+
+def make_crops(batch, statistics, nodata, step):
+    """-> global crops (2B, C, S, S) and local crops (L * B, C, s, s), standardised"""
+    device = batch.raw.device
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+    shape = (batch.raw.shape[1], 4 * img_size, img_size)
+    noise_field = torch.randn(shape, generator=generator, device=device)
+    light = Light(gain, offset, noise, band_dropout)
+    # the last channel says which pixels are valid
+    x = standardize_rows(batch.raw, statistics.mean, statistics.matrix, nodata)
+
+    def crop(views, side):
+        boxes, flips, softness, draws = (t[:, views] for t in batch[1:5])
+        rows, cols = crop_weights(boxes, flips, img_size, img_size, side, softness)
+        crops = crop_by(x, rows, cols, flips[..., 2])  # (views * B, C + 1, side, side)
+        draws = draws.transpose(0, 1).flatten(0, 1)
+        return augment_spectra(crops, draws, noise_field, statistics, light)
+
+    return crop(slice(0, 2), img_size), crop(slice(2, None), local_crops_size)
+
+
+# ============ method: schedules and model ============
+
+def learning_rate(step):
+    """Linear warm-up, then half a cosine down to 0"""
+    peak = base_lr * math.sqrt(batch_size / 1024)
+    warmup_steps = round(warmup * steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_model(meta):
+    """-> the model, and the arguments that build its encoder again"""
+    encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
+                        **SIZES[size])
+    encoder_args.update(encoder_shape(init_from))  # that of the weights to start from
+    return LeJEPA(ViT(**encoder_args)), encoder_args
+
+
+def check_constants(meta):
+    """Constants that cannot go together are told before the first step."""
+    check_shares(global_scale_min=global_scale_min, local_scale_min=local_scale_min,
+                 local_scale_max=local_scale_max, blur=blur, band_dropout=band_dropout,
+                 sigreg_weight=sigreg_weight, warmup=warmup)
+    tile_size = meta['tile_size']
+    sides = f'--img_size={img_size} and --local_crops_size={local_crops_size}'
+    if not 0 < local_crops_size <= img_size <= tile_size:
+        raise UserError(f'{sides}: local crops can be no larger than global ones, '
+                        f'and these than the tiles of {data}, {tile_size} px')
+    if patch_size < 1 or img_size % patch_size or local_crops_size % patch_size:
+        raise UserError(f'{sides}: choose multiples of --patch_size={patch_size}')
+    if tile_size % patch_size:
+        raise UserError(f'the tiles of {data} have {tile_size} px: choose a --patch_size that '
+                        f'divides this, or tile again (here it is {patch_size})')
+    if img_size == patch_size:
+        raise UserError(f'{sides}: a global crop needs two patches at least along a side')
+    if local_crops_number < 1:
+        raise UserError('--local_crops_number is at least 1')
+    if batch_size < 2 or num_directions < 1:
+        raise UserError('a distribution needs two tiles: --batch_size starts at 2, '
+                        '--num_directions at 1')
+    if local_scale_min > local_scale_max:
+        raise UserError('--local_scale_min is above what is to be largest')
+    if warmup == 1 or min(base_lr, weight_decay, probe_tiles - 1) < 0:
+        raise UserError('--warmup stays below 1; --base_lr and --weight_decay start at 0, '
+                        '--probe_tiles at 1')
+
+
+# ============ shell: flags and signals ============
+
+# what a resumed run may have otherwise (of data and encoder, their contents are compared)
+MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
+              'wandb_log', 'data', 'encoder')
+
+
+def read_flags():
+    """--name=value replaces a constant above; the comment after it is the help text."""
+    def truth(text):
+        return bool(('false', 'true').index(text.lower()))
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    with open(__file__, encoding='utf-8') as file:
+        constants = re.findall(r'^(\w+) = .*?  # (.*)$', file.read(), re.M)
+    for name, comment in constants:
+        value = globals()[name]
+        words = comment.split(':')[0].split(' | ')
+        kind = dict(type=type(value), choices=words if len(words) > 1 else None)
+        if isinstance(value, bool):
+            kind = dict(type=truth, nargs='?', const=True)
+        parser.add_argument(f'--{name}', default=value, metavar=repr(value),
+                            help=comment.replace('%', '%%'), **kind)
+    size = parser.parse_known_args()[0].size
+    parser.set_defaults(**PRESETS[size])  # what is on the command line wins over the preset
+    config = vars(parser.parse_args())
+    globals().update(config)
+    return config
+
+
+stop_signal = 0
+
+
+def note_signal(number, frame):
+    """SIGTERM or Ctrl-C: the loop saves and exits; a second one ends the program at once."""
+    global stop_signal
+    stop_signal = number
+    signal.signal(number, signal.SIG_DFL)
+
+
+# ============ what is watched ============
+
+@torch.no_grad()
+def save_features(path, encoder, raw, prepare, meta):
+    """Four tiles in false colour, and three components of the encoder's features"""
+    maps = dense_features(encoder, prepare(raw), n=1)  # (4, D, h, w)
+    colors = principal_colors(maps.permute(0, 2, 3, 1))  # (4, h, w, 3)
+    figure = Figure(figsize=(2.4 * len(maps), 5), layout='constrained')
+    axes = figure.subplots(2, len(maps), squeeze=False)
+    for i in range(len(maps)):
+        axes[0, i].imshow(false_color(raw[i].numpy(), meta), interpolation='nearest')
+        axes[1, i].imshow(colors[i], interpolation='nearest')
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    axes[0, 0].set_ylabel('false colour')
+    axes[1, 0].set_ylabel('features')
+    save_figure(figure, path)
+
+
+def save_curves(path, log):
+    """The two terms of the loss, the sign of collapse, and the probe, over the steps"""
+    figure = Figure(figsize=(10, 3.6), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    trained = [entry for entry in log if 'loss' in entry]
+    at = [entry['step'] for entry in trained]
+    for name in ('sigreg', 'feature_std', 'invariance'):
+        left.plot(at, [entry[name] for entry in trained], label=name)
+    left.axhline(1.05, color='gray', linestyle=':', label='sigreg of normal samples')
+    left.set(xlabel='step', yscale='log')
+    left.legend(fontsize=8)
+    draw_probe(right, log, init_from)
+    save_figure(figure, path)
+
+
+if __name__ == '__main__':
+    plain_errors()
+    config = read_flags()
+
+    # ---- shell: processes and device (torchrun sets these variables, else there is one process)
+    rank = int(os.environ.get('RANK', 0))
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    main_process = rank == 0
+    if not main_process:
+        sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # one process speaks
+    on_gpu = torch.cuda.is_available()
+    device = torch.device('cpu')
+    if on_gpu:
+        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # TF32 where something stays in float32
+    if world > 1:  # a long time-out, since rank 0 alone computes floors and draws pictures
+        hours = datetime.timedelta(hours=6)
+        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=hours)
+    if batch_size < 1 or batch_size % world:
+        raise UserError(f'--batch_size={batch_size} does not divide over {world} process(es)')
+    if min(steps, log_every, eval_every, save_every) < 1 or min(seed, max_steps) < 0:
+        raise UserError('--steps, --log_every, --eval_every and --save_every start at 1, '
+                        '--seed and --max_steps at 0')
+    if dtype == 'auto':
+        dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note_signal)
+    torch.manual_seed(seed)  # the same weights on every rank
+    if main_process:
+        lock = lock_directory(out_dir)  # until this process ends
+        demo_if_missing(data)
+    if world > 1:
+        dist.barrier()
+
+    # ---- data
+    train = Tiles(data, 'tr', pin_memory=on_gpu)
+    meta = train.meta
+    check_constants(meta)
+    mean, matrix = (t.to(device) for t in standardization(meta, whiten))
+    std = torch.tensor(meta['std'], dtype=torch.float32, device=device)
+    statistics = Statistics(mean, std, matrix)
+
+    def prepare(raw):
+        """Raw values, any type -> whitened or standardised (B, C, H, W) float32"""
+        return standardize(raw.to(device, non_blocking=True), mean, matrix, meta['nodata'])
+
+    # ---- model and optimizer
+    model, encoder_args = build_model(meta)
+    model.to(device).train()
+    if init_from:
+        check_bands(load_encoder(init_from), meta, init_from)
+        sentence = start_from(init_from, model, __file__)
+        print(sentence)
+    groups = parameter_groups(model, weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+
+    # ---- shell: resume
+    step, log = 0, []
+    last_path = os.path.join(out_dir, 'last.pt')
+    checkpoint = resume_from(last_path, __file__, config, meta, MAY_CHANGE)
+    if checkpoint:
+        model.load_state_dict(checkpoint['model'])
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        scaler.load_state_dict(checkpoint['scaler'])
+        step, log = checkpoint['step'], checkpoint['log']
+    last_step = min(max_steps or steps, steps)
+    if main_process:
+        # written anew: entries after the last checkpoint are of steps that are made again
+        log_file = open(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8', buffering=1)
+        log_file.writelines(json.dumps(entry) + '\n' for entry in log)
+        if wandb_log:
+            import wandb  # pip install wandb
+            wandb.init(project='hyperspectral', name=out_dir, config=config)
+
+    def record(entry):
+        """Into the log: log.jsonl now, last.pt with the next checkpoint"""
+        log.append(entry)
+        if main_process:
+            log_file.write(json.dumps(entry) + '\n')
+            if wandb_log:
+                wandb.log(entry, step=entry['step'])
+
+    # ---- what this run is
+    epochs = steps * batch_size / crops_per_epoch(train)
+    print(f'{sum(p.numel() for p in model.parameters()):,} parameters; '
+          f'{meta["num_bands"]} bands, crops of {img_size} px, patches of {patch_size} px; '
+          f'steps {step} to {last_step} of {steps} ({epochs:.1f} epochs); '
+          f'{device}, {dtype}, {world} process(es); {out_dir}')
+
+    # ---- what is watched
+    if main_process:
+        labelled = probe_splits(data)
+        floors = probe_floors(labelled, probe_tiles, device)  # what the probe has to beat
+
+    def features(raw):
+        return dense_features(model.encoder, prepare(raw))
+
+    def watch():
+        """The encoder as it is now: probe, features, curves."""
+        model.eval()
+        if labelled:
+            with autocast:
+                miou = probe(features, labelled, probe_tiles, device)
+            record({'step': step, 'probe_miou': miou, **floors})
+            tqdm.write(f'step {step}: probe mIoU {100 * miou:.1f} %')
+        raw = torch.from_numpy(train.images[:4].copy())
+        features_path = os.path.join(out_dir, 'features.png')
+        save_features(features_path, model.encoder, raw, prepare, meta)
+        save_curves(os.path.join(out_dir, 'curves.png'), log)
+        model.train()
+
+    # ---- shell: compile and DDP
+    net = model
+    if compile and on_gpu:
+        model.compile()  # in place: names in the checkpoint stay plain
+    if world > 1:
+        net = DistributedDataParallel(model)
+
+    # ---- training loop
+    batch = get_batch(train, step, rank, world)
+    bar = tqdm(total=last_step, initial=step, disable=not main_process)
+    started = time.time()
+    warned = False
+    if main_process and step == 0:
+        watch()
+    while step < last_step:
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(step)
+
+        # one step: two global crops of each tile and some local ones get embeddings
+        batch = Batch(*(t.to(device, non_blocking=True) for t in batch))
+        big, small = make_crops(batch, statistics, meta['nodata'], step)
+        with autocast:
+            z = net(big, small)
+        # those of a tile are to be one point, those of all tiles a normal distribution
+        same = invariance(z)
+        normal = sigreg(z, draw_directions(z.shape[2], step, device))
+        loss = (1 - sigreg_weight) * same + sigreg_weight * normal
+        scaler.scale(loss).backward()
+        batch = get_batch(train, step + 1, rank, world)  # read while the GPU is still at work
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # only measured
+
+        # ---- shell: update the weights; stop if the gradient is not finite
+        if not torch.isfinite(norm):
+            # float16's scaler skips such a step and halves its scale, which is normal at first
+            if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
+                raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g}).'
+                                ' The weights were left as they were. Look for huge values in the '
+                                f'data (python tools/check_data.py --data={data}), lower the '
+                                'learning rate, or pass --dtype=float32')
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        # ---- log
+        step += 1
+        bar.update()
+        if step % log_every == 0 or step == last_step:
+            mean_loss = loss.detach() / world  # this rank's share of the mean
+            if world > 1:
+                dist.all_reduce(mean_loss)
+            record({'step': step, 'loss': mean_loss.item(), 'lr': optimizer.param_groups[0]['lr'],
+                    'grad_norm': norm.item(), 'seconds': time.time() - started,
+                    'invariance': same.item(), 'sigreg': normal.item(),
+                    'feature_std': feature_std(z.detach().flatten(0, 1)).item()})
+            bar.set_postfix(loss=f'{mean_loss.item():.4f}')
+            if log[-1]['feature_std'] < 0.1 and step > warmup * steps and not warned:
+                warned = True
+                bar.write(f'step {step}: WARNING: the features are collapsing (see curves.png): '
+                          'try a larger --sigreg_weight or a lower --base_lr')
+        if main_process and (step % eval_every == 0 or step == last_step):
+            watch()
+
+        # ---- shell: save, and leave if told to (when one rank was told, all leave together)
+        told = stop_signal
+        if world > 1:
+            told = torch.tensor(stop_signal, device=device)
+            dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        if main_process and (told or step == last_step or step % save_every == 0):
+            save_checkpoint(last_path, {
+                'model': model.state_dict(),  # all networks, teacher and decoder too
+                'optimizer': optimizer.state_dict(),
+                'scaler': scaler.state_dict(),  # of float16
+                'step': step, 'log': log,
+                'config': config,  # the constants above
+                'encoder_args': encoder_args,  # they build the encoder again
+                'meta': kept_meta(meta),  # statistics, wavelengths and classes of the data
+                'script': os.path.basename(__file__)})
+        if told:
+            bar.write(f'interrupted by signal {int(told)}: saved step {step} of {steps} in '
+                      f'{last_path}; the same command goes on there')
+            sys.exit(128 + int(told))
+
+    # ---- end
+    bar.close()
+    if main_process:
+        print(f'{step} steps in {time.time() - started:.0f} s; encoder in {last_path}; next:')
+        if labelled:
+            judged = os.path.normpath(out_dir) + '_judged'
+            print(next_command('segment.py', encoder=last_path, out_dir=judged))
+        else:
+            print(next_command('viz_attention.py', encoders=last_path))
+    if world > 1:
+        dist.barrier()  # rank 0 may still be at its last pictures: leave together
+        dist.destroy_process_group()
