@@ -96,7 +96,7 @@ wandb_log = False  # send the log to wandb.ai as well
 
 LARGE = dict(img_size=64, local_crops_size=32, local_crops_number=8, global_scale_min=0.4,
              local_scale_min=0.15, patch_size=8, num_directions=1024, batch_size=128,
-             base_lr=1.4e-3)
+             base_lr=1.4e-3, log_every=100, eval_every=2000, save_every=2000)
 PRESETS = {
     'tiny': {},  # the values above
     'small': {**LARGE, 'steps': 50_000},
@@ -199,22 +199,27 @@ def get_batch(tiles, step, rank=0, world=1):
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     tile_size = tiles.meta['tile_size']
-    ids = epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
+    ids = tile_ids(tiles, step)
     # a window of img_size, in which all crops of a tile lie
     window = draw_crops(batch_size, tile_size, img_size, 1.0, 1.0, generator, False)
     corners = window.corners + window.boxes[:, :2]
-    scales = [(global_scale_min, 1.0)] * 2
-    scales += [(local_scale_min, local_scale_max)] * local_crops_number
-    crops = [draw_crops(batch_size, img_size, img_size, low, high, generator, turns)
-             for low, high in scales]
-    boxes = torch.stack([crop.boxes for crop in crops], dim=1)
-    flips = torch.stack([crop.flips for crop in crops], dim=1)
-    draws = torch.rand(batch_size, len(scales), 13, generator=generator)
+    big = draw_crops(2 * batch_size, img_size, img_size, global_scale_min, 1.0, generator, turns)
+    small = draw_crops(local_crops_number * batch_size, img_size, img_size, local_scale_min,
+                       local_scale_max, generator, turns)
+    boxes = torch.cat([crop.boxes.reshape(batch_size, -1, 4) for crop in (big, small)], dim=1)
+    flips = torch.cat([crop.flips.reshape(batch_size, -1, 3) for crop in (big, small)], dim=1)
+    draws = torch.rand(*boxes.shape[:2], 13, generator=generator)
     softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
+    tiles.read_ahead(tile_ids(tiles, step + 1)[here], img_size)
     return Batch(raw, boxes[here], flips[here], softness[here], draws[here, :, 2:])
+
+
+def tile_ids(tiles, step):
+    """The tile of each crop of a step; a large tile is met several times in an epoch."""
+    return epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
 
 
 def crops_per_epoch(tiles):
@@ -419,8 +424,7 @@ if __name__ == '__main__':
     model.to(device).train()
     if init_from:
         check_bands(load_encoder(init_from), meta, init_from)
-        sentence = start_from(init_from, model, __file__)
-        print(sentence)
+        print(start_from(init_from, model, __file__, whiten))
     groups = parameter_groups(model, weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
@@ -511,7 +515,14 @@ if __name__ == '__main__':
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # only measured
 
-        # ---- shell: update the weights; stop if the gradient is not finite
+        # ---- shell: update the weights
+        # where found_inf is 1, fused AdamW leaves them as they are. No one waits to see it here
+        optimizer.found_inf = 1.0 - torch.isfinite(norm).float()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        # ---- shell: stop if the gradient was not finite (here the host waits for the GPU)
         if not torch.isfinite(norm):
             # float16's scaler skips such a step and halves its scale, which is normal at first
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
@@ -519,9 +530,6 @@ if __name__ == '__main__':
                                 ' The weights were left as they were. Look for huge values in the '
                                 f'data (python tools/check_data.py --data={data}), lower the '
                                 'learning rate, or pass --dtype=float32')
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
 
         # ---- log
         step += 1
