@@ -25,15 +25,18 @@ import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-PRETRAINERS = ('pretrain_mae', 'pretrain_dino', 'pretrain_dino_hsi')
+PRETRAINERS = ('pretrain_mae', 'pretrain_dino', 'pretrain_dino_hsi', 'pretrain_lejepa')
 # at --size=base (ViT-B/8, 64 px, 32 bands): the dissertation's batches, and 10^9 FLOPs of a tile,
 # forward and backward, by torch's FlopCounterMode
-BATCH = {'pretrain_mae': 128, 'pretrain_dino': 128, 'pretrain_dino_hsi': 64}
-GFLOP = {'pretrain_mae': 19.3, 'pretrain_dino': 186.7, 'pretrain_dino_hsi': 351.5}
+BATCH = {'pretrain_mae': 128, 'pretrain_dino': 128, 'pretrain_dino_hsi': 64,
+         'pretrain_lejepa': 128}
+GFLOP = {'pretrain_mae': 19.3, 'pretrain_dino': 186.7, 'pretrain_dino_hsi': 351.5,
+         'pretrain_lejepa': 138.4}
 # without what is drawn on the device: a GPU draws other numbers than a CPU
 STILL = {'pretrain_mae': ['--dropout=0'],
          'pretrain_dino': ['--drop_path_rate=0', '--noise=0'],
-         'pretrain_dino_hsi': ['--drop_path_rate=0', '--noise=0']}
+         'pretrain_dino_hsi': ['--drop_path_rate=0', '--noise=0'],
+         'pretrain_lejepa': ['--noise=0']}
 
 # Runs a script in a process of its own. The environment says what is to be different: how many GB
 # a small card would have, deterministic algorithms, steps that are profiled.
@@ -331,7 +334,7 @@ def check_fast():
     product()
     short = ['--max_steps=3'] * (not rehearse)
     side_by_side([((script, f'warm_{script}', *base(BATCH[script], *short)), {})
-                  for script in PRETRAINERS[rehearse * 2:]])
+                  for script in PRETRAINERS[rehearse * 3:]])
     for script in PRETRAINERS:
         timed(script, 'compiled', '--max_steps=90')
 
@@ -448,7 +451,7 @@ def check_memory():
     with ThreadPoolExecutor(3) as pool:
         for (script, card), (batch, facts) in zip(cases, pool.map(lambda c: largest(*c), cases)):
             keep(f'{script}, base, a card of {card} GB', {'batch that fits': batch, **facts})
-    for script in PRETRAINERS[:0 if rehearse else 3]:
+    for script in PRETRAINERS[:0 if rehearse else 4]:
         for factor in (2, 4, 8):
             if not enough_time(40):
                 return

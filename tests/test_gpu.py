@@ -28,13 +28,13 @@ def test_numbers_and_paths_are_rehearsed_and_a_part_that_fails_stops_no_other(tm
     assert 'KeyError' in results['part nonsense']['failed']
     assert results['whitening: error beside float64, relative'] < 1e-5
     assert results['solved decoder, beside the CPU']['pixels with the same class'] > 0.99
-    assert len([name for name in results if 'a batch of' in name]) == 5 and results['map of 64 x 64 px, ViT-tiny, windows at half a step, s'] > 0
+    assert len([name for name in results if 'a batch of' in name]) == 7 and results['map of 64 x 64 px, ViT-tiny, windows at half a step, s'] > 0
 
 
 @pytest.mark.slow
 def test_all_of_it_is_rehearsed_on_a_cpu(tmp_path):
     results = rehearse(tmp_path, minutes=60)
-    for script in ('pretrain_mae', 'pretrain_dino', 'pretrain_dino_hsi'):
+    for script in ('pretrain_mae', 'pretrain_dino', 'pretrain_dino_hsi', 'pretrain_lejepa'):
         for name in ('gpu', 'compiled'):  # on a CPU all are the same run
             assert results[f'{script}, ten losses: {name} against cpu' if name == 'gpu' else f'{script}, ten losses: compiled against gpu']['difference'] == 0
         assert results[f'{script}, 12 = 7 + 5 steps']['equal']
