@@ -1382,7 +1382,8 @@ def envi_layout(path, header):
     for field, pattern in patterns.items():
         if not re.fullmatch(pattern, header.get(field, ''), re.IGNORECASE):
             raise UserError(f'{path}: its field "{field}" is '
-                            f'{one_line(header.get(field, "missing"))}: correct the header, or save the image again as a plain ENVI file')
+                            f'{one_line(header.get(field, "missing"))}: correct the header, or '
+                            'save the image again as a plain ENVI file')
     for field in ('major frame offsets', 'minor frame offsets'):
         if any(envi_numbers(header, field, path)):
             raise UserError(f'{path}: its {field} are not 0, which is not read: save the image '
