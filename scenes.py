@@ -1374,8 +1374,8 @@ def envi_numbers(header, field, path, counts=()):
     try:
         numbers = [float(word) for word in words]
     except ValueError:
-        raise UserError(f'{path}: its field "{field}" holds no numbers ({header[field][:40]}): '
-                        'correct the header') from None
+        raise UserError(f'{path}: its field "{field}" holds no numbers '
+                        f'({one_line(header[field])[:40]}): correct the header') from None
     if numbers and counts and len(numbers) not in counts:
         raise UserError(f'{path}: its field "{field}" has {len(numbers)} values for {counts[0]} '
                         'bands: correct the header')
@@ -1391,8 +1391,9 @@ def envi_layout(path, header):
                 'byte order': '0|1', 'file compression': '0'}
     for field, pattern in patterns.items():
         if not re.fullmatch(pattern, header.get(field, ''), re.IGNORECASE):
-            raise UserError(f'{path}: its field "{field}" is {header.get(field, "missing")}: '
-                            'correct the header, or save the image again as a plain ENVI file')
+            raise UserError(f'{path}: its field "{field}" is '
+                            f'{one_line(header.get(field, "missing"))}: correct the header, or '
+                            'save the image again as a plain ENVI file')
     for field in ('major frame offsets', 'minor frame offsets'):
         if any(envi_numbers(header, field, path)):
             raise UserError(f'{path}: its {field} are not 0, which is not read: save the image '
