@@ -246,6 +246,15 @@ def test_tiles_hold_the_scenes_own_values_and_labels(tmp_path):
     assert (labelled[scene.labels > 0] == 1).all() and (labelled[scene.labels == 0] == 0).all()  # each label in exactly one split
 
 
+def test_tiles_of_val_and_ts_have_labels_and_those_of_tr_need_none(tmp_path):
+    labels = np.zeros((40, 64), np.uint8)
+    labels[:, :32] = np.arange(32) // 4 % 3 + 1
+    data.tile(tile_args(root=make_scene(tmp_path / 's.npz', width=64, labels=labels), out=tmp_path / 'out', tile_size=16, split_block=8))
+    tr, val, ts = (Tiles(str(tmp_path / 'out'), split) for split in data.SPLITS)
+    assert len(tr) == 12 and not all(x.any() for x in tr.labels)
+    assert all(x.any() for x in [*val.labels, *ts.labels]) and max(col for _, _, col in ts.meta['tiles']['ts']) < 32
+
+
 def test_split_puts_every_class_in_train_and_keeps_the_gap():
     rng = np.random.default_rng(0)
     labels = rng.integers(1, 5, (64, 64))
