@@ -229,7 +229,7 @@ if __name__ == '__main__':
     name = 'DeepLabV3+'
     model = DeepLabV3Plus(**encoder_args)
     if init_from:
-        print(start_from(init_from, model, __file__))
+        print(start_from(init_from, model, __file__, whiten))
     if world > 1 and on_gpu:
         # it has no CPU form: there the norms see the crops of their own process only
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -241,7 +241,7 @@ if __name__ == '__main__':
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
     best_path = os.path.join(out_dir, 'best.pt')
     resume_from(best_path, __file__, config, meta, MAY_CHANGE)  # refuses that of another run
-    facts = {'config': config, 'encoder_args': encoder_args, 'whiten': whiten, 'window': crop_size,
+    facts = {'config': config, 'encoder_args': encoder_args, 'window': crop_size,
              'meta': kept_meta(meta), 'script': os.path.basename(__file__)}
 
     def prepare(raw):

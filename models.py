@@ -1129,15 +1129,15 @@ def load_run(path):
     return checkpoint
 
 
-def add_run(network, checkpoint, whiten):
+def add_run(network, checkpoint):
     """Give a network what the checkpoint knows of its run: with prepare() a checkpoint is enough
     to use it."""
     network.config = checkpoint['config']
     network.args = checkpoint['encoder_args']
     network.script = checkpoint['script']
     network.meta = checkpoint['meta']
-    network.whiten = whiten
-    network.statistics = standardization(network.meta, whiten)
+    network.whiten = network.config['whiten']
+    network.statistics = standardization(network.meta, network.whiten)
     return network.eval()
 
 
@@ -1149,8 +1149,8 @@ def load_encoder(path):
     of a best.pt the encoder that was judged or fine-tuned.
 
     It has the run's constants `.config`, its own arguments `.args`, `.script`, `.meta` (statistics,
-    wavelengths, classes), `.whiten`, and `.prepare(raw)`: raw values (B, C, H, W) -> its input.
-    Raises UserError when the file is damaged, foreign, or holds no encoder.
+    wavelengths, classes), `.whiten`, and `.prepare(raw)`: raw values (B, C, H, W) or (C, H, W)
+    -> its input. Raises UserError when the file is damaged, foreign, or holds no encoder.
     """
     checkpoint = load_run(path)
     weights = checkpoint['model']
@@ -1164,8 +1164,7 @@ def load_encoder(path):
     try:
         encoder = build_encoder(checkpoint['encoder_args'])
         encoder.load_state_dict(own, strict=True)
-        whiten = checkpoint['whiten'] if 'whiten' in checkpoint else checkpoint['config']['whiten']
-        return add_run(encoder, checkpoint, whiten)
+        return add_run(encoder, checkpoint)
     except CANNOT_BUILD as error:
         raise UserError(f'{path}: its encoder cannot be built again ({one_line(error)}): pass the '
                         'last.pt of a pre-training run') from None
@@ -1196,7 +1195,7 @@ def load_segmenter(path):
             network = DeepLabV3Plus(**args)
         network.load_state_dict(checkpoint['model'], strict=True)
         network.window = checkpoint['window']
-        return add_run(network, checkpoint, checkpoint['whiten'])
+        return add_run(network, checkpoint)
     except CANNOT_BUILD as error:
         raise UserError(f'{path}: its network cannot be built again ({one_line(error)}): pass the '
                         'best.pt of a run') from None
@@ -1247,8 +1246,9 @@ def resize_positions(weights, like):
     return weights
 
 
-def start_from(path, model, script):
-    """Fill `model` with weights of a checkpoint -> a sentence that says which were taken.
+def start_from(path, model, script, whiten):
+    """Fill `model` with weights of a checkpoint -> a sentence that says which were taken, and
+    whether their input was whitened otherwise than by `whiten` components.
 
     Of a run of the same `script` all are taken. Of another file the encoder is, for student and
     teacher alike, and where they fit a masked autoencoder's decoder and a CNN's layers. Position
@@ -1292,6 +1292,9 @@ def start_from(path, model, script):
                 f'{names_of(own.keys() - taken)}')
     if weights.keys() - taken:
         sentence += f'; what is left out of the file: {names_of(weights.keys() - taken)}'
+    learned = checkpoint['config']['whiten']
+    if learned != whiten:
+        sentence += f'; they learned with --whiten={learned}, here it is {whiten}'
     return sentence
 
 

@@ -302,7 +302,7 @@ if __name__ == '__main__':
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
     best_path = os.path.join(out_dir, 'best.pt')
     resume_from(best_path, __file__, config, meta, MAY_CHANGE)  # refuses that of another run
-    facts = {'config': config, 'encoder_args': encoder_args, 'whiten': whiten, 'window': crop_size,
+    facts = {'config': config, 'encoder_args': encoder_args, 'window': crop_size,
              'meta': kept_meta(meta), 'script': os.path.basename(__file__)}
 
     def prepare(raw):

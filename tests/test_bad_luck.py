@@ -38,9 +38,11 @@ def some_limit(out, luck):
 
 
 def step_reached(out):
+    """The last step in log.jsonl. A run that resumes writes it anew under our eyes, so that what is read may begin in the middle of a line."""
     if not os.path.exists(f'{out}/log.jsonl'):
         return 0
-    return max((json.loads(line)['step'] for line in open(f'{out}/log.jsonl') if line.endswith('}\n')), default=0)
+    lines = open(f'{out}/log.jsonl').read().splitlines(keepends=True)
+    return max((json.loads(line)['step'] for line in lines if line.startswith('{') and line.endswith('}\n')), default=0)
 
 
 def wait_for_step(out, step, alive):

@@ -183,8 +183,8 @@ def test_a_fine_tuned_best_pt_is_an_encoder_and_a_network(build, scene_data, tmp
     args = dict(img_size=16, patch_size=4, in_chans=7, embed_dim=48, depth=4, num_heads=3)
     args |= {'fusion': 'channel', 'wavelengths_nm': tiles.meta['wavelengths_nm']} if build is SpatialSpectralViT else {}
     model = build_segmenter(build(**args), 3, 'conv', freeze=False, pixel=True)
-    config = {'whiten': 99, 'decoder': 'conv', 'freeze': False, 'pixel': True}  # the flag; the encoder brought another
-    save_checkpoint(f'{tmp_path}/best.pt', {**content(model, args, tiles.meta, script='segment.py', whiten=3, window=16), 'config': config})
+    config = {'whiten': 3, 'decoder': 'conv', 'freeze': False, 'pixel': True}
+    save_checkpoint(f'{tmp_path}/best.pt', {**content(model, args, tiles.meta, script='segment.py', window=16), 'config': config})
     encoder, network = load_encoder(f'{tmp_path}/best.pt'), load_segmenter(f'{tmp_path}/best.pt')
     x, expected = encoder.prepare(raw_tiles(tiles)), model.eval()
     assert network.window == 16 and encoder.whiten == network.whiten == 3 and torch.equal(x, network.prepare(raw_tiles(tiles)))
@@ -196,7 +196,7 @@ def test_a_fine_tuned_best_pt_is_an_encoder_and_a_network(build, scene_data, tmp
 def test_the_cnn_comes_back_and_what_is_no_segmentation_is_refused(scene_data, tmp_path):
     tiles, args = Tiles(scene_data, 'ts'), dict(in_chans=7, num_classes=3, output_stride=8, width=8)
     model = DeepLabV3Plus(**args).eval()
-    save_checkpoint(f'{tmp_path}/best.pt', content(model, args, tiles.meta, script='baseline_deeplab.py', whiten=3, window=16))
+    save_checkpoint(f'{tmp_path}/best.pt', content(model, args, tiles.meta, script='baseline_deeplab.py', window=16))
     network = load_segmenter(f'{tmp_path}/best.pt')
     x = network.prepare(raw_tiles(tiles))
     with torch.no_grad():
@@ -255,15 +255,15 @@ def test_a_run_of_ours_starts_another_of_the_same_network_at_another_size(scene_
         return MaskedAutoencoder(side, 4, bands, 48, 1, 3, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     first, larger = mae(16), mae(32)
     save_checkpoint(path, content(first, {}, meta, script='pretrain_mae.py'))
-    assert f'{len(first.state_dict())} tensors taken; what starts fresh: nothing' in start_from(path, larger, 'pretrain_mae.py')
+    assert f'{len(first.state_dict())} tensors taken; what starts fresh: nothing' in start_from(path, larger, 'pretrain_mae.py', 3)
     changed = {name for name, value in larger.state_dict().items() if not torch.equal(value, first.state_dict()[name])}
     assert changed == {'encoder.pos_embed', 'decoder_pos_embed'}
     with pytest.raises(UserError, match='3 tensors differ .decoder_pred.bias, decoder_pred.weight, encoder.patch_embed'):
-        start_from(path, mae(16, bands=5), 'pretrain_mae.py')
+        start_from(path, mae(16, bands=5), 'pretrain_mae.py', 3)
 
     def hsi(groups):
         return SpatialSpectralViT(16, 4, 2 * groups, 48, 1, 3, fusion='token')
     save_checkpoint(path, content(hsi(15), {}, meta, script='pretrain_dino_hsi.py'))
-    start_from(path, hsi(15), 'pretrain_dino_hsi.py')
+    start_from(path, hsi(15), 'pretrain_dino_hsi.py', 3)
     with pytest.raises(UserError, match='does not fit this network'):
-        start_from(path, hsi(20), 'pretrain_dino_hsi.py')
+        start_from(path, hsi(20), 'pretrain_dino_hsi.py', 3)

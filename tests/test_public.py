@@ -223,7 +223,7 @@ def test_a_public_file_is_no_run_and_the_sentence_names_the_tool(tmp_path):
     synthetic(tmp_path / 'public.pth', **TINY_MAE)
     path = str(tmp_path / 'public.pth')
     model = MaskedAutoencoder(16, 8, 4, 64, 2, 1, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
-    for read in (load_encoder, encoder_shape, lambda file: start_from(file, model, 'pretrain_mae.py')):
+    for read in (load_encoder, encoder_shape, lambda file: start_from(file, model, 'pretrain_mae.py', 3)):
         with pytest.raises(UserError, match=f'python tools/convert_weights.py --weights={path}'):
             read(path)
 
@@ -242,11 +242,11 @@ def test_a_whole_masked_autoencoder_gives_its_decoder_where_it_fits(tmp_path):
     build = lambda depth, patch, bands: MaskedAutoencoder(4 * patch, patch, bands, 64, 2, 1, decoder_embed_dim=32, decoder_depth=depth, decoder_num_heads=2)
     same, other, deep = build(1, 16, 3), build(1, 8, 5), build(2, 16, 3)
     last = converted(path, 3, patch_size=16)
-    assert 'starts fresh: nothing' in start_from(last, same, 'pretrain_mae.py')
-    assert 'starts fresh: decoder, decoder_pred, mask_token' in start_from(last, deep, 'pretrain_mae.py')
+    assert 'starts fresh: nothing' in start_from(last, same, 'pretrain_mae.py', 3)
+    assert 'starts fresh: decoder, decoder_pred, mask_token' in start_from(last, deep, 'pretrain_mae.py', 3)
     with pytest.raises(UserError, match='encoder.patch_embed.proj.weight'):
-        start_from(last, other, 'pretrain_mae.py')
-    assert 'starts fresh: decoder_pred' in start_from(converted(path, 5), other, 'pretrain_mae.py')
+        start_from(last, other, 'pretrain_mae.py', 3)
+    assert 'starts fresh: decoder_pred' in start_from(converted(path, 5), other, 'pretrain_mae.py', 3)
     torch.testing.assert_close(same.decoder_pred.weight.data, state['decoder_pred.weight'])
     assert torch.equal(other.decoder_blocks[0].mlp.fc1.weight, state['decoder_blocks.0.mlp.fc1.weight']) and torch.equal(other.mask_token, state['mask_token'])
     assert not torch.equal(deep.decoder_blocks[0].mlp.fc1.weight, state['decoder_blocks.0.mlp.fc1.weight'])
@@ -357,17 +357,17 @@ def test_a_resnet_of_torchvision_reaches_the_cnn(tmp_path):
     for content in (state, old):
         torch.save({**content, 'fc.weight': torch.zeros(1000, 2048), 'fc.bias': torch.zeros(1000)}, tmp_path / 'resnet50.pth')
         last = converted(tmp_path / 'resnet50.pth', 32)
-        assert 'starts fresh: aspp, auxiliary, bottleneck, classifier, low_level, merge, pool' in start_from(last, model, 'pretrain_mae.py')
+        assert 'starts fresh: aspp, auxiliary, bottleneck, classifier, low_level, merge, pool' in start_from(last, model, 'pretrain_mae.py', 3)
         assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items() if name != 'conv1.weight')
         grey = torch.randn(1, 1, 16, 16)
         torch.testing.assert_close(model.conv1(grey.expand(-1, 32, -1, -1)), F.conv2d(grey.expand(-1, 3, -1, -1), state['conv1.weight'], None, 2, 3),
                                    rtol=1e-4, atol=1e-4)
-    assert 'stem' in start_from(last, DeepLabV3Plus(32, 24, stem='three'), 'pretrain_mae.py')
+    assert 'stem' in start_from(last, DeepLabV3Plus(32, 24, stem='three'), 'pretrain_mae.py', 3)
     with pytest.raises(UserError, match='holds no encoder'):
         load_encoder(last)
     for other in (DeepLabV3Plus(32, 24, stem='seven', width=16), MaskedAutoencoder(16, 8, 32, 48, 1, 3)):
         with pytest.raises(UserError, match='does not fit this network'):
-            start_from(last, other, 'pretrain_mae.py')
+            start_from(last, other, 'pretrain_mae.py', 3)
 
 
 # ---- other bands by their wavelengths

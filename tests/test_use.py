@@ -205,8 +205,8 @@ def test_a_judge_whose_best_state_is_gone_says_so(scene_data, tmp_path):
 def test_a_run_starts_from_the_encoder_of_any_other(script, source, fresh, left_out, scene_data, runs, tmp_path):
     path = runs / 'runs' / source / ('best.pt' if source == 'judged' else 'last.pt')
     still = ['--base_lr=0'] + ['--momentum_teacher=1'] * ('dino' in script)
-    done = train(script, scene_data, tmp_path / 'run', f'--init_from={path}', '--max_steps=1', *still)
-    assert re.search(rf'{path}: \d+ tensors taken; what starts fresh: {fresh}(; what is left out of the file: {left_out}.*)?\n', done.stdout)
+    done = train(script, scene_data, tmp_path / 'run', f'--init_from={path}', '--max_steps=1', '--whiten=2', *still)
+    assert re.search(rf'{path}: \d+ tensors taken; what starts fresh: {fresh}(; what is left out of the file: {left_out}.*)?; they learned with --whiten=3, here it is 2\n', done.stdout)
     assert ('left out of the file' in done.stdout) == bool(left_out)
     given, got = load_encoder(path).state_dict(), load_encoder(tmp_path / 'run' / 'last.pt').state_dict()
     shared = given.keys() & got.keys()
@@ -226,7 +226,7 @@ def test_what_cannot_start_a_run_is_told_in_a_sentence(scene_data, runs, tmp_pat
     done = train('baseline_deeplab.py', scene_data, tmp_path / 'run', f'--init_from={runs}/runs/mae/last.pt', check=False)
     assert done.returncode == 1 and 'does not fit this network' in done.stderr and 'Traceback' not in done.stderr
     with pytest.raises(UserError, match='decoder_pred.*does not fit|does not fit'):  # its own script's run is taken whole or not at all
-        start_from(str(runs / 'runs' / 'mae' / 'last.pt'), MaskedAutoencoder(16, 4, 7, 128, 6, 4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2), 'pretrain_mae.py')
+        start_from(str(runs / 'runs' / 'mae' / 'last.pt'), MaskedAutoencoder(16, 4, 7, 128, 6, 4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2), 'pretrain_mae.py', 3)
 
 
 def test_the_first_probe_of_a_run_that_started_from_weights_is_not_called_random():
