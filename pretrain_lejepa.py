@@ -419,8 +419,7 @@ if __name__ == '__main__':
     model.to(device).train()
     if init_from:
         check_bands(load_encoder(init_from), meta, init_from)
-        sentence = start_from(init_from, model, __file__)
-        print(sentence)
+        print(start_from(init_from, model, __file__, whiten))
     groups = parameter_groups(model, weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
