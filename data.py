@@ -17,6 +17,7 @@ import argparse
 import bisect
 import contextlib
 import errno
+import io
 import itertools
 import json
 import math
@@ -375,7 +376,7 @@ def count_tiles(inputs, args):
              'tiles': {split: [] for split in SPLITS},  # [scene, row, column] of each
              'class_counts': {split: np.zeros(256, int) for split in SPLITS}}
     failures = []
-    said = {}  # kind of sentence -> in how many files
+    said = {}  # kind of sentence -> [in how many files, the first one of it]
     for item in tqdm(inputs, 'counting', unit='file', disable=len(inputs) == 1):
         try:
             scene = open_input(item, args)
@@ -397,8 +398,8 @@ def count_tiles(inputs, args):
             if split == 'tr':
                 add_statistics(found['statistics'], scene.cube, scene.nodata, rows, cols)
         found['scenes'].append(item.name)
-    for kind, count in said.items() if len(inputs) > FEW_FILES else ():
-        print(f'in {count} of {len(inputs)} files: {kind}')
+    for count, note in said.values() if len(inputs) > FEW_FILES else ():
+        print(f'in {count} of {len(inputs)} files, numbers apart: {note}')
     if failures and not (args.skip_bad and found['scenes']):
         raise UserError('\n'.join(failures) + f'\n{args.out}: {len(failures)} of {len(inputs)} '
                         'inputs could not be used: repair or remove them and run the same command '
@@ -440,7 +441,7 @@ def say_notes(path, notes, said, whole):
         kind = re.sub(r'#[#:, ]*#', '#', kind)  # a list of numbers, however long
         if whole or kind not in said:
             fresh.append(f'  {note}')
-        said[kind] = said.get(kind, 0) + 1
+        said.setdefault(kind, [0, note])[0] += 1
     if fresh:
         tqdm.write('\n'.join([f'{path}:', *fresh]))
 
@@ -1688,7 +1689,9 @@ def demo(args):
             tifffile.imwrite(os.path.join(images, name), image, planarconfig='contig',
                              photometric='minisblack', extratags=[(42113, 's', 0, '-32768', True)])
             tifffile.imwrite(os.path.join(labels, name), label, photometric='minisblack')
-    tile(parse(['tile', f'--root={root}', f'--out={args.out}', '--tile_size=64']))
+    with contextlib.redirect_stdout(io.StringIO()) as said:  # of scenes that were just made
+        tile(parse(['tile', f'--root={root}', f'--out={args.out}', '--tile_size=64']))
+    print(said.getvalue().splitlines()[-1])
 
 
 def demo_if_missing(directory):

@@ -59,8 +59,8 @@ data = 'data/demo'  # tile directory (python data.py tile); the demo is made on 
 img_size = 16  # side of the global crops, px
 local_crops_size = 8  # side of the local crops, px
 local_crops_number = 2  # local crops of a tile
-global_scale_min = 0.7  # smallest global crop, share of the window read (0.3 in LeJEPA)
-local_scale_min = 0.3  # smallest local crop (0.05 in LeJEPA)
+global_scale_min = 0.7  # smallest global crop, share of the window read
+local_scale_min = 0.3  # smallest local crop
 local_scale_max = 0.4  # largest local crop
 whiten = 16  # ZCA-whiten the bands by so many principal components; 0: standardise each band
 turns = True  # random flips and quarter turns
@@ -74,7 +74,7 @@ size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESET
 patch_size = 4  # side of a patch, px
 init_from = ''  # last.pt to start from (or tools/convert_weights.py's): sets the encoder's size
 # ---- method
-sigreg_weight = 0.2  # lambda: weight of SIGReg; the other term has 1 - lambda (0.05 in LeJEPA)
+sigreg_weight = 0.2  # lambda: weight of SIGReg, 1 - lambda that of the invariance
 num_directions = 256  # directions in which a step looks at the embeddings
 # ---- optimizer
 steps = 400  # length of the run
@@ -95,8 +95,8 @@ compile = True  # torch.compile, on a GPU
 wandb_log = False  # send the log to wandb.ai as well
 
 LARGE = dict(img_size=64, local_crops_size=32, local_crops_number=8, global_scale_min=0.4,
-             local_scale_min=0.15, patch_size=8, num_directions=1024, batch_size=128,
-             base_lr=1.4e-3, log_every=100, eval_every=2000, save_every=2000)
+             local_scale_min=0.15, patch_size=8, sigreg_weight=0.05, num_directions=1024,
+             batch_size=128, base_lr=1.4e-3, log_every=100, eval_every=2000, save_every=2000)
 PRESETS = {
     'tiny': {},  # the values above
     'small': {**LARGE, 'steps': 50_000},

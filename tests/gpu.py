@@ -114,7 +114,7 @@ def run(script, name, *flags, on_cpu=False, stop_after=0, **environment):
     environment = {**os.environ, 'TORCH_LOGS': 'recompiles', 'PYTHONUNBUFFERED': '1',
                    'CUBLAS_WORKSPACE_CONFIG': ':4096:8', **environment}
     if on_cpu:
-        environment['CUDA_VISIBLE_DEVICES'] = ''
+        environment |= {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '4'}
     with open(f'{folder}.txt', 'w+', encoding='utf-8', errors='replace') as said:
         process = subprocess.Popen(command, cwd=out, env=environment, stdout=said,
                                    stderr=subprocess.STDOUT)
@@ -163,9 +163,10 @@ def losses(log):
 
 
 def difference(log, other):
-    """Largest relative difference of two logs' losses; None where one has none"""
-    pairs = list(zip(losses(log), losses(other)))
-    return max(abs(a - b) / abs(b) for a, b in pairs) if pairs else None
+    """Largest relative difference of two logs' losses; None where one run was cut off"""
+    if not log or len(losses(log)) != len(losses(other)):
+        return None
+    return max(abs(a - b) / abs(b) for a, b in zip(losses(log), losses(other)))
 
 
 def seconds(function, rounds=5):
@@ -198,7 +199,9 @@ def check_right():
     runs = [((script, f'{script}_{name}', *few_steps('--max_steps=10'), *STILL[script], *flags),
              options)
             for script in PRETRAINERS for name, (flags, options) in variants.items()]
-    done = side_by_side(runs)
+    done = []
+    for i in range(0, len(runs), len(variants)):  # a script at a time, or all wait for cores
+        done += side_by_side(runs[i:i + len(variants)])
     for i, script in enumerate(PRETRAINERS):
         found = dict(zip(variants, done[i * len(variants):]))
         for name, base in (('gpu', 'cpu'), ('compiled', 'gpu'), ('bfloat16', 'gpu'),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import pretrain_lejepa
 from conftest import ROOT, run
 from data import UserError
-from models import load_checkpoint, load_encoder
+from models import ViT, load_checkpoint, load_encoder
 from test_train import altered_copy, equal, losses, weights
 
 TINY = ['--batch_size=8', '--steps=90', '--warmup=0.03', '--log_every=1', '--probe_tiles=4', '--whiten=3', '--save_every=4', '--eval_every=12', '--num_directions=32']
@@ -171,6 +171,14 @@ def test_directions_are_unit_vectors_and_others_at_each_step():
     one, two = (pretrain_lejepa.draw_directions(128, step, 'cpu') for step in (1, 2))
     assert one.shape == (128, 256) and not torch.equal(one, two) and torch.equal(one, pretrain_lejepa.draw_directions(128, 1, 'cpu'))
     torch.testing.assert_close(one.norm(dim=0), torch.ones(256))
+
+
+def test_size_base_is_a_plain_vit_b(constants):
+    constants(size='base', **pretrain_lejepa.PRESETS['base'])
+    pretrain_lejepa.check_constants({'tile_size': 64, 'num_bands': 32})
+    with torch.device('meta'):
+        model, encoder_args = pretrain_lejepa.build_model({'num_bands': 32})
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in ViT(64, 8, 32).parameters()) and encoder_args['img_size'] == 64
 
 
 MISTAKES = [(dict(local_crops_size=32), '--img_size=16 and --local_crops_size=32'), (dict(patch_size=5), 'multiples of --patch_size=5'),
