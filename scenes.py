@@ -541,7 +541,7 @@ def checked_labels(labels, path):
 
 
 def label_text(labels, names):
-    """Sentences on checked labels: how many pixels each class has, what is odd about them"""
+    """Sentences on checked labels: how many pixels each class has"""
     counts = np.bincount(labels.ravel(), minlength=1)
     used = (np.flatnonzero(counts[1:]) + 1).tolist()
     if not used:
@@ -549,14 +549,7 @@ def label_text(labels, names):
     names = dict(enumerate(names or [], 1))
     listed = ', '.join(f'{f"{k} {names.get(k, str())}".strip()}: {counts[k]:,}' for k in used[:30])
     number = f'{len(used)} classes' if len(used) > 1 else '1 class'
-    sentences = [f'labels: pixels of {number} ({listed}), {counts[0]:,} unlabelled']
-    if len(used) == 1:
-        sentences.append('WARNING: only one class: 0 means unlabelled here; number background 1 '
-                         'and object 2')
-    elif len(used) < used[-1] / 2:
-        sentences.append(f'WARNING: labels run to {used[-1]}, but only {len(used)} numbers are '
-                         'used: number the classes 1, 2, ... without gaps')
-    return sentences
+    return [f'labels: pixels of {number} ({listed}), {counts[0]:,} unlabelled']
 
 
 def names_of_classes(names):

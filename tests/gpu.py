@@ -381,7 +381,8 @@ def check_paths():
             continue
         mean, matrix = (t.to(device) for t in data.standardization(tiles.meta, script.whiten))
         values = data.Statistics(mean, torch.tensor(tiles.meta['std'], device=device), matrix)
-        here = script.to_device(script.get_batch(tiles, 0), device)
+        batch_0 = script.get_batch(tiles, 0)
+        here = type(batch_0)(*(part.to(device) for part in batch_0))
         crops = seconds(lambda: script.make_crops(here, values, tiles.meta['nodata'], 0), 10)
         keep(f'{name}: crops and light of a batch of {batch}, ms', round(1000 * crops, 2))
 

@@ -152,8 +152,8 @@ def test_memory_is_that_of_a_row_of_windows():
         rows = []
 
         def __getitem__(self, index):
-            self.rows.append(index[1])
-            return np.zeros((2, min(index[1].stop, 10_000) - index[1].start, min(index[2].stop, 40) - index[2].start), np.float32)
+            self.rows.append(index[1])  # rows, of all bands and columns
+            return np.zeros((2, min(index[1].stop, 10_000) - index[1].start, 40), np.float32)
     cube = Cube()
     sizes = [part.shape for _, part in sliding_window(lambda x: x, cube, 16, 8, 2)]
     assert max(rows for _, rows, _ in sizes) <= 16 and max(s.stop - s.start for s in cube.rows) == 16 and sum(rows for _, rows, _ in sizes) == 10_000
