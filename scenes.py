@@ -500,7 +500,13 @@ def read_labels(path):
         raise UserError(f'{path}: has {len(raw)} bands, {looks_like(raw)}: give one band of class '
                         'numbers, 0 = unlabelled')
     raw = raw[0] if raw.ndim == 3 else raw
-    return scene._replace(labels=np.where(valid_pixels(raw[None], scene.nodata), raw, 0))
+    if raw.dtype.kind not in 'iubf':  # refused later
+        return scene._replace(labels=raw)
+    valid = valid_pixels(raw[None], scene.nodata)
+    if not valid.all() and (raw[valid] == 0).any():
+        scene = say(scene, 'WARNING: both 0 and what the label file marks as missing count as '
+                    'unlabelled: if 0 is a class, number the classes from 1')
+    return scene._replace(labels=np.where(valid, raw, 0))
 
 
 def looks_like(layers):
@@ -1241,7 +1247,8 @@ def read_numpy(path, mmap, name, axes):
         def stored():
             return np.load(path, mmap_mode='r')
     else:
-        name = name or ('cube' if 'cube' in loaded else 'labels')  # or a file of labels only
+        images = set(loaded) - {'labels', *NPZ_FACTS}
+        name = name or ('cube' if images else 'labels')  # or a file of labels only
         if name not in loaded:
             raise UserError(f'{path}: holds {sorted(loaded)[:6]} but no array "cube": save the '
                             f'image under that name, or name one, as {path}:NAME')
@@ -1273,9 +1280,14 @@ def read_numpy(path, mmap, name, axes):
 
     notes = [shape_note(cube, words), wavelength_note]
     nodata = read_number(facts.get('nodata'), notes)
+
+    # the first name may be that of label 0, but not where there are as many classes as names
     names = facts.get('class_names')
     if names and str(names[0]).lower() in NO_CLASS:
-        names = names[1:]
+        numbers = stored() if name == 'labels' else labels
+        if numbers is None or numbers.max() != len(names):
+            notes.append(f'class_names: the first, "{names[0]}", is taken as that of label 0')
+            names = names[1:]
     scale = facts.get('scale')
     return Scene(cube, labels, nm, nodata, names, (), facts.get('fwhm_nm'),
                  facts.get('class_colors'), scale and tuple(scale), None, tuple(notes))
@@ -1464,7 +1476,7 @@ def envi_geotags(info, wkt=''):
             epsg = 4326
     matrix = (x, math.cos(angle) * width, math.sin(angle) * height,
               y, math.sin(angle) * width, -math.cos(angle) * height)
-    return place_tags(matrix, epsg, (column - 1, row - 1))
+    return place_tags(matrix, epsg, (column - 1, row - 1), in_degrees(wkt, epsg))
 
 
 def epsg_of(wkt):
@@ -1480,11 +1492,18 @@ def epsg_of(wkt):
     return known[zone[1]] + int(zone[2]) if zone and zone[1] in known else None
 
 
-def place_tags(matrix, epsg=None, at=(0.0, 0.0)):
+def in_degrees(wkt, epsg):
+    """Is a coordinate system one of longitude and latitude? Its number does not tell: 4490 is one,
+    4547 is a projection."""
+    return wkt.lstrip().startswith('GEO') if wkt else epsg == 4326
+
+
+def place_tags(matrix, epsg=None, at=(0.0, 0.0), degrees=False):
     """GeoTIFF tags of an image whose point `at` (column, row; 0, 0 = the upper left corner) lies at
     x, y.
 
-    matrix: x, what x gains by a column and by a row, y, what y gains so. epsg: of the system
+    matrix: x, what x gains by a column and by a row, y, what y gains so. epsg: of the system;
+    degrees: it is one of longitude and latitude
     """
     x, a, b, y, d, e = matrix
     column, row = at
@@ -1495,7 +1514,7 @@ def place_tags(matrix, epsg=None, at=(0.0, 0.0)):
         tags = ((34264, 12, 16, (*rows, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)),)
     if epsg is None:
         return tags
-    model, key = (2, 2048) if 4000 <= epsg < 5000 else (1, 3072)  # geographic, projected
+    model, key = (2, 2048) if degrees else (1, 3072)  # geographic, projected
     keys = (1, 1, 0, 3, 1024, 0, 1, model, 1025, 0, 1, 1, key, 0, 1, epsg)  # 1025: of areas
     return (*tags, (34735, 3, 16, keys))
 
@@ -1820,7 +1839,9 @@ def h5_place(arrays, key):
     numbers = [read_number(word, []) for word in text_of(attrs.get('GeoTransform', '')).split()]
     if len(numbers) != 6 or None in numbers:
         return ()
-    return place_tags(numbers, epsg_of(text_of(attrs.get('crs_wkt', attrs.get('spatial_ref', '')))))
+    wkt = text_of(attrs.get('crs_wkt', attrs.get('spatial_ref', '')))
+    epsg = epsg_of(wkt)
+    return place_tags(numbers, epsg, degrees=in_degrees(wkt, epsg))
 
 
 def read_emit(path, arrays):

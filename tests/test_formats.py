@@ -224,6 +224,14 @@ def test_the_coordinate_system_string_names_the_system(wkt, epsg, tmp_path):
     assert (tag(scene, 34735) or [None])[-1] == epsg
 
 
+@pytest.mark.parametrize('kind, epsg, key', [('PROJCS', 4547, 3072), ('PROJCRS', 4647, 3072), ('GEOGCS', 4490, 2048), ('GEOGCRS', 7844, 2048)])
+def test_what_kind_of_system_it_is_does_not_follow_from_its_number(kind, epsg, key, tmp_path):
+    info = ['Projection', 1, 1, 100, 50, 0.5, 0.5, 'China 2000']
+    scene = read(write_envi(tmp_path / 'a.img', map_info=info, coordinate_system_string=f'{{{kind}["x",AUTHORITY["EPSG","{epsg}"]]}}'))
+    assert tag(scene, 34735)[6:8] == (1, 2 if key == 2048 else 1) and tag(scene, 34735)[12] == key and tag(scene, 34735)[15] == epsg
+    assert told(scene, f'EPSG:{epsg}, pixels of 0.5 {"degrees" if key == 2048 else "m"}')
+
+
 def test_bands_of_overlapping_detectors_are_put_in_order_and_resampled_rightly(tmp_path):
     """AVIRIS: four spectrometers one behind the other; the first bands of each lie below the last of the one before"""
     nm = np.concatenate([np.arange(400, 680, 10.0), np.arange(655, 1260, 10.0)])
