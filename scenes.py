@@ -1015,6 +1015,7 @@ def tiff_cube(tif, path, mmap, axes):
         pages = [page for page in tif.pages if not page.keyframe.subfiletype & (REDUCED | MASK)]
         first = pages[0]
         shape, letters = first.shape, first.axes
+        all_pages = len(pages)
         pages = [page for page in pages if (page.shape, page.dtype) == (shape, first.dtype)]
         if len(pages) > 1 and len(shape) > 2:
             raise UserError(f'{path}: holds {len(pages)} images of {shape_text(first)}: save the '
@@ -1022,6 +1023,8 @@ def tiff_cube(tif, path, mmap, axes):
         if len(pages) > 1:
             shape, letters = (len(pages), *shape), 'S' + letters
             words = 'a page for each band'
+        if len(pages) < all_pages:
+            words += f', {all_pages - len(pages)} pages of another size or type left out'
     check_tiff_sizes(path, [page for page in pages if page is not None])
     if len(shape) == 2:
         shape, letters = (1, *shape), 'S' + letters
@@ -1615,6 +1618,8 @@ def named_scene(path, arrays, name, axes, order=''):
         pixels = sizes.pop() if len(sizes) == 1 else None
         order, text = choose_axes(image.shape, path, axes, len(values), pixels)
         words += f', {text}'
+    else:
+        words += ', bands ' + ('first', 'in the middle', 'last')[order.index('c')]
 
     def read(rows, cols):
         key = {'c': slice(None), 'h': rows, 'w': cols}
@@ -1809,6 +1814,16 @@ def read_h5(path, mmap, name, axes):
     beside = {other: stored for other, stored in arrays.items()
               if len(stored.shape) < 2 or other[:other.rfind('/') + 1] == group}
     scene = named_scene(path, beside, name, axes, order)
+
+    # the axis of the bands may be numbered by their wavelengths, in a unit of these
+    if order and not axes and not scene.wavelengths_nm:
+        band_axis = arrays[key].axes[order.index('c')]
+        numbers = arrays.get(group + band_axis)
+        unit = text_of(numbers.attrs.get('units', '')) if numbers else ''
+        nm, text = to_nm(np.ravel(numbers.read(...)) if unit else None, unit, f'"{band_axis}"')
+        if nm and len(nm) == len(scene.cube):
+            kept = [note for note in scene.notes if note != NO_WAVELENGTHS]
+            scene = scene._replace(wavelengths_nm=nm, notes=(*kept, text))
 
     # attributes by the CF conventions, and NEON's
     notes = []

@@ -553,6 +553,16 @@ def test_a_page_for_each_band(tmp_path, mmap):
     refused('holds 2 images', path)
 
 
+def test_pages_of_another_size_or_type_are_left_out_and_that_is_said(tmp_path):
+    path = str(tmp_path / 'a.tif')
+    with tifffile.TiffWriter(path) as file:
+        for page in (*CUBE, LABELS, CUBE[0, ::2, ::2]):
+            file.write(page, photometric='minisblack', metadata=None)
+    scene = read_scene(path)
+    np.testing.assert_array_equal(scene.cube, CUBE)
+    said(scene, 'a page for each band, 2 pages of another size or type left out')
+
+
 def test_a_sparse_file_is_read(tmp_path):
     path = str(tmp_path / 'a.tif')
     tifffile.imwrite(path, np.zeros((1, 512, 512), np.uint8), tile=(64, 64), compression='zlib', photometric='minisblack')

@@ -215,7 +215,7 @@ def test_scenes_unlike_the_training_data_work_or_are_refused_in_a_sentence(mappe
             ([f'--scene={tmp_path}/swir.npz'], 'none near 450'),
             ([f'--scene={tmp_path}/none.tif'], 'no such file'),
             ([plain, '--overlap=1'], '--overlap=1'), ([plain, f'--out={tmp_path}/map.png'], '.tif'),
-            ([plain, f'--run={tmp_path}'], 'no such checkpoint')):
+            ([plain, f'--run={tmp_path}'], 'pass the --out_dir of a run of segment.py')):
         done = run(*base, *flags, check=False)
         assert done.returncode == 1 and words in done.stderr, done.stderr
         assert 'Traceback' not in done.stderr

@@ -300,7 +300,11 @@ def save_picture(path, scene, classes, step, meta):
 if __name__ == '__main__':
     plain_errors()
     flags = read_flags()
-    network = load_segmenter(os.path.join(flags.run, 'best.pt'))
+    best = os.path.join(flags.run, 'best.pt')
+    if not os.path.isfile(best):
+        raise UserError(f'--run={flags.run}: no best.pt is there: pass the --out_dir of a run of '
+                        'segment.py or baseline_deeplab.py')
+    network = load_segmenter(best)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     network.to(device)
     use_bfloat16 = native_bfloat16(device)
