@@ -350,6 +350,11 @@ def find_fillers(sample, low, high):
     return fillers
 
 
+def short_text(value):
+    """The shortest text that is read as the same float32: -3.4028235e+38, where %g loses digits"""
+    return str(np.float32(value)).removesuffix('.0')
+
+
 def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
     """Leaves out bands, and says what is missing -> the Scene, (H, W) True where a pixel is
     missing"""
@@ -378,7 +383,7 @@ def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
     for value, numbers in found.fillers.items():
         bands = name_bands([kept[number] for number in numbers], nm)
         scene = say(scene, f'{bands}: values far outside the rest ({value:g}): a filler? pass '
-                    f'--nodata={value:g}')
+                    f'--nodata={short_text(value)}')
     kept = [band for band in kept if band not in {*empty, *zeros}]
     nm = nm and checked_wavelengths([nm[band] for band in kept], path).tolist()
     fwhm = scene.fwhm_nm and [scene.fwhm_nm[band] for band in kept]

@@ -234,6 +234,13 @@ def test_a_filler_that_is_not_declared_is_named(tmp_path, value, array):
     assert not any('filler' in note for note in scene.notes)
 
 
+@pytest.mark.parametrize('value, dtype', [(np.finfo(np.float32).min, np.float32), (2 ** 31 - 1, np.int32), (-1.23456789e34, np.float64)])
+def test_the_nodata_value_that_is_advised_is_the_fillers(tmp_path, value, dtype):
+    path = saved(tmp_path / 'a.npy', np.moveaxis(hidden(CUBE.astype(dtype), value), 0, 2))
+    advised = next(note for note in read_scene(path).notes if 'filler' in note).split('--nodata=')[1]
+    np.testing.assert_array_equal(missing_of(read_scene(path, nodata=float(advised))), LEFT)
+
+
 def test_ordinary_values_are_no_fillers(tmp_path):
     bright = CUBE.copy()
     bright[:, 4, 4] = 20000  # one glint

@@ -519,15 +519,17 @@ def spectra(dtype=np.float32, low=500):
     return cube.astype(dtype)
 
 
-@pytest.mark.parametrize('value, pixels', [(1e20, 300), (-9999, 300), (1e20, 1), (-1e30, 1)])
-def test_check_finds_fillers_that_nobody_declared(value, pixels, tmp_path):
+@pytest.mark.parametrize('value, text, pixels', [
+    (1e20, '1e+20', 300), (-9999, '-9999', 300), (1e20, '1e+20', 1), (-1e30, '-1e+30', 1),
+    (np.finfo(np.float32).min, '-3.4028235e+38', 300)])
+def test_check_finds_fillers_that_nobody_declared(value, text, pixels, tmp_path):
     cube = spectra()
     cube.reshape(-1, 7)[:pixels, :3] = value
     said = say(tmp_path, cube=cube)
     assert f'bands 1-3: values far outside the rest ({value:g})' in said
-    assert f'--nodata={value:g}' in said and '\n' not in said
+    assert f'--nodata={text}' in said and '\n' not in said
     if pixels > 1:
-        assert say(tmp_path, [f'--nodata={value:g}'], cube=cube).count('far outside') == 0
+        assert say(tmp_path, [f'--nodata={text}'], cube=cube).count('far outside') == 0
 
 
 def test_check_finds_a_black_border_and_nothing_in_sound_data(tmp_path):
