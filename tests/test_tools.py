@@ -301,6 +301,17 @@ def bands_used(scene, meta, *flags):
     return (np.asarray(cube)[:, 1, 1] // 10).astype(int).tolist()
 
 
+def test_another_nodata_value_than_that_asked_for_in_tiling_is_said(tmp_path, capsys):
+    def said(nodata, asked, *more):
+        np.savez(tmp_path / 'a.npz', cube=np.ones((20, 30, 7), np.int16), nodata=nodata)
+        meta = meta_of(7) | {'dtype': 'int16', 'nodata': asked, 'settings': {'nodata': asked}}
+        map_scene.open_scene(flags_of(tmp_path / 'a.npz', 'map.tif', *more), meta)
+        return capsys.readouterr().out
+    assert 'WARNING: it states nodata 0, the training data were tiled with --nodata=-9999: pass ' \
+        'that here' in said(0, -9999)
+    assert 'WARNING' not in said(-9999, -9999) + said(0, None) + said(0, -9999, '--nodata=-9999')
+
+
 def test_of_a_scene_with_more_bands_those_of_the_model_are_used(tmp_path, capsys):
     with_nm = numbered(tmp_path / 'nm.npz', wavelengths_nm=NINE)
     assert bands_used(with_nm, meta_of(4, [850.4, 500, 600, 650])) == [8, 1, 3, 4]

@@ -71,6 +71,10 @@ def open_scene(flags, meta):
     if scene.nodata is None and meta['nodata'] is not None and same_type:
         scene = scene._replace(nodata=meta['nodata'])
         print(f'  no nodata value is stated: taken is that of the training data, {scene.nodata:g}')
+    asked = meta.get('settings', {}).get('nodata')
+    if flags.nodata is None and asked not in (None, scene.nodata) and same_type:
+        print(f'  WARNING: it states nodata {scene.nodata:g}, the training data were tiled with '
+              f'--nodata={asked:g}: pass that here if it is the same kind of file')
     scene = match_bands(scene, meta, flags.scene)
     factor, shift = 1, 0
     if scene.scale and meta.get('scale'):
