@@ -257,10 +257,13 @@ def test_other_units_than_the_training_datas_are_told_and_no_more(tmp_path):
 
 
 @pytest.mark.parametrize('flags', [[], ['--bands=landsat'], ['--normalize=scene'], ['--pca=3'],
-                                   ['--bands=500:40,620:20,900', '--normalize=scene', '--pca=2']])
+                                   ['--bands=500:40,620:20,900', '--normalize=scene', '--pca=2'],
+                                   ['--nodata=0'], ['--nodata=0', '--normalize=scene'],
+                                   ['--nodata=0', '--pca=3']])
 def test_a_scene_reaches_the_model_as_the_tiler_brought_it_to_training(flags, tmp_path):
     nm = np.concatenate([np.linspace(450, 900, 40), np.linspace(1600, 1700, 6), [2200, 2230]])
-    path = make_scene(tmp_path / 's.npz', bands=48, wavelengths_nm=nm, nodata=0)
+    stated = {} if '--nodata=0' in flags else {'nodata': 0}
+    path = make_scene(tmp_path / 's.npz', bands=48, wavelengths_nm=nm, **stated)
     with np.load(path) as file:
         fields = dict(file)
     fields['cube'][3:9, :20] = 0
