@@ -207,6 +207,9 @@ def read_file(path, mmap=False, axes=''):
     reader = READERS.get(ending)
     if reader is None and (ending in ENVI_ENDINGS or envi_header_of(file)):
         reader = read_envi  # the data file of an ENVI image may have any name
+    if ending in ('.shp', '.geojson', '.gpkg', '.kml'):
+        raise UserError(f'{path}: polygons are not read: burn them into a GeoTIFF of the size and '
+                        'place of the image, as gdal_rasterize does')
     if reader is None:
         raise UserError(f'{path}: files of type "{ending}" are not read: convert it to one of '
                         f'{", ".join(READERS)}')

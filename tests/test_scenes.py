@@ -423,6 +423,11 @@ def test_values_are_no_labels(image, tmp_path, array, words):
     assert 'l.npy' in refused(words, image, saved(tmp_path / 'l.npy', array))
 
 
+def test_polygons_are_to_be_burnt_into_a_raster(image, tmp_path):
+    (tmp_path / 'fields.shp').write_bytes(b'0')
+    refused('fields.shp: polygons are not read: burn them', image, tmp_path / 'fields.shp')
+
+
 def test_words_are_no_labels(image, tmp_path):
     words = np.array(['none', 'oak', 'pine', 'road', 'lake'])[LABELS]
     assert 'l.npy' in refused('are not class numbers', image, saved(tmp_path / 'l.npy', words))
