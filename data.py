@@ -684,8 +684,10 @@ class Tiles:
         places = self.meta['tiles'][split]
         size = self.meta['tile_size']
         if not places:
-            raise UserError(f'{directory}: the split "{split}" has no tiles: tile it again with '
-                            'other --shares or more scenes')
+            why = ': tile it again with other --shares or more scenes'
+            if not self.meta['num_classes']:
+                why = ', for no scene has labels: tile it again with --labels='
+            raise UserError(f'{directory}: the split "{split}" has no tiles{why}')
         self.images = self._open('images', (len(places), self.meta['num_bands'], size, size))
         self.labels = None
         if os.path.exists(self._path('labels')):

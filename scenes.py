@@ -207,6 +207,9 @@ def read_file(path, mmap=False, axes=''):
     reader = READERS.get(ending)
     if reader is None and (ending in ENVI_ENDINGS or envi_header_of(file)):
         reader = read_envi  # the data file of an ENVI image may have any name
+    if ending in ('.shp', '.geojson', '.gpkg', '.kml'):
+        raise UserError(f'{path}: polygons are not read: burn them into a GeoTIFF of the size and '
+                        'place of the image, as gdal_rasterize does')
     if reader is None:
         raise UserError(f'{path}: files of type "{ending}" are not read: convert it to one of '
                         f'{", ".join(READERS)}')
@@ -350,6 +353,11 @@ def find_fillers(sample, low, high):
     return fillers
 
 
+def short_text(value):
+    """The shortest text that is read as the same float32: -3.4028235e+38, where %g loses digits"""
+    return str(np.float32(value)).removesuffix('.0')
+
+
 def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
     """Leaves out bands, and says what is missing -> the Scene, (H, W) True where a pixel is
     missing"""
@@ -378,7 +386,7 @@ def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
     for value, numbers in found.fillers.items():
         bands = name_bands([kept[number] for number in numbers], nm)
         scene = say(scene, f'{bands}: values far outside the rest ({value:g}): a filler? pass '
-                    f'--nodata={value:g}')
+                    f'--nodata={short_text(value)}')
     kept = [band for band in kept if band not in {*empty, *zeros}]
     nm = nm and checked_wavelengths([nm[band] for band in kept], path).tolist()
     fwhm = scene.fwhm_nm and [scene.fwhm_nm[band] for band in kept]
@@ -500,7 +508,13 @@ def read_labels(path):
         raise UserError(f'{path}: has {len(raw)} bands, {looks_like(raw)}: give one band of class '
                         'numbers, 0 = unlabelled')
     raw = raw[0] if raw.ndim == 3 else raw
-    return scene._replace(labels=np.where(valid_pixels(raw[None], scene.nodata), raw, 0))
+    if raw.dtype.kind not in 'iubf':  # refused later
+        return scene._replace(labels=raw)
+    valid = valid_pixels(raw[None], scene.nodata)
+    if not valid.all() and (raw[valid] == 0).any():
+        scene = say(scene, 'WARNING: both 0 and what the label file marks as missing count as '
+                    'unlabelled: if 0 is a class, number the classes from 1')
+    return scene._replace(labels=np.where(valid, raw, 0))
 
 
 def looks_like(layers):
@@ -1002,6 +1016,7 @@ def tiff_cube(tif, path, mmap, axes):
         pages = [page for page in tif.pages if not page.keyframe.subfiletype & (REDUCED | MASK)]
         first = pages[0]
         shape, letters = first.shape, first.axes
+        all_pages = len(pages)
         pages = [page for page in pages if (page.shape, page.dtype) == (shape, first.dtype)]
         if len(pages) > 1 and len(shape) > 2:
             raise UserError(f'{path}: holds {len(pages)} images of {shape_text(first)}: save the '
@@ -1009,6 +1024,8 @@ def tiff_cube(tif, path, mmap, axes):
         if len(pages) > 1:
             shape, letters = (len(pages), *shape), 'S' + letters
             words = 'a page for each band'
+        if len(pages) < all_pages:
+            words += f', {all_pages - len(pages)} pages of another size or type left out'
     check_tiff_sizes(path, [page for page in pages if page is not None])
     if len(shape) == 2:
         shape, letters = (1, *shape), 'S' + letters
@@ -1234,7 +1251,8 @@ def read_numpy(path, mmap, name, axes):
         def stored():
             return np.load(path, mmap_mode='r')
     else:
-        name = name or ('cube' if 'cube' in loaded else 'labels')  # or a file of labels only
+        images = set(loaded) - {'labels', *NPZ_FACTS}
+        name = name or ('cube' if images else 'labels')  # or a file of labels only
         if name not in loaded:
             raise UserError(f'{path}: holds {sorted(loaded)[:6]} but no array "cube": save the '
                             f'image under that name, or name one, as {path}:NAME')
@@ -1266,9 +1284,14 @@ def read_numpy(path, mmap, name, axes):
 
     notes = [shape_note(cube, words), wavelength_note]
     nodata = read_number(facts.get('nodata'), notes)
+
+    # the first name may be that of label 0, but not where there are as many classes as names
     names = facts.get('class_names')
     if names and str(names[0]).lower() in NO_CLASS:
-        names = names[1:]
+        numbers = stored() if name == 'labels' else labels
+        if numbers is None or numbers.max() != len(names):
+            notes.append(f'class_names: the first, "{names[0]}", is taken as that of label 0')
+            names = names[1:]
     scale = facts.get('scale')
     return Scene(cube, labels, nm, nodata, names, (), facts.get('fwhm_nm'),
                  facts.get('class_colors'), scale and tuple(scale), None, tuple(notes))
@@ -1457,7 +1480,7 @@ def envi_geotags(info, wkt=''):
             epsg = 4326
     matrix = (x, math.cos(angle) * width, math.sin(angle) * height,
               y, math.sin(angle) * width, -math.cos(angle) * height)
-    return place_tags(matrix, epsg, (column - 1, row - 1))
+    return place_tags(matrix, epsg, (column - 1, row - 1), in_degrees(wkt, epsg))
 
 
 def epsg_of(wkt):
@@ -1473,11 +1496,18 @@ def epsg_of(wkt):
     return known[zone[1]] + int(zone[2]) if zone and zone[1] in known else None
 
 
-def place_tags(matrix, epsg=None, at=(0.0, 0.0)):
+def in_degrees(wkt, epsg):
+    """Is a coordinate system one of longitude and latitude? Its number does not tell: 4490 is one,
+    4547 is a projection."""
+    return wkt.lstrip().startswith('GEO') if wkt else epsg == 4326
+
+
+def place_tags(matrix, epsg=None, at=(0.0, 0.0), degrees=False):
     """GeoTIFF tags of an image whose point `at` (column, row; 0, 0 = the upper left corner) lies at
     x, y.
 
-    matrix: x, what x gains by a column and by a row, y, what y gains so. epsg: of the system
+    matrix: x, what x gains by a column and by a row, y, what y gains so. epsg: of the system;
+    degrees: it is one of longitude and latitude
     """
     x, a, b, y, d, e = matrix
     column, row = at
@@ -1488,7 +1518,7 @@ def place_tags(matrix, epsg=None, at=(0.0, 0.0)):
         tags = ((34264, 12, 16, (*rows, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)),)
     if epsg is None:
         return tags
-    model, key = (2, 2048) if 4000 <= epsg < 5000 else (1, 3072)  # geographic, projected
+    model, key = (2, 2048) if degrees else (1, 3072)  # geographic, projected
     keys = (1, 1, 0, 3, 1024, 0, 1, model, 1025, 0, 1, 1, key, 0, 1, epsg)  # 1025: of areas
     return (*tags, (34735, 3, 16, keys))
 
@@ -1589,6 +1619,8 @@ def named_scene(path, arrays, name, axes, order=''):
         pixels = sizes.pop() if len(sizes) == 1 else None
         order, text = choose_axes(image.shape, path, axes, len(values), pixels)
         words += f', {text}'
+    else:
+        words += ', bands ' + ('first', 'in the middle', 'last')[order.index('c')]
 
     def read(rows, cols):
         key = {'c': slice(None), 'h': rows, 'w': cols}
@@ -1784,6 +1816,16 @@ def read_h5(path, mmap, name, axes):
               if len(stored.shape) < 2 or other[:other.rfind('/') + 1] == group}
     scene = named_scene(path, beside, name, axes, order)
 
+    # the axis of the bands may be numbered by their wavelengths, in a unit of these
+    if order and not axes and not scene.wavelengths_nm:
+        band_axis = arrays[key].axes[order.index('c')]
+        numbers = arrays.get(group + band_axis)
+        unit = text_of(numbers.attrs.get('units', '')) if numbers else ''
+        nm, text = to_nm(np.ravel(numbers.read(...)) if unit else None, unit, f'"{band_axis}"')
+        if nm and len(nm) == len(scene.cube):
+            kept = [note for note in scene.notes if note != NO_WAVELENGTHS]
+            scene = scene._replace(wavelengths_nm=nm, notes=(*kept, text))
+
     # attributes by the CF conventions, and NEON's
     notes = []
 
@@ -1813,7 +1855,9 @@ def h5_place(arrays, key):
     numbers = [read_number(word, []) for word in text_of(attrs.get('GeoTransform', '')).split()]
     if len(numbers) != 6 or None in numbers:
         return ()
-    return place_tags(numbers, epsg_of(text_of(attrs.get('crs_wkt', attrs.get('spatial_ref', '')))))
+    wkt = text_of(attrs.get('crs_wkt', attrs.get('spatial_ref', '')))
+    epsg = epsg_of(wkt)
+    return place_tags(numbers, epsg, degrees=in_degrees(wkt, epsg))
 
 
 def read_emit(path, arrays):

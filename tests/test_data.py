@@ -703,6 +703,13 @@ def test_empty_split_is_told(tmp_path):
         Tiles(str(tmp_path / 'out'), 'ts')
 
 
+def test_a_split_that_is_not_there_for_want_of_labels_is_said_so(tmp_path):
+    np.save(tmp_path / 'a.npy', np.random.default_rng(0).normal(size=(40, 48, 7)))
+    run('data.py', 'tile', f'--root={tmp_path}/a.npy', f'--out={tmp_path}/tiles', '--tile_size=16')
+    with pytest.raises(UserError, match='"ts" has no tiles, for no scene has labels: .* --labels'):
+        Tiles(str(tmp_path / 'tiles'), 'ts')
+
+
 # ============ batches and augmentation ============
 
 def test_batch_reads_the_tiles_asked_for_and_keeps_two_buffers(scene_data):

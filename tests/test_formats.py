@@ -224,6 +224,14 @@ def test_the_coordinate_system_string_names_the_system(wkt, epsg, tmp_path):
     assert (tag(scene, 34735) or [None])[-1] == epsg
 
 
+@pytest.mark.parametrize('kind, epsg, key', [('PROJCS', 4547, 3072), ('PROJCRS', 4647, 3072), ('GEOGCS', 4490, 2048), ('GEOGCRS', 7844, 2048)])
+def test_what_kind_of_system_it_is_does_not_follow_from_its_number(kind, epsg, key, tmp_path):
+    info = ['Projection', 1, 1, 100, 50, 0.5, 0.5, 'China 2000']
+    scene = read(write_envi(tmp_path / 'a.img', map_info=info, coordinate_system_string=f'{{{kind}["x",AUTHORITY["EPSG","{epsg}"]]}}'))
+    assert tag(scene, 34735)[6:8] == (1, 2 if key == 2048 else 1) and tag(scene, 34735)[12] == key and tag(scene, 34735)[15] == epsg
+    assert told(scene, f'EPSG:{epsg}, pixels of 0.5 {"degrees" if key == 2048 else "m"}')
+
+
 def test_bands_of_overlapping_detectors_are_put_in_order_and_resampled_rightly(tmp_path):
     """AVIRIS: four spectrometers one behind the other; the first bands of each lie below the last of the one before"""
     nm = np.concatenate([np.arange(400, 680, 10.0), np.arange(655, 1260, 10.0)])
@@ -394,6 +402,23 @@ def test_netcdf_names_of_axes_fill_value_scale_and_place_are_used(tmp_path):
     np.testing.assert_array_equal(scene.cube, turned.transpose(1, 2, 0))
     assert scene.nodata == -1 and scene.scale == (1e-4, 0.5) and told(scene, '1.0% of the pixels are missing')
     assert tag(scene, 33922)[3:5] == (350000, 5800000) and tag(scene, 34735)[-1] == 32633
+
+
+def test_wavelengths_of_a_netcdf_may_be_the_coordinate_of_its_bands(tmp_path):
+    h5py = pytest.importorskip('h5py')
+    for unit, factor in (('um', 1000), ('1', None)):
+        path = h5(tmp_path / f'{unit}.nc', {'refl': CUBE, 'y': np.arange(H), 'x': np.arange(W), 'band': (NM / 1000, {'units': unit})})
+        with h5py.File(path, 'r+') as file:
+            for axis, name in enumerate(('band', 'y', 'x')):
+                file[name].make_scale(name)
+                file['refl'].dims[axis].attach_scale(file[name])
+        scene = read(path)
+        assert told(scene, '"refl", bands first')
+        if factor:
+            np.testing.assert_allclose(scene.wavelengths_nm, NM)
+            assert told(scene, 'wavelengths 450 to 900 nm, from "band"') and not told(scene, 'no wavelengths')
+        else:
+            assert scene.wavelengths_nm is None and told(scene, 'no wavelengths')
 
 
 def test_a_neon_reflectance_file(tmp_path):

@@ -234,6 +234,13 @@ def test_a_filler_that_is_not_declared_is_named(tmp_path, value, array):
     assert not any('filler' in note for note in scene.notes)
 
 
+@pytest.mark.parametrize('value, dtype', [(np.finfo(np.float32).min, np.float32), (2 ** 31 - 1, np.int32), (-1.23456789e34, np.float64)])
+def test_the_nodata_value_that_is_advised_is_the_fillers(tmp_path, value, dtype):
+    path = saved(tmp_path / 'a.npy', np.moveaxis(hidden(CUBE.astype(dtype), value), 0, 2))
+    advised = next(note for note in read_scene(path).notes if 'filler' in note).split('--nodata=')[1]
+    np.testing.assert_array_equal(missing_of(read_scene(path, nodata=float(advised))), LEFT)
+
+
 def test_ordinary_values_are_no_fillers(tmp_path):
     bright = CUBE.copy()
     bright[:, 4, 4] = 20000  # one glint
@@ -416,6 +423,26 @@ def test_values_are_no_labels(image, tmp_path, array, words):
     assert 'l.npy' in refused(words, image, saved(tmp_path / 'l.npy', array))
 
 
+def test_polygons_are_to_be_burnt_into_a_raster(image, tmp_path):
+    (tmp_path / 'fields.shp').write_bytes(b'0')
+    refused('fields.shp: polygons are not read: burn them', image, tmp_path / 'fields.shp')
+
+
+def test_words_are_no_labels(image, tmp_path):
+    words = np.array(['none', 'oak', 'pine', 'road', 'lake'])[LABELS]
+    assert 'l.npy' in refused('are not class numbers', image, saved(tmp_path / 'l.npy', words))
+    np.savez(tmp_path / 'l.npz', labels=words)
+    refused('are not class numbers', image, tmp_path / 'l.npz')
+
+
+def test_classes_from_0_beside_a_nodata_value_are_said(image, tmp_path):
+    from_0 = np.where(LABELS == 0, -1, LABELS.astype(np.int16) - 1).astype(np.int16)
+    said(read_scene(image, write_tiff(tmp_path / 'from_0.tif', from_0, tag(42113, '-1'))), 'if 0 is a class, number the classes from 1')
+    from_1 = np.where(LABELS == 0, -1, LABELS.astype(np.int16))
+    assert 'if 0 is a class' not in str(read_scene(image, write_tiff(tmp_path / 'from_1.tif', from_1, tag(42113, '-1'))).notes)
+    assert 'if 0 is a class' not in str(read_scene(image, write_tiff(tmp_path / 'nodata_0.tif', LABELS, tag(42113, '0'))).notes)
+
+
 def test_many_classes_in_patches_are_labels(image, tmp_path):
     patches = (np.arange(H)[:, None] // 2 * 8 + np.arange(W) // 3 + 1).astype(np.uint8)
     assert read_scene(image, saved(tmp_path / 'l.npy', patches)).labels.max() == patches.max() > 60
@@ -537,6 +564,16 @@ def test_a_page_for_each_band(tmp_path, mmap):
     refused('holds 2 images', path)
 
 
+def test_pages_of_another_size_or_type_are_left_out_and_that_is_said(tmp_path):
+    path = str(tmp_path / 'a.tif')
+    with tifffile.TiffWriter(path) as file:
+        for page in (*CUBE, LABELS, CUBE[0, ::2, ::2]):
+            file.write(page, photometric='minisblack', metadata=None)
+    scene = read_scene(path)
+    np.testing.assert_array_equal(scene.cube, CUBE)
+    said(scene, 'a page for each band, 2 pages of another size or type left out')
+
+
 def test_a_sparse_file_is_read(tmp_path):
     path = str(tmp_path / 'a.tif')
     tifffile.imwrite(path, np.zeros((1, 512, 512), np.uint8), tile=(64, 64), compression='zlib', photometric='minisblack')
@@ -604,6 +641,26 @@ def test_what_an_npz_states_beside_its_cube(tmp_path):
     assert scene.scale == (0.0001, 0) and scene.class_names == list('abcd') and scene.nodata == 9 and scene.class_colors[3] == [9, 10, 11]
     np.testing.assert_allclose(scene.fwhm_nm, NM / 100)
     np.testing.assert_array_equal(missing_of(scene), LEFT)
+
+
+@pytest.mark.parametrize('names', [['background', 'a', 'b', 'c'], ['background', 'a', 'b', 'c', 'd'], ['oak', 'a', 'b', 'c']])
+def test_a_class_named_background_is_not_taken_for_label_0(tmp_path, names):
+    path = make_scene(tmp_path / 'a.npz', cube=np.moveaxis(CUBE, 0, 2), labels=LABELS, class_names=names, wavelengths_nm=NM)
+    scene = read_scene(path)
+    assert scene.class_names == names[-4:]
+    said(scene, f'1 {names[-4]}: ')
+    assert any('taken as that of label 0' in note for note in scene.notes) == (len(names) == 5)
+    np.savez(tmp_path / 'labels.npz', labels=LABELS, class_names=names)
+    assert read_scene(path, str(tmp_path / 'labels.npz')).class_names == names[-4:]
+
+
+def test_labels_are_not_taken_for_the_image_beside_them(tmp_path):
+    path = str(tmp_path / 'a.npz')
+    np.savez(path, reflectance=np.moveaxis(CUBE, 0, 2), labels=LABELS)
+    refused("['labels', 'reflectance'] but no array \"cube\"", path)
+    scene = read_scene(path + ':reflectance')
+    np.testing.assert_array_equal(scene.cube, CUBE)
+    np.testing.assert_array_equal(scene.labels, LABELS)
 
 
 @pytest.mark.parametrize('compression', [5, 50000, 7, 34887])

@@ -215,7 +215,7 @@ def test_scenes_unlike_the_training_data_work_or_are_refused_in_a_sentence(mappe
             ([f'--scene={tmp_path}/swir.npz'], 'none near 450'),
             ([f'--scene={tmp_path}/none.tif'], 'no such file'),
             ([plain, '--overlap=1'], '--overlap=1'), ([plain, f'--out={tmp_path}/map.png'], '.tif'),
-            ([plain, f'--run={tmp_path}'], 'no such checkpoint')):
+            ([plain, f'--run={tmp_path}'], 'pass the --out_dir of a run of segment.py')):
         done = run(*base, *flags, check=False)
         assert done.returncode == 1 and words in done.stderr, done.stderr
         assert 'Traceback' not in done.stderr
@@ -257,10 +257,13 @@ def test_other_units_than_the_training_datas_are_told_and_no_more(tmp_path):
 
 
 @pytest.mark.parametrize('flags', [[], ['--bands=landsat'], ['--normalize=scene'], ['--pca=3'],
-                                   ['--bands=500:40,620:20,900', '--normalize=scene', '--pca=2']])
+                                   ['--bands=500:40,620:20,900', '--normalize=scene', '--pca=2'],
+                                   ['--nodata=0'], ['--nodata=0', '--normalize=scene'],
+                                   ['--nodata=0', '--pca=3']])
 def test_a_scene_reaches_the_model_as_the_tiler_brought_it_to_training(flags, tmp_path):
     nm = np.concatenate([np.linspace(450, 900, 40), np.linspace(1600, 1700, 6), [2200, 2230]])
-    path = make_scene(tmp_path / 's.npz', bands=48, wavelengths_nm=nm, nodata=0)
+    stated = {} if '--nodata=0' in flags else {'nodata': 0}
+    path = make_scene(tmp_path / 's.npz', bands=48, wavelengths_nm=nm, **stated)
     with np.load(path) as file:
         fields = dict(file)
     fields['cube'][3:9, :20] = 0
@@ -299,6 +302,17 @@ def bands_used(scene, meta, *flags):
     """Numbers of the bands that reach the model"""
     cube = map_scene.open_scene(flags_of(scene, 'map.tif', *flags), meta).cube
     return (np.asarray(cube)[:, 1, 1] // 10).astype(int).tolist()
+
+
+def test_another_nodata_value_than_that_asked_for_in_tiling_is_said(tmp_path, capsys):
+    def said(nodata, asked, *more):
+        np.savez(tmp_path / 'a.npz', cube=np.ones((20, 30, 7), np.int16), nodata=nodata)
+        meta = meta_of(7) | {'dtype': 'int16', 'nodata': asked, 'settings': {'nodata': asked}}
+        map_scene.open_scene(flags_of(tmp_path / 'a.npz', 'map.tif', *more), meta)
+        return capsys.readouterr().out
+    assert 'WARNING: it states nodata 0, the training data were tiled with --nodata=-9999: pass ' \
+        'that here' in said(0, -9999)
+    assert 'WARNING' not in said(-9999, -9999) + said(0, None) + said(0, -9999, '--nodata=-9999')
 
 
 def test_of_a_scene_with_more_bands_those_of_the_model_are_used(tmp_path, capsys):
@@ -519,15 +533,17 @@ def spectra(dtype=np.float32, low=500):
     return cube.astype(dtype)
 
 
-@pytest.mark.parametrize('value, pixels', [(1e20, 300), (-9999, 300), (1e20, 1), (-1e30, 1)])
-def test_check_finds_fillers_that_nobody_declared(value, pixels, tmp_path):
+@pytest.mark.parametrize('value, text, pixels', [
+    (1e20, '1e+20', 300), (-9999, '-9999', 300), (1e20, '1e+20', 1), (-1e30, '-1e+30', 1),
+    (np.finfo(np.float32).min, '-3.4028235e+38', 300)])
+def test_check_finds_fillers_that_nobody_declared(value, text, pixels, tmp_path):
     cube = spectra()
     cube.reshape(-1, 7)[:pixels, :3] = value
     said = say(tmp_path, cube=cube)
     assert f'bands 1-3: values far outside the rest ({value:g})' in said
-    assert f'--nodata={value:g}' in said and '\n' not in said
+    assert f'--nodata={text}' in said and '\n' not in said
     if pixels > 1:
-        assert say(tmp_path, [f'--nodata={value:g}'], cube=cube).count('far outside') == 0
+        assert say(tmp_path, [f'--nodata={text}'], cube=cube).count('far outside') == 0
 
 
 def test_check_finds_a_black_border_and_nothing_in_sound_data(tmp_path):

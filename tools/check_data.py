@@ -19,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import (SPLITS, Tiles, class_colors, class_legend, false_color, floors, plain_errors,
                   print_scores, read_meta, save_figure, show_classes)
-from scenes import find_fillers, name_bands, one_line, valid_pixels
+from scenes import find_fillers, name_bands, one_line, short_text, valid_pixels
 
 SAMPLE_PIXELS = 50_000  # drawn from all tiles: what is said about values comes from these
 
@@ -185,7 +185,7 @@ def faults_of_values(facts, meta):
     fillers = find_fillers(facts.sample, *facts.extremes)
     for value, bands in fillers.items():
         yield (f'{in_file(bands, meta)}: values far outside the rest ({value:g}): if they mean "no '
-               f'data", tile with --nodata={value:g}')
+               f'data", tile with --nodata={short_text(value)}')
     black = (valid == 0).all(0).mean() if valid.size else 0
     if black > 0.01 and 0 not in fillers:
         yield 'pixels that are 0 in all bands: if this means "no data", tile with --nodata=0'

@@ -67,10 +67,18 @@ def open_scene(flags, meta):
     scene = read_scene(flags.scene, '', True, flags.axes, flags.nodata, flags.drop_bands,
                        flags.keep_bad_bands)
     print('\n  '.join([f'{flags.scene}:', *scene.notes]))
-    same_type = scene.cube.dtype.name == meta.get('dtype')
-    if scene.nodata is None and meta['nodata'] is not None and same_type:
-        scene = scene._replace(nodata=meta['nodata'])
-        print(f'  no nodata value is stated: taken is that of the training data, {scene.nodata:g}')
+    # nodata: as the file states it, else as the training data had it, in files of the same type
+    settings = meta.get('settings', {})
+    asked = settings.get('nodata')
+    usual = asked if meta['nodata'] is None else meta['nodata']
+    changed = settings.get('bands') or settings.get('pca') or settings.get('normalize') == 'scene'
+    same_type = changed or scene.cube.dtype.name == meta.get('dtype')  # theirs is not known then
+    if scene.nodata is None and usual is not None and same_type:
+        scene = scene._replace(nodata=usual)
+        print(f'  no nodata value is stated: taken is that of the training data, {usual:g}')
+    if flags.nodata is None and asked not in (None, scene.nodata) and same_type:
+        print(f'  WARNING: it states nodata {scene.nodata:g}, the training data were tiled with '
+              f'--nodata={asked:g}: pass that here if it is the same kind of file')
     scene = match_bands(scene, meta, flags.scene)
     factor, shift = 1, 0
     if scene.scale and meta.get('scale'):
@@ -300,7 +308,11 @@ def save_picture(path, scene, classes, step, meta):
 if __name__ == '__main__':
     plain_errors()
     flags = read_flags()
-    network = load_segmenter(os.path.join(flags.run, 'best.pt'))
+    best = os.path.join(flags.run, 'best.pt')
+    if not os.path.isfile(best):
+        raise UserError(f'--run={flags.run}: no best.pt is there: pass the --out_dir of a run of '
+                        'segment.py or baseline_deeplab.py')
+    network = load_segmenter(best)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     network.to(device)
     use_bfloat16 = native_bfloat16(device)
