@@ -1515,11 +1515,15 @@ def false_color_bands(wavelengths_nm, num_bands):
     return [round(share * (num_bands - 1)) for share in (0.75, 0.5, 0.2)]
 
 
-def false_color(x, meta):
+def false_color(x, meta, bands=None):
     """x (C, H, W) values of a scene -> (H, W, 3) in 0..1: mean ± 2 standard deviations of each
-    band of false_color_bands(), the same for all pictures of a data set; missing = black"""
-    bands = false_color_bands(meta['wavelengths_nm'], len(x))
-    x = np.asarray(x)[bands].astype(np.float32)  # torch 2.6 does not index uint16
+    band of false_color_bands(), the same for all pictures of a data set; missing = black.
+    bands: these three's numbers, where x holds no others."""
+    x = np.asarray(x)  # torch 2.6 does not index uint16
+    if bands is None:
+        bands = false_color_bands(meta['wavelengths_nm'], len(x))
+        x = x[bands]
+    x = x.astype(np.float32)
     mean = np.array(meta['mean'])[bands]
     std = np.array(meta['std'])[bands]
     rgb = (np.moveaxis(x, 0, 2) - mean) / (4 * std) + 0.5

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -81,6 +82,9 @@ class Lazy:
         """[bands], [bands, rows] or [bands, rows, cols]; bands an int, a slice or a list"""
         key = key if isinstance(key, tuple) else (key,)
         bands, rows, cols = key + (slice(None),) * (3 - len(key))
+        if (rows.step or 1) < 0:  # read downwards, then turned
+            there = range(self.shape[1])[rows][::-1]
+            return self[bands, there.start:there.stop:there.step, cols][..., ::-1, :]
         if isinstance(bands, slice) and bands == slice(None):
             return self.read(rows, cols)
         # a few bands of a large file: what is in memory at once stays small
@@ -104,30 +108,67 @@ def strips(cube, rows=slice(None)):
 
 def when_read(cube, function, dtype, num_bands=None):
     """-> the cube of what function(values, rows, cols) makes of `cube`: an array at once, a Lazy
-    each time that it is read"""
+    each time that it is read, strip by strip, so that no more than one is in memory on the way"""
     if not isinstance(cube, Lazy):
         return function(cube, slice(None), slice(None)).astype(dtype, copy=False)
+    C, H, W = num_bands or len(cube), *cube.shape[1:]
 
     def read(rows, cols):
-        return function(cube[:, rows, cols], rows, cols).astype(dtype, copy=False)
+        made = np.empty((C, len(range(H)[rows]), len(range(W)[cols])), dtype)
+        done = 0
+        for strip in strips(result, rows):
+            block = function(cube[:, strip, cols], strip, cols)
+            made[:, done:done + block.shape[1]] = block
+            done += block.shape[1]
+        return made
     row_bytes = cube.row_bytes * np.dtype(dtype).itemsize // cube.dtype.itemsize
-    return Lazy((num_bands or len(cube), *cube.shape[1:]), dtype, read, row_bytes)
+    result = Lazy((C, H, W), dtype, read, row_bytes)
+    return result
 
 
 def mapped_cube(mapped):
-    """-> a Lazy of a memory-mapped array (C, H, W); mapped() maps it anew each time, so that what
-    was read does not stay in memory"""
+    """-> a Lazy of a memory-mapped array (C, H, W); mapped() maps it"""
     cube = mapped()  # a file that is too short is found here
 
     def read(rows, cols):
-        return np.array(mapped()[:, rows, cols], order='C')
+        return read_mapped(mapped, (slice(None), rows, cols))
     return Lazy(cube.shape, cube.dtype, read)
+
+
+def read_mapped(mapped, key):
+    """mapped()[key], three slices, of an array that mapped() maps anew for each piece: what was
+    read does not stay in memory, nor what the system maps around it, up to 2 MB at each place"""
+    array = mapped()
+    sides = [range(length)[part] for length, part in zip(array.shape, key)]
+    made = np.empty([len(side) for side in sides], array.dtype)
+    outer = int(np.argmax(array.strides))  # of bands one behind the other, the bands
+    number = max(int(STRIP_BYTES / array.strides[outer] / abs(sides[outer].step)), 1)
+    for start in range(0, len(sides[outer]), number):
+        there, here = list(key), [slice(None)] * 3
+        piece = sides[outer][start:start + number]
+        there[outer] = slice(piece.start, piece.stop if piece.stop >= 0 else None, piece.step)
+        here[outer] = slice(start, start + number)
+        made[tuple(here)] = mapped()[tuple(there)]
+    return made
 
 
 def file_cube(file, dtype, shape, axes, offset=0):
     """-> a Lazy of the numbers that lie one behind the other in a file, a path or an open one;
     axes: of `shape`, as 'hwc'"""
     return mapped_cube(lambda: to_chw(np.memmap(file, dtype, 'r', offset, shape), axes))
+
+
+def temporary_file(path, size):
+    """An empty file of `size` bytes for the numbers that are packed in the file `path`"""
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(f'{path}: its numbers are packed, and unpacking takes {size / 1e9:.1f} GB '
+                        f'in {folder}, where {free / 1e9:.1f} GB are free: make room there, or '
+                        'name another folder by the environment variable TMPDIR')
+    file = tempfile.TemporaryFile()
+    file.truncate(size)
+    return file
 
 
 def one_line(error):
@@ -1045,7 +1086,7 @@ def tiff_cube(tif, path, mmap, axes):
         cube = file_cube(path, dtype.newbyteorder(tif.byteorder), shape, axes, offset)
         return (cube if mmap else np.asarray(cube)), words
     if mmap and None not in pages and len(pages) * first.size == math.prod(shape):
-        return file_cube(unpack_tiff(pages), dtype, shape, axes), words
+        return file_cube(unpack_tiff(path, pages), dtype, shape, axes), words
     if by_pages:
         array = np.stack([page.asarray() for page in pages])
     else:
@@ -1063,12 +1104,11 @@ def contiguous_offset(pages):
     return start
 
 
-def unpack_tiff(pages):
+def unpack_tiff(path, pages):
     """Pages of compressed strips or tiles -> a temporary file of their numbers, written piece by
     piece, so that little of it is in memory"""
-    file = tempfile.TemporaryFile()
     first = pages[0].keyframe
-    file.truncate(len(pages) * first.nbytes)
+    file = temporary_file(path, len(pages) * first.nbytes)
     for number, page in enumerate(pages):
         written = 0
         offset = number * first.nbytes
@@ -1751,14 +1791,27 @@ def h5_arrays(path):
     import h5py
     found = {}
 
-    def read_from(name):
+    def read_from(item):
+        name, shape, dtype = item.name, item.shape, item.dtype
+        # a piece of a chunk costs as much as all of it: a large array is unpacked once. No
+        # compression makes it 2000 times as small: such an array is mostly empty, or damaged.
+        packed = item.chunks and item.ndim == 3 and item.nbytes > 4 * STRIP_BYTES
+        packed = packed and item.nbytes < 2000 * item.id.get_storage_size()
+        unpacked = []
+
         def read(key):
             try:
                 with h5py.File(path, 'r') as file:
-                    return file[name][key]
+                    if key is ... or not packed:
+                        return file[name][key]
+                    if not unpacked:
+                        unpacked.append(unpack_h5(path, file[name]))
+            except UserError:
+                raise
             except (OSError, RuntimeError, KeyError, ValueError) as error:
                 raise UserError(f'{path}: its array {name} cannot be read ({one_line(error)}): '
                                 'copy it again') from None
+            return read_mapped(lambda: np.memmap(unpacked[0], dtype, 'r', 0, shape), key)
         return read
 
     def collect(name, item, depth=0):
@@ -1781,12 +1834,26 @@ def h5_arrays(path):
         elif item.size and text_of(item.attrs.get('MATLAB_class', '')) != 'char':
             axes = [([os.path.basename(scale.name) for scale in axis.values()] or [axis.label])[0]
                     for axis in item.dims]
-            found[name] = Stored(item.shape, item.dtype, read_from(item.name), dict(item.attrs),
+            found[name] = Stored(item.shape, item.dtype, read_from(item), dict(item.attrs),
                                  tuple(axes))
 
     with h5py.File(path, 'r') as file:
         collect('', file)
     return found
+
+
+def unpack_h5(path, dataset):
+    """An array in chunks -> a temporary file of its numbers, written chunk by chunk"""
+    file = temporary_file(path, dataset.nbytes)
+    written = np.inf
+    for chunk in dataset.iter_chunks():
+        if written > STRIP_BYTES:  # what is mapped anew needs no memory
+            numbers = np.memmap(file, dataset.dtype, 'r+', 0, dataset.shape)
+            written = 0
+        block = dataset[chunk]
+        numbers[chunk] = block
+        written += block.nbytes
+    return file
 
 
 def read_h5(path, mmap, name, axes):

@@ -1,11 +1,13 @@
 """Files of sensors and programs: each is written here, small, and read back with its values, wavelengths, gaps, labels and place."""
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tifffile
 
+import scenes
 from data import list_inputs
 from scenes import UserError, band_matrix, read_scene
 
@@ -384,6 +386,25 @@ def test_the_one_cube_of_an_hdf5_file_is_found_and_of_several_one_is_chosen(tmp_
     np.testing.assert_array_equal(read(f'{path}:two').cube, CUBE + 1)
     (tmp_path / 'c.nc').write_bytes(b'CDF\x01' + bytes(100))
     refused(tmp_path / 'c.nc', 'NetCDF-4')
+
+
+@pytest.mark.parametrize('chunks', [(1, 9, 11), (4, 4, 5), (6, 1, 11)])
+def test_a_large_array_in_chunks_is_unpacked_once(tmp_path, chunks, monkeypatch):
+    """Else each strip would unpack all chunks that it touches: hours, where a chunk is a band"""
+    h5py = pytest.importorskip('h5py')
+    monkeypatch.setattr(scenes, 'STRIP_BYTES', 250)
+    with h5py.File(tmp_path / 'a.h5', 'w') as file:
+        number = file.create_dataset('cube', data=CUBE, chunks=chunks, compression='gzip').id.get_num_chunks()
+    reads = []
+    original = h5py.Dataset.__getitem__
+    monkeypatch.setattr(h5py.Dataset, '__getitem__', lambda self, key: reads.append(key) or original(self, key))
+    scene = read_scene(str(tmp_path / 'a.h5'), mmap=True, axes='chw')
+    np.testing.assert_array_equal(scene.cube, CUBE)
+    np.testing.assert_array_equal(scene.cube[:, 2:5, 1::2], CUBE[:, 2:5, 1::2])
+    assert len(reads) == number
+    np.testing.assert_array_equal(read_scene(str(tmp_path / 'a.h5'), axes='chw').cube, CUBE)
+    monkeypatch.setattr(scenes.shutil, 'disk_usage', lambda folder: SimpleNamespace(free=100))
+    refused(tmp_path / 'a.h5', 'unpacking takes', axes='chw', mmap=True)
 
 
 def test_netcdf_names_of_axes_fill_value_scale_and_place_are_used(tmp_path):

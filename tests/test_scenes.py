@@ -2,6 +2,7 @@
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 import scenes
 from conftest import make_scene
 from scenes import (Lazy, Scene, UserError, band_matrix, check_values, choose_bands, mix_bands, normalized, place, read_scene, resample_bands,
-                    survey, to_nm, valid_pixels)
+                    survey, to_nm, valid_pixels, when_read)
 
 C, H, W = 8, 20, 24
 NM = np.linspace(450, 900, C)
@@ -735,7 +736,47 @@ def test_only_what_is_sliced_is_read():
     mixed = mix_bands(scene, np.eye(C))
     assert not asked
     mixed.cube[:, 2:4, 5:6]
-    assert asked == [(slice(2, 4), slice(5, 6))]
+    assert asked == [(slice(2, 4, 1), slice(5, 6))]
+
+
+def test_what_is_made_of_a_cube_on_disk_is_made_strip_by_strip(monkeypatch):
+    monkeypatch.setattr(scenes, 'STRIP_BYTES', 5000)
+    at_once = []
+
+    def counted(x, rows, cols):
+        at_once.append(x.nbytes * 2)
+        return x.astype(np.float32) + np.arange(H)[rows, None] + np.arange(W)[cols]
+    lazy = when_read(Lazy(CUBE.shape, CUBE.dtype, lambda rows, cols: CUBE[:, rows, cols]), counted, np.float32)
+    made = CUBE + np.arange(H, dtype=np.float32)[:, None] + np.arange(W)
+    for key in (slice(None), np.s_[:, 3:17], np.s_[:, 1::3, 4:20:5], np.s_[:, 5:5], np.s_[:, ::-2, ::-1], np.s_[2, 9:2:-1]):
+        np.testing.assert_array_equal(lazy[key], made[key])
+    assert max(at_once) <= 5000 < made.nbytes
+
+
+@pytest.mark.parametrize('axes', ['chw', 'hwc', 'hcw', 'whc'])
+def test_of_a_file_on_disk_no_more_than_a_strip_is_mapped_at_once(tmp_path, axes, monkeypatch):
+    CUBE.transpose(['chw'.index(letter) for letter in axes]).tofile(tmp_path / 'a')
+    mapped_bytes = []
+
+    class Counted(np.ndarray):
+        def __getitem__(self, key):
+            found = np.asarray(self)[key]
+            low, high = np.lib.array_utils.byte_bounds(found) if found.size else (0, 0)
+            mapped_bytes.append(high - low)
+            return found
+    monkeypatch.setattr(scenes, 'STRIP_BYTES', 5000)
+    sides = [CUBE.shape['chw'.index(letter)] for letter in axes]
+    stored = np.fromfile(tmp_path / 'a', CUBE.dtype).reshape(sides)
+    lazy = scenes.mapped_cube(lambda: scenes.to_chw(stored, axes).view(Counted))
+    for key in (slice(None), np.s_[:, 3:17], np.s_[:, 1::3, 4:20:5], np.s_[:, 5:5], np.s_[:, ::-2, ::-1], np.s_[2, 9:2:-1]):
+        np.testing.assert_array_equal(lazy[key], CUBE[key])
+    assert max(mapped_bytes) <= 5000 < CUBE.nbytes
+
+
+def test_too_little_room_to_unpack_is_said_before(tmp_path, monkeypatch):
+    path = write_tiff(tmp_path / 'a.tif', CUBE, compression='zlib')
+    monkeypatch.setattr(scenes.shutil, 'disk_usage', lambda folder: SimpleNamespace(free=100))
+    refused('unpacking takes', path, mmap=True)
 
 
 def test_the_first_note_tells_shape_axes_and_type(tmp_path):

@@ -158,6 +158,29 @@ def test_memory_does_not_grow_with_the_height_of_a_scene(tmp_path, monkeypatch):
     assert peaks[1] < peaks[0] + 7e6, peaks  # a mask of its pixels does; its values are 31 MB
 
 
+def test_a_map_of_many_bands_has_one_row_of_windows_in_memory(tmp_path, monkeypatch):
+    """The picture and the look at units take thin samples of a scene: of all bands they were most of the memory"""
+    monkeypatch.setattr(scenes, 'STRIP_BYTES', 1e5)
+    bands, side = 100, 160
+    values = np.random.default_rng(0).integers(1, 9, (side, side, bands)).astype(np.int16)
+    values[:, ::2] = -1  # so that little of the thin sample is valid
+    np.savez(tmp_path / 'scene.npz', cube=values, nodata=-1)
+    meta = {'num_bands': bands, 'num_classes': 2, 'class_names': ['a', 'b'], 'wavelengths_nm': None, 'nodata': None,
+            'mean': [4.5] * bands, 'std': [2.3] * bands}
+    asked = []
+    original = scenes.Lazy.__getitem__
+
+    def counted(self, key):
+        made = original(self, key)
+        asked.append(made.nbytes)
+        return made
+    monkeypatch.setattr(scenes.Lazy, '__getitem__', counted)
+    flags = flags_of(tmp_path / 'scene.npz', tmp_path / 'map.tif', '--overlap=0')
+    assert map_scene.map_scene(lambda x: x[:, :2].nan_to_num(), flags, meta, 64)
+    window_row = 4 * bands * 64 * side
+    assert max(asked) == window_row and asked.count(window_row) == 3
+
+
 def test_a_picture_of_many_classes_numbers_their_areas_rightly():
     classes, step = np.zeros((60, 80), np.uint8), 3
     classes[5:25, 5:30], classes[30:58, 2:50], classes[5:28, 40:78] = 1, 9, 16

@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data import (boolean, class_colors, class_legend, false_color, plain_errors, save_figure,
-                  show_classes, sliding_window, write_json)
+from data import (boolean, class_colors, class_legend, false_color, false_color_bands, plain_errors,
+                  save_figure, show_classes, sliding_window, write_json)
 from models import load_segmenter, native_bfloat16
 from scenes import (UserError, band_matrix, mix_bands, name_bands, normalized, parse_bands,
                     read_scene, same_bands, split_name, strips, valid_pixels, when_read)
@@ -91,8 +91,11 @@ def open_scene(flags, meta):
     nodata = scene.nodata
 
     def values(x, rows, cols):
-        valid = valid_pixels(x, nodata)
-        return np.where(valid, factor * x.astype(np.float32) + shift, np.nan)
+        converted = x.astype(np.float32)
+        if (factor, shift) != (1, 0):
+            converted = factor * converted + shift
+        converted[:, ~valid_pixels(x, nodata)] = np.nan
+        return converted
     scene = scene._replace(cube=when_read(scene.cube, values, np.float32), nodata=None)
     if meta.get('settings', {}).get('normalize') == 'scene':
         scene = normalized(scene)
@@ -172,8 +175,10 @@ def units_warning(scene, meta):
     step = math.ceil(max(scene.cube.shape[1:]) / 100)
     x = valid_spectra(scene.cube[:, ::step, ::step])
     if x.shape[1] < 100:  # little of the scene is valid: look at all of it
-        x = np.concatenate([valid_spectra(scene.cube[:, strip])[:, :1000]
-                            for strip in strips(scene.cube)], 1)
+        everywhere = list(strips(scene.cube))
+        most = math.ceil(10_000 / len(everywhere))  # pixels of a strip
+        x = np.concatenate([valid_spectra(scene.cube[:, strip])[:, :most]
+                            for strip in everywhere], 1)
     if x.shape[1] == 0:
         return ''
     mean, std = x.mean(1), x.std(1)
@@ -236,7 +241,8 @@ def map_scene(predict, flags, meta, window):
     with tqdm(total=H, unit='row') as bar:
         for top, probs in sliding_window(predict, scene.cube, window, stride, K):
             rows = slice(top, top + probs.shape[1])
-            valid = np.isfinite(scene.cube[:, rows]).all(0)
+            valid = np.concatenate([np.isfinite(scene.cube[:, strip]).all(0)
+                                    for strip in strips(scene.cube, rows)])
             classes[rows] = np.where(valid, probs.argmax(0) + 1, 0)
             pixels += np.bincount(classes[rows].ravel(), minlength=K + 1)
             if probabilities:
@@ -288,8 +294,9 @@ def save_picture(path, scene, classes, step, meta):
     figure = Figure(figsize=(9, height), layout='constrained')
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
 
-    # axes count the pixels of the scene, whatever the step
-    rgb = false_color(scene.cube[:, ::step, ::step], meta | {'nodata': None})
+    # of a large scene three bands are in memory; axes count its pixels, whatever the step
+    bands = false_color_bands(meta['wavelengths_nm'], len(scene.cube))
+    rgb = false_color(scene.cube[bands, ::step, ::step], meta | {'nodata': None}, bands)
     axes[0].imshow(rgb, interpolation='nearest',
                    extent=(0, rgb.shape[1] * step, rgb.shape[0] * step, 0))
     axes[0].set_title('false colour', fontsize=10)
