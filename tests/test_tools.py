@@ -540,6 +540,14 @@ def test_check_names_zeros_and_fillers_once_and_no_units_because_of_them(sound):
     assert len(say(0.02, 0, 1e20)) == 1 and 'the rest (1e+20)' in say(0.02, 0, 1e20)[0]
 
 
+def test_check_names_a_band_of_one_value_once(sound):
+    facts, meta = sound
+    levels = np.where(np.arange(7) == 2, 1, facts.grey_levels)
+    std = np.where(np.arange(7) == 2, 0, meta['std'])
+    fault, = check_data.faults_of_values(facts._replace(grey_levels=levels), {**meta, 'std': std})
+    assert fault.startswith('band 3: one value only')
+
+
 def test_check_sees_a_filler_that_its_sample_has_not(sound, scene_data, monkeypatch):
     facts, meta = sound
     extremes = facts.extremes.copy()
@@ -648,8 +656,9 @@ def test_check_finds_labels_that_are_no_classes(scene_data, tmp_path):
     fields = fields.reshape(16, 6).repeat(4, 0).repeat(8, 1)
     ordered = np.sort(fields[::4, ::8].ravel()).reshape(16, 6).repeat(4, 0).repeat(8, 1)
     single = np.random.default_rng(0).integers(1, 90, hill.shape)  # a crop of its own in each pixel
+    few = np.tile(np.arange(1, 21), (40, 1))  # 20 classes in stripes, in order
     for labels, measured in ((hill, True), (noisy, True), (hill % 9, False), (fields, False),
-                             (ordered, False), (single, False), (hill[:10, :9], False)):
+                             (ordered, False), (single, False), (few, False)):
         assert check_data.are_measured(labels[None].astype(np.uint8)) == measured
     folder = tmp_path / 'tiles'
     shutil.copytree(scene_data, folder)
