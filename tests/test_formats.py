@@ -261,6 +261,8 @@ def test_hyperions_bands_that_were_not_calibrated_are_left_out(tmp_path):
     scene = read(write_envi(tmp_path / 'EO1H_L1R.img', cube, wavelength=NM))
     np.testing.assert_array_equal(scene.cube, np.delete(cube, [0, 3], 0))
     assert scene.bands == [1, 2, 4, 5] and told(scene, 'bands 1, 4', '0')
+    black = read(write_envi(tmp_path / 'black.img', 0 * cube, wavelength=NM))  # no band is 0 where others are not
+    assert len(black.cube) == C and black.bands is None
 
 
 # ------------ MATLAB ------------
@@ -282,6 +284,10 @@ def test_names_decide_what_is_image_and_what_labels_in_a_mat(tmp_path):
     assert told(scene, 'HSI', 'array') and told(scene, 'labels from "gt"')
     scene = read(savemat(tmp_path / 'b.mat', {'HSI': HWC, 'LiDAR': lidar, 'DSM': lidar, 'abundances': HWC[..., :3] / 4000.0}))
     assert scene.labels is None
+    heights = {'LiDAR_train': lidar, 'DSM_map': lidar, 'height_gt': lidar}  # heights, whatever else their names say
+    scene = read(savemat(tmp_path / 'd.mat', {'HSI': HWC, **heights}))
+    assert scene.labels is None and not told(scene, '--labels')
+    np.testing.assert_array_equal(read(savemat(tmp_path / 'e.mat', {'HSI': HWC, **heights, 'gt': classes})).labels, classes)
     scene = read(savemat(tmp_path / 'c.mat', {'HSI': HWC, 'layer': classes}))
     assert scene.labels is None and told(scene, 'layer (9 x 11, uint8)', '--labels')
 
@@ -307,9 +313,10 @@ def test_images_inside_structs_and_cells_are_found(form, tmp_path):
         np.testing.assert_array_equal(scene.cube[0], LABELS)
         return
     if form == 'struct':
-        arrays = {'hsi': {'Data': HWC, 'info': {'wavelength': NM / 1000, 'fwhm': np.full(C, 0.01)}, 'GT': LABELS, 'name': 'x'}}
+        info = {'gains': np.arange(1.0, C + 1), 'fwhm': np.full(C, 0.01), 'wavelengths_of_the_lamp': np.arange(1.0, 21), 'wavelength': NM / 1000}
+        arrays = {'hsi': {'Data': HWC, 'info': info, 'GT': LABELS, 'name': 'x'}}
     else:
-        arrays = {'all': np.array([HWC, LABELS, 'text'], object), 'lambda': NM, 'gt': LABELS}
+        arrays = {'offsets': np.arange(1.0, C + 1), 'all': np.array([HWC, LABELS, 'text'], object), 'lambda': NM, 'gt': LABELS}
     scene = read(savemat(tmp_path / 'a.mat', arrays))
     np.testing.assert_array_equal(scene.cube, CUBE)
     np.testing.assert_array_equal(scene.labels, LABELS)
@@ -324,6 +331,8 @@ def test_bands_x_pixels_are_folded_by_nrow_and_ncol(by_columns, tmp_path):
     scene = read(savemat(tmp_path / 'a.mat', {'Y': flat, 'nRow': H, 'nCol': W, 'maxValue': 4095}))
     np.testing.assert_array_equal(scene.cube, smooth)
     assert told(scene, '9 x 11', 'column by column' if by_columns else 'row by row')
+    scene = read(savemat(tmp_path / 'c.mat', {'Y': flat.T, 'nRow': H, 'nCol': W}))  # pixels x bands
+    np.testing.assert_array_equal(scene.cube, smooth)
     refused(savemat(tmp_path / 'b.mat', {'Y': CUBE.reshape(2, -1)}), 'Y', 'bands x pixels')
 
 
@@ -361,6 +370,24 @@ def test_matlab_73_is_read_with_its_axes_turned_round(tmp_path):
     np.testing.assert_array_equal(read(path).cube, CUBE)
 
 
+@pytest.mark.parametrize('kind', ['mat', 'h5'])
+def test_of_a_cube_in_hdf5_only_what_is_sliced_is_read(kind, tmp_path, monkeypatch):
+    h5py = pytest.importorskip('h5py')
+    path = save73(tmp_path / 'a.mat', {'data': HWC}) if kind == 'mat' else h5(tmp_path / 'a.h5', {'data': HWC})
+    monkeypatch.setattr(scenes, 'STRIP_BYTES', 2 * C * W * CUBE.itemsize)
+    sizes, whole = [], h5py.Dataset.__getitem__
+
+    def counted(dataset, key):
+        sizes.append(whole(dataset, key).size)
+        return whole(dataset, key)
+    monkeypatch.setattr(h5py.Dataset, '__getitem__', counted)
+    scene = read_scene(path, mmap=True)
+    assert sizes and max(sizes) == 2 * C * W  # two rows at once
+    sizes.clear()
+    np.testing.assert_array_equal(scene.cube[:, 2:5, 7:8], CUBE[:, 2:5, 7:8])
+    assert sizes == [C * 3]
+
+
 # ------------ HDF5 and NetCDF ------------
 
 def h5(path, arrays, **attrs):
@@ -375,7 +402,7 @@ def h5(path, arrays, **attrs):
 
 
 def test_the_one_cube_of_an_hdf5_file_is_found_and_of_several_one_is_chosen(tmp_path):
-    path = h5(tmp_path / 'a.h5', {'data/cube': CUBE, 'data/wavelength': (NM / 1000, {'units': 'um'}), 'data/gt': LABELS, 'time': np.arange(3)})
+    path = h5(tmp_path / 'a.h5', {'data/cube': CUBE, 'data/wavelength': (NM * 10, {'units': 'angstrom'}), 'data/gt': LABELS, 'time': np.arange(3)})
     scene = read(path)
     np.testing.assert_array_equal(scene.cube, CUBE)
     np.testing.assert_array_equal(scene.labels, LABELS)

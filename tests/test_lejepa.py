@@ -163,7 +163,8 @@ def test_every_parameter_gets_a_gradient_and_compiles_without_graph_breaks(const
 
 
 def test_the_sign_of_collapse_tells_all_the_same_from_all_different():
-    assert pretrain_lejepa.feature_std(torch.ones(16, 32)) == pytest.approx(0, abs=1e-5)
+    for same in (torch.ones(16, 32), torch.arange(32.0).expand(16, 32)):
+        assert pretrain_lejepa.feature_std(same) == pytest.approx(0, abs=1e-5)
     assert pretrain_lejepa.feature_std(torch.randn(64, 32)) == pytest.approx(1, abs=0.1)
 
 
@@ -222,6 +223,9 @@ def test_two_processes_are_one(scene_data, tmp_path):
 def test_a_run_holds_what_a_reader_needs_and_its_encoder_is_used(scene_data, whole, tmp_path):
     assert {'last.pt', 'log.jsonl', 'curves.png', 'features.png'} <= set(os.listdir(whole))
     assert all((whole / name).stat().st_size > 5000 for name in ('curves.png', 'features.png'))
+    entries = [entry for entry in load_checkpoint(whole / 'last.pt')['log'] if 'loss' in entry]
+    terms = [0.8 * entry['invariance'] + 0.2 * entry['sigreg'] for entry in entries]  # lambda is 0.2
+    assert len(terms) == 12 and [entry['loss'] for entry in entries] == pytest.approx(terms, rel=1e-5)
     encoder = load_encoder(whole / 'last.pt')
     own = {name.removeprefix('encoder.'): value for name, value in weights(whole).items() if name.startswith('encoder.')}
     assert equal(own, encoder.state_dict()) and encoder.script == 'pretrain_lejepa.py'

@@ -135,6 +135,13 @@ def test_nodata_as_programs_write_it(tmp_path, text, stored):
     np.testing.assert_array_equal(np.asarray(scene.cube)[:, ~LEFT], REFLECTANCE[:, ~LEFT])
 
 
+@pytest.mark.parametrize('text', ['nan', 'inf', '-1.#QNAN'])
+def test_integers_with_a_nodata_that_is_no_number_are_all_valid(tmp_path, text):
+    scene = read_scene(write_tiff(tmp_path / 'a.tif', CUBE, tag(42113, text)))
+    assert scene.nodata is None and not missing_of(scene).any()
+    np.testing.assert_array_equal(scene.cube, CUBE)
+
+
 def test_nodata_that_no_pixel_can_have_and_words_for_it_are_said(tmp_path):
     path = write_tiff(tmp_path / 'a.tif', CUBE, tag(42113, '-9999'))
     scene = read_scene(path)
@@ -251,6 +258,31 @@ def test_ordinary_values_are_no_fillers(tmp_path):
     for array in (CUBE, bright, counts, skewed, zeros, np.ones_like(CUBE)):
         found = survey(array, None)
         assert not found.fillers, found.fillers
+
+
+DENSE = RNG.integers(0, 1001, 30_000).astype(float)  # a band with every value from 0 to 1000
+
+
+@pytest.mark.parametrize('band, value, times, is_filler', [
+    (DENSE, 2500, 30, True), (DENSE, 1900, 30, False),  # farther off than the others from each other, or nearer
+    (DENSE, 2500, 4, True), (DENSE, 2500, 2, False),  # how often it comes
+    (DENSE, -100, 30, True), (DENSE, -30, 30, False), (DENSE, -100, 1, False),  # the only one below 0, or noise about it
+    (DENSE - 500, -700, 30, False),  # others are below 0 too
+    (DENSE, 2e6, 1, True), (DENSE, 9e5, 1, False),  # once only: a thousand times as far
+    (np.append(np.full(500, 5.0), 4), 6, 1, False),  # all but equal
+    (np.append(np.full(500, 1000.0), np.arange(5000.0, 5010)), 9000, 500, False)])  # too few others to judge by
+def test_a_filler_lies_apart_comes_again_or_is_the_only_one_below_zero(band, value, times, is_filler):
+    values = np.append(band, np.full(times, float(value)))
+    sample = np.stack([values, np.append(DENSE[:1] + 1, np.resize(DENSE, len(values) - 1))])  # an ordinary band beside it
+    found = scenes.find_fillers(sample, sample.min(1), sample.max(1))
+    assert found == ({float(value): [0]} if is_filler else {})
+
+
+def test_a_single_filler_is_found_that_no_sample_has(monkeypatch):
+    monkeypatch.setattr(scenes, 'SAMPLE_PIXELS', 60)
+    array = REFLECTANCE.copy()
+    array[4, 1, 1] = 1e20
+    assert survey(array, None).fillers == {float(np.float32(1e20)): [4]}
 
 
 def test_one_pass_in_strips_finds_what_the_whole_array_shows(monkeypatch):

@@ -389,13 +389,15 @@ def test_flags_say_what_the_file_does_not(tmp_path):
         flags_of(f'{tmp_path}/a.tif', f'{tmp_path}/a.tif')
 
 
-@pytest.mark.parametrize('own, factor, shift', [((1e-4, 0), 1, 0), ((1.0, 0), 1e4, 0),
-                                                ((1e-4, -0.1), 1, -1000), (None, 1, 0)])
-def test_a_scene_in_other_stated_units_is_converted(own, factor, shift, monkeypatch, capsys):
+@pytest.mark.parametrize('own, offset, factor, shift', [
+    ((1e-4, 0), 0, 1, 0), ((1.0, 0), 0, 1e4, 0), ((1e-4, -0.1), 0, 1, -1000), (None, 0, 1, 0),
+    ((1e-3, 0.25), 0.05, 10, 2000), ((1e-4, 0.05), 0.05, 1, 0)])
+def test_a_scene_in_other_stated_units_is_converted(own, offset, factor, shift, monkeypatch,
+                                                    capsys):
     values = np.random.default_rng(0).normal(3000, 900, (5, 30, 40)).astype(np.float32)
     stored = Scene((values - shift) / factor, None, None, None, None, scale=own)
     monkeypatch.setattr(map_scene, 'read_scene', lambda *args: stored)
-    meta = meta_of(5, scale=[1e-4, 0], mean=[3000.0] * 5, std=[900.0] * 5)
+    meta = meta_of(5, scale=[1e-4, offset], mean=[3000.0] * 5, std=[900.0] * 5)
     scene = map_scene.open_scene(flags_of('s.tif'), meta)
     np.testing.assert_allclose(scene.cube, values, rtol=1e-5)
     said = 'both state their scale' in capsys.readouterr().out
@@ -471,6 +473,8 @@ def test_check_says_what_a_directory_holds_and_draws_it(scene_data, tmp_path):
     for words in ('7 bands of uint16', 'nothing wrong found', 'window', 'check.png'):
         assert words in done.stdout
     assert (tmp_path / 'tiles' / 'check.png').stat().st_size > 5000
+    assert done.stdout.splitlines()[-1].startswith('picture: ')  # all is said before it is drawn
+    assert 'floors.json' not in done.stdout
 
 
 def test_check_finds_labels_shared_by_two_splits(scene_data, tmp_path):
@@ -487,7 +491,8 @@ def test_check_finds_labels_shared_by_two_splits(scene_data, tmp_path):
     done = run('tools/check_data.py', f'--data={folder}', check=False)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     assert f'{np.count_nonzero(labels)} pixels are labelled in two splits' in done.stderr
-    assert 'window' in done.stdout and 'no picture' in done.stdout  # the floors, all the same
+    assert 'window' in done.stdout  # the floors, all the same
+    assert done.stdout.splitlines()[-1].startswith('no picture')
 
 
 def test_check_of_healthy_data_in_a_read_only_directory_succeeds(scene_data, tmp_path):
@@ -528,6 +533,80 @@ def test_check_names_every_fault(scene_data, tmp_path):
                   'band 3: one value only', 'quantised', 'band 5: mean or std in meta.json'):
         assert sum(words in fault for fault in faults) == 1, faults
     assert len(faults) == 5
+
+
+@pytest.fixture
+def sound(scene_data):
+    """The facts and the meta of tiles without a fault"""
+    tiles = Tiles(scene_data, 'tr')
+    facts = check_data.read_facts({'tr': tiles})
+    assert not [*check_data.faults_of_values(facts, tiles.meta)]
+    return facts, tiles.meta
+
+
+@pytest.mark.parametrize('mean, std, told', [(0, 1, False), (0.4, 1, False), (0.6, 1, True),
+                                             (-0.6, 1, True), (0, 1.8, False), (0, 2.2, True),
+                                             (0, 1 / 1.8, False), (0, 1 / 2.2, True)])
+def test_check_compares_mean_and_std_with_those_of_the_tiles(mean, std, told, sound):
+    facts, meta = sound
+    sums = facts.sums.sum(1)
+    own_mean = sums[1] / sums[0]
+    own_std = np.sqrt(sums[2] / sums[0] - own_mean ** 2)
+    stated_std = own_std / np.where(np.arange(7) == 2, 1 / std, 1)
+    stated_mean = own_mean + np.where(np.arange(7) == 2, mean, 0) * stated_std
+    stated = {**meta, 'mean': stated_mean.tolist(), 'std': stated_std.tolist()}
+    faults = [*check_data.faults_of_values(facts, stated)]
+    assert len(faults) == told and all('band 3: mean or std in meta' in x for x in faults)
+
+
+def test_check_names_zeros_and_fillers_once_and_no_units_because_of_them(sound):
+    facts, meta = sound
+    n = facts.sample.shape[1]
+    dark = facts.sample - facts.sample.min(1, keepdims=True) + 50  # 0 is not far from these
+
+    def say(share, raised=0, value=0):
+        sample = dark + raised
+        sample[:, :round(share * n)] = value
+        extremes = np.stack([sample.min(1), sample.max(1)])
+        scenes = np.arange(n) < n // 2  # the first half is of a scene of its own
+        changed = facts._replace(sample=sample, extremes=extremes, sample_scene=scenes.astype(int))
+        return [*check_data.faults_of_values(changed, {**meta, 'scenes': ['a', 'b']})]
+    assert say(0.005) == []
+    assert len(say(0.02)) == 1 and 'pixels that are 0 in all bands' in say(0.02)[0]
+    assert len(say(0.02, 1e5)) == 1 and 'the rest (0)' in say(0.02, 1e5)[0]
+    assert len(say(0.02, 0, 1e20)) == 1 and 'the rest (1e+20)' in say(0.02, 0, 1e20)[0]
+
+
+def test_check_names_a_band_of_one_value_once(sound):
+    facts, meta = sound
+    levels = np.where(np.arange(7) == 2, 1, facts.grey_levels)
+    std = np.where(np.arange(7) == 2, 0, meta['std'])
+    fault, = check_data.faults_of_values(facts._replace(grey_levels=levels), {**meta, 'std': std})
+    assert fault.startswith('band 3: one value only')
+
+
+def test_check_sees_a_filler_that_its_sample_has_not(sound, scene_data, monkeypatch):
+    facts, meta = sound
+    extremes = facts.extremes.copy()
+    extremes[1, 2] = 1e20
+    fault, = check_data.faults_of_values(facts._replace(extremes=extremes), meta)
+    assert 'band 3: values far outside the rest (1e+20)' in fault
+    monkeypatch.setattr(check_data, 'SAMPLE_PIXELS', 10)
+    tiles = Tiles(scene_data, 'tr')
+    images = np.moveaxis(tiles.images, 1, 0).reshape(7, -1)
+    few = check_data.read_facts({'tr': tiles})
+    assert few.sample.shape[1] < 100
+    np.testing.assert_array_equal(few.extremes, [images.min(1), images.max(1)])
+
+
+@pytest.mark.parametrize('num_bands, columns, told', [(1, 1920, True), (1, 100, False),
+                                                      (7, 1920, False)])
+def test_check_takes_a_long_scene_of_many_bands_for_no_table(num_bands, columns, told, sound):
+    facts, meta = sound
+    places = [[0, 0, 0], [0, 0, columns - 16]]
+    meta = {**meta, 'num_bands': num_bands, 'tiles': {'tr': places}}
+    faults = [*check_data.faults_of_tiles(facts, meta)]
+    assert len(faults) == told and all('16 x 1920 px looks like a table' in x for x in faults)
 
 
 STRIPES = (np.arange(40)[:, None] // 5 + np.arange(48) // 6) % 3 + 1  # labels of make_scene()
@@ -614,7 +693,11 @@ def test_check_finds_labels_that_are_no_classes(scene_data, tmp_path):
     noisy = hill + np.random.default_rng(0).integers(0, 4, hill.shape)
     fields = np.random.default_rng(0).permutation(96) + 1  # 96 crops in fields of 4 x 8 px
     fields = fields.reshape(16, 6).repeat(4, 0).repeat(8, 1)
-    for labels, measured in ((hill, True), (noisy, True), (hill % 9, False), (fields, False)):
+    ordered = np.sort(fields[::4, ::8].ravel()).reshape(16, 6).repeat(4, 0).repeat(8, 1)
+    single = np.random.default_rng(0).integers(1, 90, hill.shape)  # a crop of its own in each pixel
+    few = np.tile(np.arange(1, 21), (40, 1))  # 20 classes in stripes, in order
+    for labels, measured in ((hill, True), (noisy, True), (hill % 9, False), (fields, False),
+                             (ordered, False), (single, False), (few, False)):
         assert check_data.are_measured(labels[None].astype(np.uint8)) == measured
     folder = tmp_path / 'tiles'
     shutil.copytree(scene_data, folder)
