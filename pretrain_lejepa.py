@@ -36,7 +36,6 @@ import sys
 import time
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn

@@ -26,7 +26,8 @@ from data import (boolean, class_colors, class_legend, false_color, false_color_
                   save_figure, show_classes, sliding_window, write_json)
 from models import load_segmenter, native_bfloat16
 from scenes import (UserError, band_matrix, mix_bands, name_bands, normalized, parse_bands,
-                    read_scene, same_bands, split_name, strips, valid_pixels, when_read)
+                    read_scene, same_bands, split_name, strips, take_bands, valid_pixels,
+                    when_read)
 
 
 def read_flags(argv=None):
@@ -127,8 +128,7 @@ def match_bands(scene, meta, path):
     if list(kept) == list(range(len(scene.cube))):
         return scene
     print(f'  of its {len(scene.cube)} bands the {len(kept)} of the training data are used')
-    cube = when_read(scene.cube, lambda x, rows, cols: x[kept], scene.cube.dtype, len(kept))
-    return scene._replace(cube=cube, wavelengths_nm=None)
+    return scene._replace(cube=take_bands(scene.cube, kept), wavelengths_nm=None)
 
 
 def bands_by_number(scene, wanted, meta, path):
