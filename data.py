@@ -14,7 +14,6 @@ judging; pictures; the demo.
 Shapes: B tiles or crops, C bands, S side of a tile, K classes, D features, V crops of a tile.
 """
 import argparse
-import bisect
 import contextlib
 import errno
 import io
@@ -38,10 +37,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from tqdm import tqdm
 
-if os.name == 'nt':
-    import msvcrt
-else:
+try:
     import fcntl
+except ImportError:  # Windows has no such locks: see to it that one process writes a directory
+    fcntl = None
 
 from scenes import (OHS_NM, READERS, UserError, band_matrix, mix_bands, normalized, one_line,
                     parse_bands, read_scene, same_bands, strips, valid_pixels)
@@ -141,23 +140,17 @@ class Region(NamedTuple):
 
 
 def list_inputs(root, labels):
-    """--root and --labels -> list of Input"""
-    if os.path.isdir(root):
-        return list_folder(root)
-    paths = root.split(',')
-    label_paths = labels.split(',') if labels else [''] * len(paths)
-    if len(label_paths) != len(paths):
-        raise UserError(f'--labels names {len(label_paths)} files for {len(paths)} scenes: give '
-                        'one for each, separated by commas')
-    return [Input(path, path, label_path, '') for path, label_path in zip(paths, label_paths)]
-
-
-def list_folder(root):
-    """A folder tr|val|ts / image|label, as WHU-OHS is one -> list of Input"""
+    """--root and --labels -> list of Input; a folder is one of tr|val|ts / image|label"""
+    if not os.path.isdir(root):
+        paths = root.split(',')
+        label_paths = labels.split(',') if labels else [''] * len(paths)
+        if len(label_paths) != len(paths):
+            raise UserError(f'--labels names {len(label_paths)} files for {len(paths)} scenes: '
+                            'give one for each, separated by commas')
+        return [Input(path, path, label_path, '') for path, label_path in zip(paths, label_paths)]
     inputs = []
     for split in SPLITS:
-        images = os.path.join(root, split, 'image')
-        labels = os.path.join(root, split, 'label')
+        images, labels = (os.path.join(root, split, kind) for kind in ('image', 'label'))
         for name in sorted(os.listdir(images)) if os.path.isdir(images) else []:
             if name.lower().endswith(tuple(READERS)):
                 label_path = os.path.join(labels, name) if os.path.isdir(labels) else ''
@@ -183,6 +176,9 @@ def open_input(item, args):
         if scene.labels is not None and scene.labels.max() > 24:
             raise UserError(f'{item.path}: its label file has the value {scene.labels.max()}, '
                             'WHU-OHS has classes 1 to 24 (0 = unlabelled): repair the label file')
+    in_strips = (scene.cube[:, strip] for strip in strips(scene.cube))
+    if not any(valid_pixels(values, scene.nodata).any() for values in in_strips):
+        raise UserError(f'{item.path}: no valid pixel, all are NaN or nodata: remove it')
     if args.bands:
         if not scene.wavelengths_nm:
             raise UserError(f'{item.path}: --bands needs the wavelengths of the scene, and the '
@@ -199,22 +195,22 @@ def open_input(item, args):
 def regions_of(scene, item, args):
     """-> list of Region: one where a folder says the split, else by blocks or halves of labels"""
     H, W = scene.cube.shape[1:]
-    whole = slice(0, H), slice(0, W)
+    rows, cols = slice(0, H), slice(0, W)
     labels = scene.labels
     if labels is None:
         labels = np.zeros((H, W), np.uint8)
     shares = [float(share) for share in args.shares.split(',')]
+    regions = []
     if item.split or not labels.any():
-        regions = [Region(item.split or 'tr', *whole, labels)]
+        regions = [Region(item.split or 'tr', rows, cols, labels)]
     elif args.split == 'blocks':  # all splits see the whole image, each its own labels
         deal = split_by_blocks(labels, shares, args.split_block, args.split_gap, args.seed)
-        regions = [Region(split, *whole, np.where(deal == number, labels, 0))
+        regions = [Region(split, rows, cols, np.where(deal == number, labels, 0))
                    for number, split in enumerate(SPLITS) if shares[number]]
     else:  # the scene itself is cut across its longer side: no pixel is shared
-        regions, area = [], [*whole]
         ends = np.round(np.cumsum([0, *shares]) * max(H, W)).astype(int).tolist()
         for split, start, stop in zip(SPLITS, ends, ends[1:]):
-            area[int(W > H)] = slice(start, stop)
+            area = (slice(start, stop), cols) if H >= W else (rows, slice(start, stop))
             if stop > start:
                 regions.append(Region(split, *area, labels))
     for split, rows, cols, _ in regions:
@@ -287,8 +283,7 @@ def cut(scene, regions, args):
     a test pixel counts once.
     """
     size = args.tile_size
-    strides = {split: size for split in SPLITS}
-    strides['tr'] = args.stride or size
+    strides = {'tr': args.stride or size, 'val': size, 'ts': size}
     regions_at = {}  # row -> regions that have tiles there
     for region in regions:
         region = region._replace(labels=region.labels.copy())
@@ -310,40 +305,32 @@ def cut(scene, regions, args):
                     yield split, row, col, strip[:, :, col:col + size], tile_labels
 
 
-# ============ tiler: count, then write ============
+# ============ tiler: one pass over the scenes ============
 
 IN_MEMORY = 2e8  # bytes; a smaller scene is unpacked once, a larger one stays on disk
-SAVE_EVERY = 5.0  # seconds between notes of how far the tiler has come
 FEW_FILES = 9  # of so many all is printed that was read
 
 
 def tile(args):
     """The command `tile`: see --help.
 
-    A first pass over the scenes counts their tiles and adds up the statistics; then all of
-    meta.json is known. A second one writes each tile into its slot of the final arrays. Until that
-    is done meta.json is called progress.json: a run that was killed goes on there.
+    Tiles are written as the scenes are read. meta.json comes last: a directory without it is not
+    complete, and the same command makes it anew.
     """
     if args.bands:
         parse_bands(args.bands)  # a mistake in it is no fault of the scenes
-    complete = os.path.join(args.out, 'meta.json')
-    progress = os.path.join(args.out, 'progress.json')
+    path = os.path.join(args.out, 'meta.json')
     inputs = list_inputs(args.root, args.labels)
-    path = complete if os.path.exists(complete) else progress
-    if not os.path.exists(path):
-        meta = make_meta(count_tiles(inputs, args), args)
-        print_classes(meta)
-        os.makedirs(args.out, exist_ok=True)
-        write_json(path, meta)
-    meta = read_json(path)
-    check_same(meta, inputs, args)
-    if path == complete:
+    if os.path.exists(path):
+        check_same(read_json(path), inputs, args)
         print(f'{args.out}: complete, nothing to do')
         return
-    if meta['written']:
-        print(f'{args.out}: going on after {meta["written"]} of {len(meta["scenes"])} inputs')
-    write_tiles(inputs, meta, args)
-    os.replace(progress, complete)
+    os.makedirs(args.out, exist_ok=True)
+    meta = write_tiles(inputs, args)
+    if args.pca:
+        meta |= to_components(meta, args)
+    print_classes(meta)
+    write_json(path, meta)
     counts = {split: len(places) for split, places in meta['tiles'].items()}
     labelled = {split: sum(pixels) for split, pixels in meta['class_counts'].items()}
     print(f'{args.out}: {meta["num_bands"]} bands, {meta["num_classes"]} classes, tiles {counts}, '
@@ -357,7 +344,7 @@ def settings_of(args):
 
 
 def check_same(meta, inputs, args):
-    """Refuses a directory that was made, or begun, with other settings or from other inputs"""
+    """Refuses a directory that was made with other settings or from other inputs"""
     known = meta['settings']
     changed = [f'{flag} ({known.get(flag)} there, {value} now)'
                for flag, value in settings_of(args).items() if known.get(flag) != value]
@@ -369,79 +356,108 @@ def check_same(meta, inputs, args):
                         f'{", ".join(changed[:9])}: choose another --out or delete it')
 
 
-def count_tiles(inputs, args):
-    """The first pass -> what make_meta needs. Prints what was read of the files; raises UserError
+HEADER = 128  # bytes of a .npy file before its items, whatever their number
+
+
+def new_array(path):
+    """A .npy file to which items are written one after the other"""
+    file = open(path, 'wb')
+    file.write(bytes(HEADER))
+    return file
+
+
+def finish_array(file, shape, dtype):
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(
+        file, {'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': shape})
+    assert file.tell() == HEADER
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def write_tiles(inputs, args):
+    """Write the tiles of all scenes -> meta. Prints what was read of the files; raises UserError
     with a sentence for each that cannot be used."""
-    found = {'scenes': [], 'skipped': [], 'first': None, 'statistics': {'pixels': 0, 'valid': 0},
-             'tiles': {split: [] for split in SPLITS},  # [scene, row, column] of each
-             'class_counts': {split: np.zeros(256, int) for split in SPLITS}}
-    failures = []
-    said = {}  # kind of sentence -> [in how many files, the first one of it]
-    for item in tqdm(inputs, 'counting', unit='file', disable=len(inputs) == 1):
+    tiles = {split: [] for split in SPLITS}  # [scene, row, column] of each
+    class_counts = {split: np.zeros(256, int) for split in SPLITS}
+    images, labels = ({split: new_array(os.path.join(args.out, f'{split}_{kind}.npy'))
+                       for split in SPLITS} for kind in ('images', 'labels'))
+    statistics = {'pixels': 0, 'valid': 0}
+    names, skipped, failures = [], [], []
+    first = None  # what all scenes have alike
+    said = set()
+    for item in tqdm(inputs, 'tiling', unit='file', disable=len(inputs) == 1):
         try:
             scene = open_input(item, args)
             regions = regions_of(scene, item, args)
-            facts = check_fits(item.path, scene, found['first'])
-            places = [tile[:3] for tile in cut(scene, regions, args)]
-            if item.split not in ('val', 'ts') and not places:
-                raise UserError(f'{item.path}: no valid pixel, all are NaN or nodata: remove it')
+            first = check_fits(item.path, scene, first)
         except UserError as error:
             failures.append(str(error))
-            found['skipped'].append(item.name)
+            skipped.append(item.name)
             continue
-        found['first'] = facts
         say_notes(item.path, scene.notes, said, whole=len(inputs) <= FEW_FILES)
-        for split, row, col in places:
-            found['tiles'][split].append([len(found['scenes']), row, col])
-        for split, rows, cols, labels in regions:
-            found['class_counts'][split] += np.bincount(labels[rows, cols].ravel(), minlength=256)
+        for split, row, col, image, tile_labels in cut(scene, regions, args):
+            images[split].write(image.tobytes())
+            labels[split].write(tile_labels.tobytes())
+            tiles[split].append([len(names), row, col])
+        for split, rows, cols, its_labels in regions:
+            class_counts[split] += np.bincount(its_labels[rows, cols].ravel(), minlength=256)
             if split == 'tr':
-                add_statistics(found['statistics'], scene.cube, scene.nodata, rows, cols)
-        found['scenes'].append(item.name)
-    for count, note in said.values() if len(inputs) > FEW_FILES else ():
-        print(f'in {count} of {len(inputs)} files, numbers apart: {note}')
-    if failures and not (args.skip_bad and found['scenes']):
+                add_statistics(statistics, scene.cube, scene.nodata, rows, cols)
+        names.append(item.name)
+    if failures and not (args.skip_bad and names):
         raise UserError('\n'.join(failures) + f'\n{args.out}: {len(failures)} of {len(inputs)} '
                         'inputs could not be used: repair or remove them and run the same command '
                         'again, or go on without them with --skip_bad=true')
     for sentence in failures:
         print('skipped:', sentence)
-    return found
+    S = args.tile_size
+    for split, places in tiles.items():
+        N = len(places)
+        finish_array(images[split], (N, first['num_bands'], S, S), first['dtype'])
+        finish_array(labels[split], (N, S, S), np.uint8)
+    how_split = (f'blocks of {args.split_block} px, gap {args.split_gap} px: the splits share the '
+                 'image, no label (transductive)')
+    if args.split == 'halves':
+        how_split = 'the scene is cut: the splits share no pixel (inductive)'
+    if os.path.isdir(args.root):
+        how_split = 'as the folders say'
+    return {'settings': settings_of(args), **first, **moments(statistics, args.root),
+            **name_classes(first['class_names'], class_counts), 'split': how_split,
+            'scenes': names, 'skipped': skipped, 'tile_size': args.tile_size, 'tiles': tiles}
 
 
 def check_fits(path, scene, first):
     """-> what all scenes of a directory have alike, as meta.json lists it: that of the `first`,
     or of this scene if there is none. Refuses one that has something else."""
-    facts = {'num_bands': len(scene.cube), 'dtype': scene.cube.dtype.name, 'nodata': scene.nodata,
-             'scale': scene.scale, 'wavelengths_nm': scene.wavelengths_nm, 'bands': scene.bands,
-             'class_names': scene.class_names, 'fwhm_nm': scene.fwhm_nm,
-             'class_colors': scene.class_colors, 'file_bands': scene.file_bands}
-    for name, there in (first or facts).items():
-        here = facts[name]
-        unknown = None in (here, there) and name != 'nodata'
-        if here == there or unknown or name in ('fwhm_nm', 'class_colors', 'file_bands'):
-            continue
-        if name == 'wavelengths_nm' and same_bands(here, there):
-            continue
-        advice = ('tile scenes of one sensor together; others at common --bands= with '
-                  '--normalize=scene, or into a directory of their own')
-        if name == 'class_names':
-            advice = 'give both the same classes, or save them without labels to pre-train'
-        raise UserError(f'{path}: its {name.removeprefix("num_")} ({str(here)[:60]}) differ from '
-                        f'the first scene\'s ({str(there)[:60]}): {advice}')
-    return first or facts
+    stated = ('nodata', 'scale', 'wavelengths_nm', 'bands', 'class_names', 'fwhm_nm',
+              'class_colors', 'file_bands')
+    facts = {'num_bands': len(scene.cube), 'dtype': scene.cube.dtype.name,
+             **{name: getattr(scene, name) for name in stated}}
+    first = first or facts
+    for name in ('num_bands', 'dtype', *stated[:5]):
+        here, there = facts[name], first[name]
+        alike = here == there or (None in (here, there) and name != 'nodata')
+        if name == 'wavelengths_nm' and not alike:
+            alike = same_bands(here, there)
+        if not alike:
+            raise UserError(f'{path}: its {name.removeprefix("num_")} ({str(here)[:60]}) differ '
+                            f'from the first scene\'s ({str(there)[:60]}): tile scenes of one '
+                            'sensor and the same classes together; others at common --bands= '
+                            'with --normalize=scene, or into a directory of their own')
+    return first
 
 
 def say_notes(path, notes, said, whole):
-    """Print what was read of a file: all, or only the kinds of sentences that no file before had.
-    What differs in numbers is of one kind."""
+    """Print what was read of a file: all, or only sentences that were not `said` of a file before,
+    be it with other numbers"""
     fresh = []
     for note in notes:
-        kind = re.sub(r'[\d.,]*\d', '#', note)
-        kind = re.sub(r'#[#:, ]*#', '#', kind)  # a list of numbers, however long
+        kind = re.sub(r'#[#:, ]*#', '#', re.sub(r'[\d.,]*\d', '#', note))
         if whole or kind not in said:
             fresh.append(f'  {note}')
-        said.setdefault(kind, [0, note])[0] += 1
+        said.add(kind)
     if fresh:
         tqdm.write('\n'.join([f'{path}:', *fresh]))
 
@@ -463,59 +479,55 @@ def add_statistics(stats, cube, nodata, rows=slice(None), cols=slice(None)):
         stats['outer'] = x @ x.T + stats.get('outer', 0)
 
 
-def make_meta(found, args):
-    """What was counted -> the content of meta.json"""
-    stats, n = found['statistics'], found['statistics']['valid']
+def moments(stats, root):
+    """Running sums -> what meta.json has of them"""
+    n = stats['valid']
     if not n:
-        raise UserError(f'{args.root}: no training image with valid pixels: nothing to make '
-                        'statistics from')
-    mean = stats['shift'] + stats['sum'] / n
+        raise UserError(f'{root}: no training image with valid pixels: nothing to make statistics '
+                        'from')
     covariance = (stats['outer'] - np.outer(stats['sum'], stats['sum']) / n) / max(n - 1, 1)
-    stored = dict(found['first'])
-    if args.pca:
-        components, explained = principal_components(covariance, args.pca)
-        mean = components @ mean
-        covariance = components @ covariance @ components.T
-        stored.update(num_bands=args.pca, dtype='float32', nodata=None, wavelengths_nm=None,
-                      fwhm_nm=None, components=components, explained_variance=explained)
-
-    counts = np.array([found['class_counts'][split][1:] for split in SPLITS])
-    used = np.flatnonzero(counts.any(0)) + 1  # numbers of classes
-    names = list(stored['class_names'] or [])
-    names += [f'class {k}' for k in range(len(names) + 1, max(used, default=0) + 1)]
-    stored['class_names'] = names
-    how_split = (f'blocks of {args.split_block} px, gap {args.split_gap} px: the splits share the '
-                 'image, no label (transductive)')
-    if args.split == 'halves':
-        how_split = 'the scene is cut: the splits share no pixel (inductive)'
-    if os.path.isdir(args.root):
-        how_split = 'as the folders say'
-    defaults = vars(parse(['tile', '--root=', '--out=']))
-    words = [f'--{flag}={value}' for flag, value in vars(args).items() if value != defaults[flag]]
-    return {'settings': settings_of(args),
-            'command': shlex.join(['python', 'data.py', 'tile', *words]), **stored,
-            'nodata_share': 1 - n / stats['pixels'], 'mean': mean, 'covariance': covariance,
-            'std': np.sqrt(covariance.diagonal()), 'num_classes': len(names),
-            'class_counts': dict(zip(SPLITS, counts[:, :len(names)].tolist())),
-            'split': how_split, 'scenes': found['scenes'], 'skipped': found['skipped'],
-            'tile_size': args.tile_size, 'tiles': found['tiles'],
-            'written': 0}  # scenes whose tiles lie in their slots
+    return {'nodata_share': 1 - n / stats['pixels'], 'mean': stats['shift'] + stats['sum'] / n,
+            'covariance': covariance, 'std': np.sqrt(covariance.diagonal())}
 
 
-def principal_components(covariance, number):
-    """(C, C) -> unit vectors (K, C), the leading ones first, and their shares (K,) of the
-    variance"""
-    C = len(covariance)
-    if number > C:
-        raise UserError(f'--pca={number}: choose from 1 to {C} components, as many as there are '
-                        'bands')
-    variance, vectors = np.linalg.eigh(covariance)
-    components = vectors[:, ::-1][:, :number].T
+def name_classes(stated_names, class_counts):
+    """Names that a file states, or None, and pixels by label value (256,) of each split -> what
+    meta.json has of the classes"""
+    counts = np.array([class_counts[split][1:] for split in SPLITS])
+    highest = max(np.flatnonzero(counts.any(0)) + 1, default=0)
+    names = list(stated_names or [])
+    names += [f'class {k}' for k in range(len(names) + 1, highest + 1)]
+    return {'class_names': names, 'num_classes': len(names),
+            'class_counts': dict(zip(SPLITS, counts[:, :len(names)].tolist()))}
+
+
+def to_components(meta, args):
+    """Replace the bands of all tiles by their --pca leading principal components -> what changes
+    in meta; missing pixels become NaN"""
+    C, K = meta['num_bands'], args.pca
+    if K > C:
+        raise UserError(f'--pca={K}: choose from 1 to {C} components, as many as there are bands')
+    variance, vectors = np.linalg.eigh(meta['covariance'])
+    components = vectors[:, ::-1][:, :K].T  # (K, C) unit vectors, the leading ones first
     components = components * np.sign(components.sum(1, keepdims=True))  # any would do
-    explained = variance[::-1][:number] / variance.sum()
-    print(f'{number} principal components have of the variance:',
+    explained = variance[::-1][:K] / variance.sum()
+    print(f'{K} principal components have of the variance:',
           ', '.join(f'{share:.2%}' for share in explained))
-    return components, explained
+    for split in SPLITS:
+        path = os.path.join(args.out, f'{split}_images.npy')
+        images = np.load(path, mmap_mode='r')
+        file = new_array(path + '.tmp')
+        for image in images:
+            values = np.where(valid_pixels(image, meta['nodata']), image, np.nan)
+            file.write(np.tensordot(components, values, 1).astype(np.float32).tobytes())
+        finish_array(file, (len(images), K, *images.shape[2:]), np.float32)
+        del images  # Windows replaces no file that is mapped
+        os.replace(path + '.tmp', path)
+    covariance = components @ meta['covariance'] @ components.T
+    return {'num_bands': K, 'dtype': 'float32', 'nodata': None, 'wavelengths_nm': None,
+            'fwhm_nm': None, 'components': components, 'explained_variance': explained,
+            'mean': components @ meta['mean'], 'covariance': covariance,
+            'std': np.sqrt(covariance.diagonal())}
 
 
 def print_classes(meta):
@@ -532,68 +544,6 @@ def print_classes(meta):
     if len(used) < meta['num_classes'] / 2:
         print(f'WARNING: only {len(used)} of {meta["num_classes"]} class numbers have labels: are '
               'they classes? Number these 1, 2, 3, ...')
-
-
-class Slots:
-    """A .npy file that is filled item by item, each in its place, any number of times"""
-
-    def __init__(self, path, shape, dtype, fresh):
-        descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-        self.file = open(path, 'wb' if fresh else 'r+b')
-        np.lib.format.write_array_header_1_0(
-            self.file, {'descr': descr, 'fortran_order': False, 'shape': shape})
-        self.start = self.file.tell()
-
-    def __setitem__(self, slot, item):
-        self.file.seek(self.start + slot * item.nbytes)
-        self.file.write(item.tobytes())
-
-
-def write_tiles(inputs, meta, args):
-    """The second pass: each tile into the slot that was counted for it"""
-    size, places = args.tile_size, meta['tiles']
-    fresh = meta['written'] == 0
-    images, labels = {}, {}  # split -> Slots
-    for split in SPLITS:
-        path, N = os.path.join(args.out, split), len(places[split])
-        if N:
-            shape = (N, meta['num_bands'], size, size)
-            images[split] = Slots(f'{path}_images.npy', shape, meta['dtype'], fresh)
-            labels[split] = Slots(f'{path}_labels.npy', (N, size, size), np.uint8, fresh)
-
-    def first_slots(number):
-        """split -> slot of the first tile of that scene"""
-        return {split: bisect.bisect_left(places[split], [number]) for split in SPLITS}
-
-    by_name = {item.name: item for item in inputs}
-    saved_at = time.time()
-    for number in tqdm(range(len(meta['scenes'])), 'tiling', disable=len(inputs) == 1):
-        if number < meta['written']:
-            continue
-        item = by_name[meta['scenes'][number]]
-        changed = UserError(f'{item.path}: has changed since its tiles were counted: delete '
-                            f'{args.out} and tile again')
-        scene = open_input(item, args)
-        regions = regions_of(scene, item, args)
-        if args.pca:
-            scene = mix_bands(scene, np.array(meta['components']))
-        slots = first_slots(number)
-        for split, row, col, image, tile_labels in cut(scene, regions, args):
-            slot = slots[split]
-            if places[split][slot:slot + 1] != [[number, row, col]]:
-                raise changed
-            images[split][slot] = image
-            labels[split][slot] = tile_labels
-            slots[split] += 1
-        if slots != first_slots(number + 1):
-            raise changed
-        meta['written'] += 1
-        if meta['written'] == len(meta['scenes']) or time.time() - saved_at > SAVE_EVERY:
-            for array in (*images.values(), *labels.values()):
-                array.file.flush()
-                os.fsync(array.file.fileno())
-            write_json(os.path.join(args.out, 'progress.json'), meta)
-            saved_at = time.time()
 
 
 def write_json(path, content):
@@ -620,17 +570,14 @@ def lock_directory(directory):
         raise UserError(f'{directory}: nothing can be written here ({one_line(error)}): choose '
                         'another directory') from None
     try:
-        if os.name == 'nt':
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
+        if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            print(f'{directory}: this file system has no locks ({one_line(error)}): see to it that '
-                  'no other process writes here')
-            return file
+    except BlockingIOError:
         raise UserError(f'{directory}: another process writes here: wait until it has ended, or '
                         'choose another directory') from None
+    except OSError as error:
+        print(f'{directory}: this file system has no locks ({one_line(error)}): see to it that '
+              'no other process writes here')
     return file
 
 
