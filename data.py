@@ -599,20 +599,10 @@ def kept_meta(meta):
 def read_meta(directory):
     """The content of a tile directory's meta.json"""
     path = os.path.join(directory, 'meta.json')
-    if os.path.exists(path):
-        return read_json(path)
-    half_made = os.path.join(directory, 'progress.json')
-    if os.path.exists(half_made):
-        raise UserError(f'{directory}: is half-made: finish it with\n'
-                        f'  {read_json(half_made)["command"]}')
-    if ',' in str(directory):
-        raise UserError(f'--data={directory}: name one directory; python data.py tile --root=a,b '
-                        'brings several scenes into one')
-    if os.path.isfile(directory):
-        raise UserError(f'--data={directory}: is a file: cut it into tiles with `python data.py '
-                        f'tile --root={directory} --out=data/mine`, and pass --data=data/mine')
-    raise UserError(f'{directory}: no tiles here: pass the directory where they are as --data, or '
-                    f'make them with `python data.py tile --root=... --out={directory}`')
+    if not os.path.exists(path):
+        raise UserError(f'{directory}: no tiles here: make them with `python data.py tile '
+                        '--root=SCENES --out=DIRECTORY`, and pass that directory as --data')
+    return read_json(path)
 
 
 class Tiles:
@@ -641,8 +631,6 @@ class Tiles:
             self.labels = self._open('labels', (len(places), size, size))
             if label_share < 1:
                 self.labels = keep_label_share(self.labels, places, label_share, seed)
-        self._buffers = {}  # (images or labels, turn) -> tensor
-        self._turn = 0
 
     def _path(self, kind):
         return os.path.join(self.directory, f'{self.split}_{kind}.npy')
@@ -651,12 +639,11 @@ class Tiles:
         path = self._path(kind)
         try:
             array = np.load(path, mmap_mode='r')
+            if array.shape != shape:
+                raise ValueError(f'its shape is {array.shape}, meta.json says {shape}')
         except (OSError, ValueError) as error:
             raise UserError(f'{path}: cannot be read ({one_line(error)}): delete '
                             f'{self.directory} and tile again') from None
-        if array.shape != shape:
-            raise UserError(f'{path}: has shape {array.shape}, meta.json says {shape}: delete '
-                            f'{self.directory} and tile again')
         return array
 
     def __reduce__(self):
@@ -672,32 +659,26 @@ class Tiles:
             return image
         return image, torch.from_numpy(self.labels[i].copy())
 
-    def batch(self, ids, corners=None, side=0, reuse=False):
+    def batch(self, ids, corners=None, side=0):
         """Tiles `ids` -> images (B, C, S, S) in the stored type, labels (B, S, S) uint8 or None.
 
         With `corners` (B, 2) only the window of `side` pixels at that row and column is read.
-        With `reuse` the tensors are kept buffers, two in turn, valid until the next call but one,
-        and pinned if that was asked for: their copy to a GPU overlaps with its work. It has ended
-        before its buffer is written again, since a training loop waits for the GPU once a step,
-        to see whether the gradient is finite.
+        They are copies; pinned ones, if that was asked for, reach a GPU while it does other work.
         """
         ids = np.asarray(ids)
         if ((ids < 0) | (ids >= len(self))).any():
             raise IndexError(f'tiles {ids} of {len(self)}')
-        if reuse:
-            self._turn = 1 - self._turn
         batch = []
-        for kind, source in (('images', self.images), ('labels', self.labels)):
+        for source in (self.images, self.labels):
             if source is None:
                 batch.append(None)
                 continue
             whole = source.shape[-1]
             window = whole if corners is None else side
-            shape = (len(ids), *source.shape[1:-2], window, window)
-            if reuse:
-                tensor = self._buffer(kind, shape, source.dtype)
-            else:
-                tensor = torch.from_numpy(np.empty(shape, source.dtype))
+            dtype = torch.from_numpy(np.empty(0, source.dtype)).dtype
+            # torch gives pinned memory to another tensor only when its copy to the GPU has ended
+            tensor = torch.empty(len(ids), *source.shape[1:-2], window, window, dtype=dtype,
+                                 pin_memory=self.pin_memory)
             if window == whole:
                 np.take(source, ids, axis=0, out=tensor.numpy(), mode='clip')  # no copy between
             else:
@@ -707,12 +688,9 @@ class Tiles:
         return tuple(batch)
 
     def read_ahead(self, ids, side=0):
-        """Have the system fetch the tiles `ids` from the disk while the program does other work.
-
-        It asks the disk for all of them at once, where batch() would wait for one piece after the
-        other: several times as fast. Of tiles much larger than the window of `side` pixels that is
-        wanted (0: the whole tile) most would be fetched for nothing, so they are left out.
-        """
+        """Have the system fetch the tiles `ids` from the disk while the program does other work:
+        all at once, several times as fast as batch(), which waits for one after the other. But not
+        tiles much larger than the window of `side` pixels that is wanted (0: the whole tile)."""
         whole = self.meta['tile_size']
         if not hasattr(os, 'posix_fadvise') or whole > 2 * (side or whole):
             return  # Windows and macOS have no posix_fadvise
@@ -724,15 +702,6 @@ class Tiles:
                 for i in ids:
                     start = source.offset + int(i) * tile_bytes
                     os.posix_fadvise(file.fileno(), start, tile_bytes, os.POSIX_FADV_WILLNEED)
-
-    def _buffer(self, kind, shape, dtype):
-        """The kept buffer whose turn it is; a new one where the shape has changed"""
-        kept = self._buffers.get((kind, self._turn))
-        if kept is None or kept.shape != shape:
-            kept = torch.from_numpy(np.empty(shape, dtype))
-            kept = kept.pin_memory() if self.pin_memory else kept
-            self._buffers[kind, self._turn] = kept
-        return kept
 
 
 def keep_label_share(labels, places, share, seed):
@@ -1359,14 +1328,12 @@ def save_confusion(path, cm, class_names):
     axis = figure.subplots()
     axis.imshow(share.numpy(), cmap='Blues', vmin=0, vmax=1)
     for row, col in (share >= 0.005).nonzero().tolist():
-        axis.text(col, row, f'{100 * share[row, col]:.0f}', ha='center', va='center',
-                  fontsize=8 if K <= 16 else 6,
+        axis.text(col, row, f'{100 * share[row, col]:.0f}', ha='center', va='center', fontsize=7,
                   color='white' if share[row, col] > 0.6 else 'black')
-    axis.set(xticks=range(K), yticks=range(K), xlabel='predicted', ylabel='true',
-             title='test pixels of a class, %')
-    axis.set_xticklabels(class_names, rotation=60, ha='right', fontsize=8)
     rows = [f'{name} ({count})' for name, count in zip(class_names, pixels.tolist())]
-    axis.set_yticklabels(rows, fontsize=8)
+    axis.set_xticks(range(K), class_names, rotation=60, ha='right', fontsize=8)
+    axis.set_yticks(range(K), rows, fontsize=8)
+    axis.set(xlabel='predicted', ylabel='true', title='test pixels of a class, %')
     save_figure(figure, path)
 
 
@@ -1399,9 +1366,9 @@ def save_maps(path, tiles, ids, columns):
     axes = figure.subplots(len(ids), 1 + len(columns), squeeze=False)
     axes[0, 0].set_title('false colour', fontsize=9)
     for axis, i in zip(axes[:, 0], ids):
-        image = tiles.images[i]
-        axis.imshow(false_color(image, tiles.meta), interpolation='nearest')
-        axis.set_ylabel(f'tile {i}, {image.shape[-1]} px', fontsize=8)
+        image = false_color(tiles.images[i], tiles.meta)
+        axis.imshow(image, interpolation='nearest')
+        axis.set_ylabel(f'tile {i}, {len(image)} px', fontsize=8)
     for column, (title, maps) in zip(axes[:, 1:].T, columns):
         column[0].set_title(title, fontsize=9)
         for axis, classes in zip(column, maps):
@@ -1422,21 +1389,14 @@ OHS_PALETTE = ('bed2ff 00ffc5 267300 a3ff73 4ce600 55ff00 737300 a8a800 ffff00 7
 SAFE_PALETTE = 'e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 999999'
 
 
-def are_numbered(class_names):
-    """Past 8 classes no palette is safe for colour-blind eyes: pictures then carry the classes'
-    numbers as well"""
-    return len(class_names) > len(SAFE_PALETTE.split())
-
-
 def class_colors(class_names):
     """(K + 1, 3) uint8: black for unlabelled, then one colour a class: WHU-OHS's own for its
     classes, safe ones for up to 8, else tab20's"""
+    palette = SAFE_PALETTE.split()
+    if len(class_names) > len(palette):
+        palette = [to_hex(color)[1:] for color in colormaps['tab20'].colors]
     if tuple(class_names) == OHS_CLASSES:
         palette = OHS_PALETTE.split()
-    elif are_numbered(class_names):
-        palette = [to_hex(color)[1:] for color in colormaps['tab20'].colors]
-    else:
-        palette = SAFE_PALETTE.split()
     chosen = ['000000'] + [palette[k % len(palette)] for k in range(len(class_names))]
     return np.array([list(bytes.fromhex(code)) for code in chosen], np.uint8)
 
@@ -1479,48 +1439,21 @@ def false_color(x, meta, bands=None):
 
 
 def show_classes(axis, classes, class_names, step=1):
-    """Draw classes (h, w), 0 = none, in their colours, `step` pixels of the scene apart; where
-    colours do not do, number their larger areas"""
+    """Draw classes (h, w), 0 = none, in their colours, `step` pixels of the scene apart"""
     h, w = classes.shape
     colors = class_colors(class_names)
     axis.imshow(colors[classes], interpolation='nearest', extent=(0, w * step, h * step, 0))
-    if not are_numbered(class_names):
-        return
-    # peel the areas: what is left last is the middle of an area, and deep enough for a number
-    depth = np.zeros((h, w), int)
-    inside = classes > 0
-    while inside.any():
-        depth += inside
-        rim = np.pad(np.where(inside, classes, 0), 1)
-        around = (rim[:-2, 1:-1], rim[2:, 1:-1], rim[1:-1, :-2], rim[1:-1, 2:])
-        inside &= np.all([classes == neighbour for neighbour in around], 0)
-    depth[depth < max(3, max(h, w) // 24)] = 0
-    rows, cols = np.mgrid[:h, :w]
-    while depth.any():
-        row, col = np.unravel_index(depth.argmax(), depth.shape)
-        number = classes[row, col]
-        bright = colors[number] @ (0.3, 0.59, 0.11) > 110
-        axis.text((col + 0.5) * step, (row + 0.5) * step, str(number), ha='center', va='center',
-                  fontsize=7, color='black' if bright else 'white')
-        near = np.hypot(rows - row, cols - col) < max(h, w) / 3
-        depth[near & (classes == number)] = 0  # one number is enough there
 
 
 def class_legend(figure, class_names, present):
     """Below the figure: the colours of the classes in `present` (their numbers, 0 = none)"""
     colors = class_colors(class_names) / 255
-    handles = []
-    for number in sorted(present - {0}):
-        name = class_names[number - 1]
-        label = f'{number} {name}' if are_numbered(class_names) else name
-        handles.append(Patch(color=colors[number], label=label))
+    handles = [Patch(color=colors[number], label=f'{number} {class_names[number - 1]}')
+               for number in sorted(present - {0})]
     if 0 in present:
         handles.append(Patch(color=colors[0], label='no label, no data'))
-    longest = max(len(handle.get_label()) for handle in handles)
-    width = figure.bbox.width / figure.dpi  # inches
-    columns = max(1, int(width / (0.55 + 0.07 * longest)))
     figure.legend(handles=handles, loc='outside lower center', fontsize=8, frameon=False,
-                  ncols=min(columns, len(handles)))
+                  ncols=min(3, len(handles)))
 
 
 def save_figure(figure, path):

@@ -265,8 +265,8 @@ def test_splits_without_labels_are_refused_only_where_they_are_needed(scene_data
 
 def test_what_is_no_directory_of_tiles_and_what_is_not_installed_are_told(scene_data, tmp_path):
     scene = make_scene(tmp_path / 's.npz')
-    for path, words in ((scene, f'is a file: cut it into tiles with `python data.py tile --root={scene}'), (tmp_path / 'gone', 'pass the directory where they are as --data')):
-        with pytest.raises(UserError, match=re.escape(words)):
+    for path in (scene, str(tmp_path / 'gone'), f'{scene_data},{scene_data}'):
+        with pytest.raises(UserError, match=f'{re.escape(path)}: no tiles here: make them with `python data.py tile .* as --data'):
             Tiles(path, 'tr')
     if not importlib.util.find_spec('wandb'):
         done = run('pretrain_mae.py', *MAE, '--wandb_log', f'--data={scene_data}', f'--out_dir={tmp_path}/run', check=False)
