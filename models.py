@@ -351,7 +351,7 @@ class SpatialSpectralViT(ViT):
     `fusion='token'`, the dissertation's: a spectral token is the flattened pixel plane of its
     bands, and the convolution mixes tokens. So sizes are fixed: crops of img_size, and of half
     that side, with weights of their own.
-    `fusion='channel'`, ours: a spectral token is its bands pooled to a small grid, and the
+    `fusion='channel'`, ours: a spectral token is its bands pooled to a grid of 4 x 4, and the
     convolution mixes channels: those of each token with the mean token of the other stream.
     Any size of image.
 
@@ -361,18 +361,17 @@ class SpatialSpectralViT(ViT):
     """
 
     def __init__(self, *args, spectral_patch_size: int = 2, fusion: str = 'channel',
-                 wavelengths_nm: list = None, wavelength_encoding: bool = True,
-                 spectral_grid: int = 4, **kwargs):
+                 wavelengths_nm: list = None, **kwargs):
         super().__init__(*args, **kwargs)
-        if fusion not in ('token', 'channel'):
-            raise UserError(f'fusion {fusion}: choose token or channel')
         D, depth = self.embed_dim, len(self.blocks)
         self.fusion = fusion
         self.spectral_patch_size = spectral_patch_size
-        self.spectral_grid = spectral_grid
-        self.wavelengths_nm = wavelengths_nm
         self.num_groups = math.ceil(self.in_chans / spectral_patch_size)
-        code = self.encode_wavelengths() if wavelength_encoding else torch.zeros(1, 1, D)
+        positions = torch.arange(self.in_chans, dtype=torch.float64)
+        if wavelengths_nm is not None:
+            positions = torch.tensor(wavelengths_nm, dtype=torch.float64) / 10
+        positions = self.fill_last_group(positions[None]).reshape(self.num_groups, -1).mean(1)
+        code = sincos_encoding(positions, D)
         self.register_buffer('wavelength_code', code, persistent=False)  # (1, G, D)
 
         self.spectral_cls_token = nn.Parameter(torch.empty(1, 1, D))
@@ -389,7 +388,7 @@ class SpatialSpectralViT(ViT):
             self.spectral_embed = self.add_token_fusion('', self.img_size)
             self.spectral_embed_local = self.add_token_fusion('_local', self.img_size // 2)
         else:
-            self.spectral_embed = nn.Linear(spectral_patch_size * spectral_grid ** 2, D)
+            self.spectral_embed = nn.Linear(spectral_patch_size * 4 * 4, D)
             self.fuse = nn.ModuleDict({
                 stream: nn.ModuleList(nn.Linear(2 * D, D) for _ in range(depth))
                 for stream in ('spatial', 'spectral')})
@@ -403,15 +402,6 @@ class SpatialSpectralViT(ViT):
         # Fusion is slowed down. AdamW moves a weight by lr whatever its gradient, and what is added
         # to all tokens alike soon drowns what tells them apart: the probe fell by 4 points without.
         self.fuse_scale = 0.1
-
-    def encode_wavelengths(self):
-        """(1, G, D): the code of the mean wavelength of each group, or of its mean band number"""
-        positions = torch.arange(self.in_chans, dtype=torch.float64)
-        if self.wavelengths_nm is not None:
-            positions = torch.tensor(self.wavelengths_nm, dtype=torch.float64) / 10
-        positions = self.fill_last_group(positions[None])
-        means = positions.reshape(self.num_groups, -1).mean(1)
-        return sincos_encoding(means, self.embed_dim)
 
     def fill_last_group(self, x):
         """x (B, C, ...) -> (B, G * bands of a group, ...): the last band is repeated to fill up."""
@@ -446,7 +436,7 @@ class SpatialSpectralViT(ViT):
             planes = self.fill_last_group(x).flatten(2)  # (B, C, H*W)
             tokens = embed(planes.transpose(1, 2)).transpose(1, 2)
         else:
-            pooled = F.adaptive_avg_pool2d(self.fill_last_group(x), self.spectral_grid)
+            pooled = F.adaptive_avg_pool2d(self.fill_last_group(x), 4)
             tokens = self.spectral_embed(pooled.reshape(len(x), self.num_groups, -1))
         if mask is not None:  # tokens (B, G, D)
             hidden = self.spectral_mask_token.to(tokens.dtype)
@@ -534,28 +524,26 @@ class MaskedAutoencoder(nn.Module):
     """Masked autoencoder (He et al. 2021, arXiv 2111.06377): the encoder sees the visible patches
     only, a small decoder predicts the pixels of the others.
 
-    `.encoder` is an ordinary ViT that never hears of masks. With `freeze_encoder` only the decoder
-    learns.
+    `.encoder` is an ordinary ViT that never hears of masks, made of the arguments that are not the
+    decoder's. With `freeze_encoder` only the decoder learns.
     """
 
-    def __init__(self, img_size: int = 64, patch_size: int = 8, in_chans: int = 32,
-                 embed_dim: int = 768, depth: int = 12, num_heads: int = 12,
-                 mlp_ratio: float = 4.0, decoder_embed_dim: int = 512, decoder_depth: int = 8,
-                 decoder_num_heads: int = 16, norm_pix_loss: bool = False, dropout: float = 0.0,
-                 freeze_encoder: bool = False):
+    def __init__(self, *args, decoder_embed_dim: int = 512, decoder_depth: int = 8,
+                 decoder_num_heads: int = 16, norm_pix_loss: bool = False,
+                 freeze_encoder: bool = False, dropout: float = 0.0, **kwargs):
         super().__init__()
         self.norm_pix_loss = norm_pix_loss
         self.freeze_encoder = freeze_encoder
-        self.encoder = ViT(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio,
-                           dropout=dropout, fixed_positions=True)
-        grid = img_size // patch_size
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.encoder = ViT(*args, dropout=dropout, fixed_positions=True, **kwargs)
+        patch_size, in_chans = self.encoder.patch_size, self.encoder.in_chans
+        grid = self.encoder.img_size // patch_size
+        self.decoder_embed = nn.Linear(self.encoder.embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
         table = torch.zeros(1, 1 + grid * grid, decoder_embed_dim)
         table[:, 1:] = sincos_positions(decoder_embed_dim, grid, grid)
         self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, dropout=dropout)
+            Block(decoder_embed_dim, decoder_num_heads, dropout=dropout)
             for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size ** 2 * in_chans)
@@ -644,23 +632,21 @@ def gather_tokens(tokens, ids):
 
 # ============ features and decoders ============
 
-def dense_features(encoder, x, n=4, window=0, stride=0):
+def dense_features(encoder, x, n=4):
     """The last n blocks' maps of an image of any size, x (B, C, H, W) -> (B, n*D, h, w).
 
-    An image larger than `window` is cut into overlapping windows, whose maps are blended: a patch
-    counts less near a window's edge. `window` 0 is the encoder's own img_size, -1 the whole image
-    in one pass (positions interpolated). `stride` 0 is half a window.
+    An image larger than the encoder's img_size is cut into windows of that size, half a window
+    apart, whose maps are blended: a patch counts less near a window's edge.
     """
     H, W = x.shape[-2:]
-    P = encoder.patch_size
+    P, window = encoder.patch_size, encoder.img_size
     if H % P or W % P:
         raise UserError(f'an image of {H} x {W} pixels does not divide into patches of {P}: cut it '
                         f'to {H // P * P} x {W // P * P}')
-    window = window or encoder.img_size
-    if window < 0 or max(H, W) <= window:
+    if max(H, W) <= window:
         return torch.cat(encoder.get_intermediate_layers(x, n), dim=1)
 
-    stride = max(P, min(stride or window // 2, window) // P * P)
+    stride = max(P, window // 2 // P * P)
     tops = cut_positions(max(H, window), window, stride)
     lefts = cut_positions(max(W, window), window, stride)
     weight = blend_weights(window // P).to(x.device)
@@ -1031,24 +1017,22 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
     because DINO holds them still at first. The learning rate of a group is to be multiplied by its
     lr_scale: layer_decay ** (blocks above it), as in BEiT and MAE (Clark et al. 2020).
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    numbers = re.findall(r'encoder\.blocks\.(\d+)\.', ' '.join(name for name, _ in named))
-    depth = 1 + max(map(int, numbers), default=-1)
+    depth = len(model.encoder.blocks) if layer_decay < 1 else 0
     groups = {}
-    for name, parameter in named:
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind, decay = 'matrices', weight_decay
         if 'last_layer' in name:
-            kind, decay = 'prototypes', weight_decay
+            kind = 'prototypes'
         elif parameter.ndim == 1 or name.endswith(('_token', '_tokens', 'pos_embed')):
             kind, decay = 'vectors', 0.0
-        else:
-            kind, decay = 'matrices', weight_decay
-        block = re.search(r'encoder\..*(?:blocks|fuse\.\w+)\.(\d+)\.', name)
+        above = 0  # decoders and heads
+        block = re.match(r'encoder\.\D+\.(\d+)\.', name)
         if block:
             above = depth - int(block[1])
-        elif re.search(r'encoder\.\w*(embed|token)', name):
+        elif re.match(r'encoder\.\w*(embed|token)', name):
             above = depth + 1  # patch embedding, tokens and positions come before the first block
-        else:
-            above = 0  # decoders and heads
         lr_scale = layer_decay ** above
         group = {'name': kind, 'params': [], 'weight_decay': decay, 'lr_scale': lr_scale}
         groups.setdefault((kind, lr_scale), group)['params'].append(parameter)
@@ -1124,11 +1108,17 @@ def load_run(path):
         raise UserError(f'{path}: was not written by these scripts (it has no {min(missing)}); to '
                         f'bring a public file into their form: python tools/convert_weights.py '
                         f'--weights={path} --data=...')
-    weights = checkpoint['model']
-    named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
-    if not named:
-        raise UserError(f'{path}: its weights have no names: pass a file of these scripts')
     return checkpoint
+
+
+@contextlib.contextmanager
+def built_again(path):
+    """Makes a UserError of what goes wrong when a network is built from a checkpoint"""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f'{path}: its network cannot be built again ({one_line(error)}): pass the '
+                        'last.pt or best.pt of a run') from None
 
 
 def add_run(network, checkpoint):
@@ -1143,9 +1133,6 @@ def add_run(network, checkpoint):
     return network.eval()
 
 
-CANNOT_BUILD = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
-
-
 def load_encoder(path):
     """The encoder of any of our files, in eval mode: of a DINO run the teacher, as its papers do;
     of a best.pt the encoder that was judged or fine-tuned.
@@ -1155,21 +1142,19 @@ def load_encoder(path):
     -> its input. Raises UserError when the file is damaged, foreign, or holds no encoder.
     """
     checkpoint = load_run(path)
-    weights = checkpoint['model']
-    teacher = any(name.startswith('teacher.') for name in weights)
-    prefix = 'teacher.encoder.' if teacher else 'encoder.'
-    own = {name.removeprefix(prefix): value for name, value in weights.items()
-           if name.startswith(prefix)}
+    with built_again(path):
+        weights = checkpoint['model']
+        teacher = any(name.startswith('teacher.') for name in weights)
+        prefix = 'teacher.encoder.' if teacher else 'encoder.'
+        own = {name.removeprefix(prefix): value for name, value in weights.items()
+               if name.startswith(prefix)}
     if not own:
         raise UserError(f'{path}: was written by {checkpoint["script"]} and holds no encoder: pass '
                         'the last.pt of a pre-training run')
-    try:
+    with built_again(path):
         encoder = build_encoder(checkpoint['encoder_args'])
         encoder.load_state_dict(own, strict=True)
         return add_run(encoder, checkpoint)
-    except CANNOT_BUILD as error:
-        raise UserError(f'{path}: its encoder cannot be built again ({one_line(error)}): pass the '
-                        'last.pt of a pre-training run') from None
 
 
 def build_encoder(args):
@@ -1184,12 +1169,11 @@ def load_segmenter(path):
     what load_encoder() gives, and `.window`: the side it is to be used at, px.
     """
     checkpoint = load_run(path)
-    config = checkpoint['config']
-    args = checkpoint['encoder_args']
+    config, args = checkpoint['config'], checkpoint['encoder_args']
     if 'window' not in checkpoint:
         raise UserError(f'{path}: holds no segmentation: pass the best.pt of a run of segment.py '
                         'or baseline_deeplab.py')
-    try:
+    with built_again(path):
         if checkpoint['script'] == 'segment.py':
             network = build_segmenter(build_encoder(args), checkpoint['meta']['num_classes'],
                                       config['decoder'], config['freeze'], config['pixel'])
@@ -1198,9 +1182,6 @@ def load_segmenter(path):
         network.load_state_dict(checkpoint['model'], strict=True)
         network.window = checkpoint['window']
         return add_run(network, checkpoint)
-    except CANNOT_BUILD as error:
-        raise UserError(f'{path}: its network cannot be built again ({one_line(error)}): pass the '
-                        'best.pt of a run') from None
 
 
 def check_bands(encoder, meta, path):
@@ -1267,13 +1248,13 @@ def start_from(path, model, script, whiten):
         name_in_file = {name: re.sub(r'^(student|teacher)\.', '', name) for name in state}
     own = {name_in_file[name]: value for name, value in state.items()}
     weights = resize_positions(weights, own)
-    differ = own.keys() ^ weights.keys()
-    differ |= {name for name in own.keys() & weights.keys()
-               if own[name].shape != weights[name].shape}
+    shapes, own_shapes = ({(name, value.shape) for name, value in tensors.items()}
+                          for tensors in (weights, own))
+    differ = {name for name, _ in shapes ^ own_shapes}
     if not same_script:
         # the decoder is taken whole or not at all, but for its last layer: that makes pixels, and
         # fits only where patch and bands are the same
-        decoder = {name for name in own if name.startswith('decoder_') or name == 'mask_token'}
+        decoder = {name for name in own if name.startswith(('decoder_', 'mask_token'))}
         left_out = decoder & differ
         if not left_out <= {'decoder_pred.weight', 'decoder_pred.bias'}:
             left_out = decoder
@@ -1286,7 +1267,6 @@ def start_from(path, model, script, whiten):
         raise UserError(f'{path}: does not fit this network: {len(differ)} tensors differ '
                         f'({", ".join(sorted(differ)[:4])} ...): pass the --size, --patch_size, '
                         '--out_dim and data of the command that wrote it')
-
     model.load_state_dict({name: weights.get(name_in_file[name], value)
                            for name, value in state.items()})
     taken = own.keys() & weights.keys()

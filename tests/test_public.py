@@ -413,7 +413,7 @@ def test_a_run_is_brought_to_other_bands_or_refused_in_a_sentence(scene_data, tm
     run('tools/convert_weights.py', *flags)
     encoder = load_encoder(str(tmp_path / 'last.pt'))
     meta = Tiles(scene_data, 'tr').meta
-    assert (encoder.in_chans, encoder.whiten, encoder.wavelengths_nm) == (7, 3, meta['wavelengths_nm'])
+    assert (encoder.in_chans, encoder.whiten, encoder.args['wavelengths_nm']) == (7, 3, meta['wavelengths_nm'])
     run('segment.py', f'--encoder={tmp_path}/last.pt', f'--data={scene_data}', f'--out_dir={tmp_path}/judged')
     save({**args, 'fusion': 'token', 'depth': 1}, SpatialSpectralViT)
     done = run('tools/convert_weights.py', *flags, check=False)
