@@ -1,9 +1,7 @@
 """The networks, and what all scripts do with them: decoders, parameter groups, save, load, resume.
 
 A Vision Transformer (ViT) cuts an image into square patches, makes a token (a vector) of each, and
-lets the tokens look at each other in a stack of blocks. From top to bottom: these blocks, the ViT
-for any number of bands, its spatial-spectral variant, the masked autoencoder, features and
-decoders, the CNN to compare with, checkpoints.
+lets the tokens look at each other in a stack of blocks.
 
 Shapes in comments: B batch, C bands, H W pixels (rows, columns), P side of a patch, h w grid of
 patches (h = H / P), N = h * w patches, D width, R registers, T = 1 + R + N tokens, nh heads,
@@ -64,8 +62,6 @@ def sincos_encoding(values, dim):
 def sincos_positions(dim, h, w):
     """MAE's fixed table of positions (1, h*w, dim): half the channels code the column, half the
     row."""
-    if dim % 4:
-        raise UserError(f'sine-cosine positions need a width that is a multiple of 4, not {dim}')
     rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing='ij')
     of_cols = sincos_encoding(cols.flatten(), dim // 2)
     of_rows = sincos_encoding(rows.flatten(), dim // 2)
@@ -90,14 +86,14 @@ def prepare(network, raw):
     if not isinstance(raw, torch.Tensor):
         values = np.ma.array(raw, dtype=np.float32, copy=True, order='C')
         raw = torch.from_numpy(values.filled(np.nan))
-    mean, matrix = network.statistics
-    C = len(mean)
+    C = network.meta['num_bands']
     if raw.ndim not in (3, 4) or raw.shape[-3] != C:
         raise UserError(f'prepare: the images have the shape {tuple(raw.shape)}, the network was '
                         f'trained on {C} bands: pass (B, {C}, H, W) or ({C}, H, W)')
     device = next(network.parameters()).device
+    mean, matrix = (values.to(device) for values in network.statistics)
     raw = raw.reshape(-1, *raw.shape[-3:]).to(device)
-    return standardize(raw, mean.to(device), matrix.to(device), network.meta['nodata'])
+    return standardize(raw, mean, matrix, network.meta['nodata'])
 
 
 class PatchEmbed(nn.Module):
@@ -121,8 +117,6 @@ class Attention(nn.Module):
 
     def __init__(self, dim, num_heads, dropout=0.0):
         super().__init__()
-        if dim % num_heads:
-            raise UserError(f'a width of {dim} does not divide into {num_heads} heads')
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -461,8 +455,9 @@ class SpatialSpectralViT(ViT):
             if self.fusion == 'token':
                 for_spatial = for_spectral = torch.cat([spatial, spectral], dim=1)
             else:  # twice as wide: beside each token the mean token of the other stream
-                for_spatial = beside(spatial, spectral.mean(1, keepdim=True))
-                for_spectral = beside(spectral, spatial.mean(1, keepdim=True))
+                means = [x.mean(1, keepdim=True) for x in (spatial, spectral)]
+                for_spatial = torch.cat([spatial, means[1].expand_as(spatial)], dim=2)
+                for_spectral = torch.cat([spectral, means[0].expand_as(spectral)], dim=2)
             spatial = spatial + self.fuse_scale * fuse_spatial[i](for_spatial)
             spectral = spectral + self.fuse_scale * fuse_spectral[i](for_spectral)
             yield spatial, spectral
@@ -480,11 +475,6 @@ class SpatialSpectralViT(ViT):
         h = x.shape[2] // self.patch_size
         streams = list(self.run_blocks(x))
         return [self.to_map(spatial, h) for spatial, _ in streams[-n:]]
-
-
-def beside(tokens, mean):
-    """tokens (B, T, D), mean (B, 1, D) -> (B, T, 2D)"""
-    return torch.cat([tokens, mean.expand_as(tokens)], dim=2)
 
 
 # ============ projection head of DINO and iBOT ============
@@ -611,10 +601,6 @@ class MaskedAutoencoder(nn.Module):
         """x (B, C, H, W) standardised, mask_noise (B, N) or None -> loss, pred (B, N, P*P*C), mask
         (B, N) with 1 = hidden."""
         patches = patchify(x, self.encoder.patch_size)
-        expected = self.decoder_pos_embed.shape[1] - 1
-        if patches.shape[1] != expected:
-            raise UserError(f'the image has {patches.shape[1]} patches, this autoencoder was built '
-                            f'for {expected}: crop to img_size {self.encoder.img_size}')
         if mask_noise is None:
             mask_noise = torch.rand(patches.shape[:2], device=x.device)
         ids_keep, ids_restore, mask = self.random_masking(mask_noise, mask_ratio)
@@ -668,11 +654,7 @@ def dense_features(encoder, x, n=4):
 
 
 class LinearHead(nn.Module):
-    """Batch norm and one 1x1 convolution on the last four blocks' maps, then bilinear upsampling.
-
-    The 1x1 runs before the upsampling: both are linear, so the result is the same, and K channels
-    are resized instead of 4*D.
-    """
+    """Batch norm and one 1x1 convolution on the last four blocks' maps"""
 
     def __init__(self, in_dim, num_classes):
         super().__init__()
@@ -681,9 +663,9 @@ class LinearHead(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, maps, size):
-        """maps (B, 4*D, h, w), size (H, W) -> logits (B, K, H, W)"""
-        return F.interpolate(self.classifier(self.norm(maps)), size=size, mode='bilinear')
+    def forward(self, maps):
+        """maps (B, 4*D, h, w) -> logits (B, K, h, w)"""
+        return self.classifier(self.norm(maps))
 
 
 def conv3x3(in_dim, dim):
@@ -727,8 +709,8 @@ class ConvHead(nn.Module):
             self.merge.append(conv3x3(joined * widths[i + 1], widths[i + 1]))
         self.classifier = nn.Conv2d(widths[-1], num_classes, 1)
 
-    def forward(self, maps, size):
-        """maps (B, 4*D, h, w), size (H, W) -> logits (B, K, H, W)"""
+    def forward(self, maps):
+        """maps (B, 4*D, h, w) -> logits (B, K, 2**steps * h, 2**steps * w)"""
         maps = list(self.norm(maps).chunk(4, dim=1))  # earliest block first
         # the latest block starts at the bottom, the one before it joins first
         skips = [maps.pop(-2) for _ in range(self.num_skips)]
@@ -738,8 +720,7 @@ class ConvHead(nn.Module):
             if i < self.num_skips:
                 x = torch.cat([x, self.skips[i](skips[i])], dim=1)
             x = merge(x)
-        # changes nothing where patch_size is a power of 2
-        return F.interpolate(self.classifier(x), size=size, mode='bilinear')
+        return self.classifier(x)
 
 
 class TransformerHead(nn.Module):
@@ -761,8 +742,8 @@ class TransformerHead(nn.Module):
         self.apply(init_linear)
         nn.init.trunc_normal_(self.class_tokens, std=0.02)
 
-    def forward(self, maps, size):
-        """maps (B, 4*D, h, w), size (H, W) -> logits (B, K, H, W)"""
+    def forward(self, maps):
+        """maps (B, 4*D, h, w) -> logits (B, K, h, w)"""
         B, _, h, w = maps.shape
         K = self.class_tokens.shape[1]
         x = self.embed(self.norm(maps).flatten(2).transpose(1, 2))  # (B, h*w, D)
@@ -773,8 +754,7 @@ class TransformerHead(nn.Module):
         patches = F.normalize(self.patch_proj(patches), dim=-1)
         classes = F.normalize(self.class_proj(classes), dim=-1)
         logits = self.mask_norm(patches @ classes.transpose(1, 2))  # (B, h*w, K)
-        logits = logits.transpose(1, 2).reshape(B, K, h, w)
-        return F.interpolate(logits, size=size, mode='bilinear')
+        return logits.transpose(1, 2).reshape(B, K, h, w)
 
 
 class Segmenter(nn.Module):
@@ -810,7 +790,8 @@ class Segmenter(nn.Module):
         """x (B, C, H, W), maps of features() where they are known -> logits (B, K, H, W)"""
         if maps is None:
             maps = self.features(x)
-        logits = self.head(maps, x.shape[-2:])
+        # a linear head may come before the upsampling, which is linear too: fewer channels
+        logits = F.interpolate(self.head(maps), size=x.shape[-2:], mode='bilinear')
         if self.pixel_head is not None:
             logits = logits + self.pixel_head(x)
         return logits
@@ -942,9 +923,8 @@ class DeepLabV3Plus(nn.Module):
                  stem: str = 'three', width: int = 64, blocks: tuple = (3, 4, 6, 3),
                  head_dim: int = 256):
         super().__init__()
-        if output_stride not in (8, 16) or stem not in ('three', 'seven'):
-            raise UserError(f'output_stride {output_stride} and stem {stem}: choose 16 or 8, and '
-                            'three or seven')
+        if output_stride not in (8, 16):
+            raise UserError(f'--output_stride={output_stride}: choose 16 or 8')
         # ---- backbone
         self.stem = None
         if stem == 'three':

@@ -424,7 +424,7 @@ def test_every_trainable_parameter_gets_a_gradient_and_none_is_uninitialised():
     for module in (mae, vit, head):
         assert all(torch.isfinite(p).all() for p in module.parameters())
     mae(torch.randn(2, 5, 16, 16))[0].backward()
-    head(torch.cat(vit.get_intermediate_layers(torch.randn(2, 5, 16, 16), 2), 1), (16, 16)).sum().backward()
+    head(torch.cat(vit.get_intermediate_layers(torch.randn(2, 5, 16, 16), 2), 1)).sum().backward()
     assert all(p.grad is not None for p in mae.parameters() if p.requires_grad)
 
 
