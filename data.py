@@ -7,9 +7,7 @@
 
 A tile directory holds {tr,val,ts}_images.npy (N, C, S, S) in the sensor's own type,
 {tr,val,ts}_labels.npy (N, S, S) uint8 (0 = unlabelled, classes from 1) and meta.json. Everything
-after that is memory-mapped: no worker processes, no file formats. In this order: labels and
-scores; the tiler; Tiles; standardisation; crops and light; probes and floors; whole scenes;
-judging; pictures; the demo.
+after that is memory-mapped: no worker processes, no file formats.
 
 Shapes: B tiles or crops, C bands, S side of a tile, K classes, D features, V crops of a tile.
 """
@@ -66,8 +64,7 @@ def label_to_class(raw):
 
 
 def confusion_matrix(pred, target, num_classes):
-    """pred, target: class indices of one shape, target 255 ignored -> (K, K) int64 counts, rows =
-    target, columns = prediction"""
+    """Class indices of one shape, target 255 ignored -> (K, K) counts: rows target, columns pred"""
     known = target != IGNORE_INDEX
     pairs = target[known].long() * num_classes + pred[known].long()
     counts = torch.bincount(pairs, minlength=num_classes ** 2)
@@ -77,9 +74,8 @@ def confusion_matrix(pred, target, num_classes):
 def scores(cm):
     """(K, K) confusion matrix (rows = target) -> dict of fractions.
 
-    `miou` is over the classes present in the targets (the convention of WHU-OHS and of most
-    papers), `miou_all` over all K with absent classes as 0; `mean_acc` and `mean_f1` are over
-    classes present; `iou` has None for absent classes.
+    `miou`, `mean_acc` and `mean_f1` are over the classes present in the targets (as in WHU-OHS and
+    most papers), `miou_all` over all K with absent classes as 0; `iou` has None for absent ones.
     """
     cm = cm.double().cpu()
     total = cm.sum().clamp(min=1)
@@ -103,8 +99,7 @@ def scores(cm):
 
 def chance_warning(result):
     """A sentence when scores() are not clearly above chance, else ''. Read it first."""
-    num_present = max(sum(iou is not None for iou in result['iou']), 1)
-    guessing = 1 / num_present
+    guessing = 1 / max(sum(iou is not None for iou in result['iou']), 1)
     if result['kappa'] >= 0.02 and abs(result['mean_acc'] - guessing) >= 0.01:
         return ''
     return (f'WARNING: not clearly above chance (kappa {result["kappa"]:.3f}, mean accuracy '
@@ -196,9 +191,9 @@ def regions_of(scene, item, args):
     """-> list of Region: one where a folder says the split, else by blocks or halves of labels"""
     H, W = scene.cube.shape[1:]
     rows, cols = slice(0, H), slice(0, W)
-    labels = scene.labels
-    if labels is None:
-        labels = np.zeros((H, W), np.uint8)
+    labels = np.zeros((H, W), np.uint8)
+    if scene.labels is not None:
+        labels = scene.labels.copy()  # cut() will change it
     shares = [float(share) for share in args.shares.split(',')]
     regions = []
     if item.split or not labels.any():
@@ -276,17 +271,12 @@ def cut_positions(length, size, stride):
 
 def cut(scene, regions, args):
     """Yield (split, row, column, image (C, S, S), labels (S, S)) of each tile of a scene, of which
-    it reads one row of tiles at a time.
-
-    Tiles without a valid pixel are left out; so are tiles of val and ts without a label, where the
-    scene has labels. Where tiles of these overlap at the border, only the first keeps the labels:
-    a test pixel counts once.
-    """
+    it reads one row of tiles at a time. Left out are tiles without a valid pixel, and those of val
+    and ts without a label, where the scene has labels."""
     size = args.tile_size
     strides = {'tr': args.stride or size, 'val': size, 'ts': size}
     regions_at = {}  # row -> regions that have tiles there
     for region in regions:
-        region = region._replace(labels=region.labels.copy())
         height = region.rows.stop - region.rows.start
         for row in cut_positions(height, size, strides[region.split]):
             regions_at.setdefault(region.rows.start + row, []).append(region)
@@ -298,8 +288,8 @@ def cut(scene, regions, args):
             for left in cut_positions(cols.stop - cols.start, size, strides[split]):
                 col = cols.start + left
                 tile_labels = labels[row:row + size, col:col + size].copy()
-                if split != 'tr':
-                    labels[row:row + size, col:col + size] = 0
+                if split != 'tr':  # of tiles that overlap at the border only the first keeps them
+                    labels[row:row + size, col:col + size] = 0  # a test pixel counts once
                 wanted = split == 'tr' or scene.labels is None or tile_labels.any()
                 if wanted and valid[:, col:col + size].any():
                     yield split, row, col, strip[:, :, col:col + size], tile_labels
@@ -345,9 +335,9 @@ def settings_of(args):
 
 def check_same(meta, inputs, args):
     """Refuses a directory that was made with other settings or from other inputs"""
-    known = meta['settings']
-    changed = [f'{flag} ({known.get(flag)} there, {value} now)'
-               for flag, value in settings_of(args).items() if known.get(flag) != value]
+    changed = [f'{flag} ({meta["settings"].get(flag)} there, {value} now)'
+               for flag, value in settings_of(args).items()
+               if meta['settings'].get(flag) != value]
     names = {item.name for item in inputs}
     changed += [f'{name} is new' for name in sorted(names - {*meta['scenes'], *meta['skipped']})]
     changed += [f'{name} is gone' for name in sorted({*meta['scenes']} - names)]
@@ -397,14 +387,14 @@ def write_tiles(inputs, args):
             skipped.append(item.name)
             continue
         say_notes(item.path, scene.notes, said, whole=len(inputs) <= FEW_FILES)
+        for split, rows, cols, labels_there in regions:
+            class_counts[split] += np.bincount(labels_there[rows, cols].ravel(), minlength=256)
+            if split == 'tr':
+                add_statistics(statistics, scene.cube, scene.nodata, rows, cols)
         for split, row, col, image, tile_labels in cut(scene, regions, args):
             images[split].write(image.tobytes())
             labels[split].write(tile_labels.tobytes())
             tiles[split].append([len(names), row, col])
-        for split, rows, cols, its_labels in regions:
-            class_counts[split] += np.bincount(its_labels[rows, cols].ravel(), minlength=256)
-            if split == 'tr':
-                add_statistics(statistics, scene.cube, scene.nodata, rows, cols)
         names.append(item.name)
     if failures and not (args.skip_bad and names):
         raise UserError('\n'.join(failures) + f'\n{args.out}: {len(failures)} of {len(inputs)} '
@@ -462,9 +452,8 @@ def say_notes(path, notes, said, whole):
         tqdm.write('\n'.join([f'{path}:', *fresh]))
 
 
-def add_statistics(stats, cube, nodata, rows=slice(None), cols=slice(None)):
-    """Add the valid pixels of an area to running sums: float64, about the first strip's mean, so
-    that nothing cancels"""
+def add_statistics(stats, cube, nodata, rows, cols):
+    """Add an area's valid pixels to float64 sums about the first strip's mean: nothing cancels"""
     for strip in strips(cube, rows):
         values = cube[:, strip, cols]
         valid = valid_pixels(values, nodata)
@@ -589,10 +578,8 @@ KEPT_META = ('num_bands', 'num_classes', 'class_names', 'class_counts', 'class_c
 
 
 def kept_meta(meta):
-    """What of meta.json goes into a checkpoint: all that an encoder needs away from its data.
-
-    `settings` are the tiler's: how a scene is brought to the bands and units of the tiles.
-    """
+    """What of meta.json goes into a checkpoint: all that an encoder needs away from its data, and
+    `settings`, the tiler's: how a scene is brought to the bands and units of the tiles"""
     return {key: meta[key] for key in KEPT_META if key in meta}
 
 
@@ -705,14 +692,11 @@ class Tiles:
 
 
 def keep_label_share(labels, places, share, seed):
-    """Labels (N, S, S) -> the same with only `share` of the labelled pixels, drawn at random by
-    (seed, scene, row, column). places (N, 3): scene, row and column of each tile.
-
-    Where tiles overlap, a pixel is kept in all of them or in none. Each class keeps one at least.
-    """
+    """Labels (N, S, S) -> the same with only `share` of the labelled pixels, and one of each class
+    at least, drawn at random. places (N, 3): scene, row and column of each tile; where tiles
+    overlap, a pixel is kept in all of them or in none."""
     labels = np.array(labels)
-    S = labels.shape[-1]
-    steps = np.arange(S, dtype=np.uint64)
+    steps = np.arange(labels.shape[-1], dtype=np.uint64)
 
     def draw(scene, top, left):
         """A number in 0..1 for each pixel of a tile, by mixing its coordinates (splitmix64)"""
@@ -733,9 +717,7 @@ def keep_label_share(labels, places, share, seed):
 
 def epoch_ids(num_windows, batch_size, step, seed):
     """The windows of a step: an endless stream of permutations, one per epoch, cut into batches.
-
-    Nothing is kept from step to step, so a resumed run sees the same windows.
-    """
+    Nothing is kept from step to step, so a resumed run sees the same windows."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, places = np.divmod(positions, num_windows)
     for epoch in np.unique(epochs).tolist():
@@ -750,7 +732,7 @@ def shuffled(places, n, key):
     Computed for these places alone, in the same time for a thousand cards and for a billion. The
     cards lie in a table of about sqrt(n) rows and columns. By turns each column is rotated by a
     number mixed from its index, and each row likewise. A rotation can be undone, so no two cards
-    ever meet: this is a Feistel network. A place beyond the last card goes round again.
+    ever meet (a Feistel network). A place beyond the last card goes round again.
     """
     height = math.isqrt(n - 1) + 1
     width = -(-n // height)  # height * width is n, or up to height - 1 more
@@ -877,8 +859,8 @@ def resize_weights(start, length, source, out, flip, softness):
 
 
 def crop_weights(boxes, flips, H, W, out, softness=1.0):
-    """boxes (B, V, 4) and flips (B, V, 3), V crops of each image of H x W px -> rows (B, V, out, H)
-    and columns (B, V, out, W) for crop_by"""
+    """boxes (B, V, 4) and flips (B, V, 3), V crops of each image -> matrices for crop_by: of rows
+    (B, V, out, H) and of columns (B, V, out, W)"""
     top, left, height, width = boxes.unbind(-1)
     rows = resize_weights(top, height, H, out, flips[..., 0], softness)
     cols = resize_weights(left, width, W, out, flips[..., 1], softness)
@@ -904,21 +886,16 @@ def crop_by(x, rows, cols, transposed):
     return crops.flatten(0, 1)
 
 
-def resized_crop(x, boxes, flips, out, softness=1.0):
-    """x (B, C, H, W), a box (B, 4) and flips (B, 3) for each -> (B, C, out, out) float32, blurred
-    where `softness` (B,) is above 1"""
-    boxes = boxes.to(x.device, non_blocking=True)[:, None]
-    flips = flips.to(x.device, non_blocking=True)[:, None]
-    if torch.is_tensor(softness):
-        softness = softness[:, None]
-    rows, cols = crop_weights(boxes, flips, *x.shape[2:], out, softness)
+def resized_crop(x, boxes, flips, out):
+    """x (B, C, H, W), a box (B, 4) and flips (B, 3) for each -> (B, C, out, out) float32"""
+    boxes, flips = (values.to(x.device, non_blocking=True)[:, None] for values in (boxes, flips))
+    rows, cols = crop_weights(boxes, flips, *x.shape[2:], out)
     return crop_by(x, rows, cols, flips[..., 2])
 
 
 def resized_crop_labels(labels, boxes, flips, out):
     """The same crops of label maps (B, H, W) -> (B, out, out), nearest neighbour"""
-    boxes = boxes.to(labels.device, non_blocking=True)
-    flips = flips.to(labels.device, non_blocking=True)
+    boxes, flips = (values.to(labels.device, non_blocking=True) for values in (boxes, flips))
     steps = (torch.arange(out, device=labels.device) + 0.5) / out
     picks = []  # rows, columns: (B, out)
     for axis in (0, 1):
@@ -1224,21 +1201,17 @@ def blend_weights(side):
 
 
 def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
-    """Predictions for an image of any size from overlapping windows, blended smoothly so that no
-    seam shows.
+    """Predictions for an image of any size from overlapping windows, blended so that no seam shows.
 
     predict(raw (B, C, window, window)) -> probabilities (B, K, window, window); cube (C, H, W), an
-    array or a Lazy. Yields (first row, (K, rows, W) float32) from top to bottom, rows as
-    soon as no further window touches them: memory holds one row of windows, however large the
-    scene. Windows that overlap have blend_weights(); an image smaller than the window is
-    continued by its border.
+    array or a Lazy, continued by its border where it is smaller than the window. Yields (first row,
+    (K, rows, W) float32) from top to bottom, rows as soon as no further window touches them:
+    memory holds one row of windows, however large the scene.
     """
-    C, H, W = cube.shape
+    _, H, W = cube.shape
     tops = cut_positions(max(H, window), window, stride)
     lefts = cut_positions(max(W, window), window, stride)
-    weight = np.ones((window, window), np.float32)
-    if stride < window:
-        weight = blend_weights(window).numpy()
+    weight = blend_weights(window).numpy() if stride < window else 1.0
     weight = weight + 1e-6  # corners of the scene have one window only
     total = np.zeros((num_classes, window, max(W, window)), np.float32)
     norm = np.zeros((window, max(W, window)), np.float32)
@@ -1280,10 +1253,7 @@ def predict_tile(probabilities, raw, window, num_classes):
 @torch.no_grad()
 def evaluate(predict, tiles, rank=0, world=1, device='cpu'):
     """Every tile once, dealt out over the ranks -> (K, K) confusion matrix, summed over the ranks.
-
-    predict(raw (1, C, S, S)) -> classes (1, S, S). Counted as it is predicted: a prediction never
-    leaves the side of its label.
-    """
+    predict(raw (1, C, S, S)) -> classes (1, S, S), counted at once beside their labels."""
     num_classes = tiles.meta['num_classes']
     cm = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     for i in range(rank, len(tiles), world):
@@ -1338,10 +1308,7 @@ def save_confusion(path, cm, class_names):
 
 
 def save_examples(path, predict, tiles):
-    """False colour, labels and prediction of four test tiles.
-
-    predict(raw (1, C, S, S)) -> classes (1, S, S)
-    """
+    """False colour, labels and predict(raw (1, C, S, S)) -> (1, S, S) of four test tiles"""
     ids = most_labelled(tiles, 4)
     labels = [np.asarray(tiles.labels[i]) for i in ids]
     predicted = [predict(tiles.batch([i])[0])[0].cpu().numpy() + 1 for i in ids]
@@ -1423,9 +1390,9 @@ def false_color_bands(wavelengths_nm, num_bands):
 
 
 def false_color(x, meta, bands=None):
-    """x (C, H, W) values of a scene -> (H, W, 3) in 0..1: mean ± 2 standard deviations of each
-    band of false_color_bands(), the same for all pictures of a data set; missing = black.
-    bands: these three's numbers, where x holds no others."""
+    """x (C, H, W) values of a scene -> (H, W, 3) in 0..1: mean ± 2 standard deviations of three
+    bands, the same for all pictures of a data set; missing = black. bands: their numbers, where
+    x holds no others."""
     x = np.asarray(x)  # torch 2.6 does not index uint16
     if bands is None:
         bands = false_color_bands(meta['wavelengths_nm'], len(x))
@@ -1494,11 +1461,11 @@ def demo_scene(rng, size, classes):
     """One synthetic scene -> image (size, size, 32) int16 z-scores x 10,000 as in WHU-OHS, labels
     (size, size) uint8. `classes` (24,) are biases: how common each class is.
 
-    Classes come in families of nearly the same mean spectrum, each class in three varieties
-    (crops, roofs) that differ from other classes' by traces: smooth spectra of a hundredth of the
-    reflectance, which vary from pixel to pixel by more than that. So one pixel tells little, its
-    surroundings tell more, and no plane separates a class. Eigenvalues and neighbours'
-    correlation of the components are like those of the real scene `indian_pines`.
+    Classes come in families of nearly the same mean spectrum, each class in three varieties that
+    differ from other classes' by traces: smooth spectra of a hundredth of the reflectance, which
+    vary from pixel to pixel by more. So one pixel tells little, its surroundings more, and no
+    plane separates a class. The components' eigenvalues and correlation of neighbours are like
+    those of the real scene `indian_pines`.
     """
     nm = np.array(OHS_NM, float)
     vegetation, soil, water, built = demo_materials(nm)
@@ -1563,17 +1530,17 @@ def demo(args):
     rng = np.random.default_rng(0)
     bias = -0.09 * np.arange(24)[rng.permutation(24)]  # common classes win the argmax more often
     root = os.path.join(args.out, 'scenes')
+    nodata = [(42113, 's', 0, '-32768', True)]  # as GDAL writes it
     for number, (split, count) in enumerate(zip(SPLITS, (24, 6, 8))):
-        images, labels = os.path.join(root, split, 'image'), os.path.join(root, split, 'label')
+        images, labels = (os.path.join(root, split, kind) for kind in ('image', 'label'))
         os.makedirs(images, exist_ok=True)
         os.makedirs(labels, exist_ok=True)
         for i in range(count):
             classes = bias + rng.normal(0, 0.5, 24)
-            scene_rng = np.random.default_rng([number, i])
-            image, label = demo_scene(scene_rng, 128, classes)
+            image, label = demo_scene(np.random.default_rng([number, i]), 128, classes)
             name = f'D_{i + 1:04d}.tif'
             tifffile.imwrite(os.path.join(images, name), image, planarconfig='contig',
-                             photometric='minisblack', extratags=[(42113, 's', 0, '-32768', True)])
+                             photometric='minisblack', extratags=nodata)
             tifffile.imwrite(os.path.join(labels, name), label, photometric='minisblack')
     with contextlib.redirect_stdout(io.StringIO()) as said:  # of scenes that were just made
         tile(parse(['tile', f'--root={root}', f'--out={args.out}', '--tile_size=64']))
@@ -1652,17 +1619,16 @@ def boolean(text):
 def next_command(script, **flags):
     """The line that runs a script of this project as this one was run, quoted for a shell"""
     path = os.path.join(os.path.dirname(sys.argv[0]), script)
-    words = [f'--{name}={value}' for name, value in flags.items()]
-    return shlex.join(['python', path, *words])
+    return shlex.join(['python', path, *(f'--{name}={value}' for name, value in flags.items())])
 
 
 def scene_of(meta):
     """The path of one of the scenes that the tiles of `meta` were cut from, the last one"""
-    root, name = meta['settings']['root'], meta['scenes'][-1]
-    if meta['split'] == 'as the folders say':
-        split, file = name.split('/')
-        name = os.path.join(root, split, 'image', file)
-    return name
+    name = meta['scenes'][-1]
+    if meta['split'] != 'as the folders say':
+        return name
+    split, file = name.split('/')
+    return os.path.join(meta['settings']['root'], split, 'image', file)
 
 
 def check_shares(**shares):
@@ -1676,9 +1642,8 @@ def plain_errors():
     """From here on a user's mistake ends the program with its sentence and exit code 1, not with a
     traceback."""
     def hook(kind, error, trace):
-        number = getattr(error, 'errno', None)
         about_files = isinstance(error, OSError) and error.filename
-        disk_full = number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        disk_full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
         if isinstance(error, ModuleNotFoundError):
             error = UserError(f'{error}: pip install {error.name}')
         if isinstance(error, (UserError, KeyboardInterrupt)) or about_files or disk_full:

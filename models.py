@@ -128,10 +128,8 @@ class Attention(nn.Module):
         return self.qkv(x).reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
 
     def weights(self, q, k):
-        """q, k (B, nh, T, hd) -> softmax(q k' / sqrt(hd)) (B, nh, T, T).
-
-        Row i says how much token i takes from each token.
-        """
+        """q, k (B, nh, T, hd) -> softmax(q k' / sqrt(hd)) (B, nh, T, T): how much the token of a
+        row takes from each token"""
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
 
     def forward(self, x):
@@ -244,9 +242,9 @@ class ViT(nn.Module):
     """Vision Transformer (arXiv 2010.11929) with the options of DINOv2: registers (2309.16588),
     SwiGLU, LayerScale, drop path.
 
-    It takes any height and width that are multiples of `patch_size` (positions are interpolated)
-    and any number of bands. `fixed_positions` gives MAE's sine-cosine table instead of a learned
-    one; `mask_token` is for iBOT's masked patches. Order of tokens: [cls, registers, patches].
+    It takes any height and width that are multiples of `patch_size` (positions are interpolated).
+    `fixed_positions` gives MAE's sine-cosine table instead of a learned one; `mask_token` is for
+    iBOT's masked patches. Order of tokens: [cls, registers, patches].
     """
 
     prepare = prepare
@@ -349,9 +347,8 @@ class SpatialSpectralViT(ViT):
     convolution mixes channels: those of each token with the mean token of the other stream.
     Any size of image.
 
-    `wavelengths_nm` (C,) places the spectral tokens by a sine-cosine code of their mean wavelength;
-    without them they are placed by the number of the band. Order of spectral tokens: [spectral
-    cls, registers (the same parameters as the spatial ones), groups].
+    A sine-cosine code of the mean of `wavelengths_nm` (C,), or else of band numbers, places the
+    spectral tokens. Their order: [spectral cls, registers (the spatial ones' parameters), groups].
     """
 
     def __init__(self, *args, spectral_patch_size: int = 2, fusion: str = 'channel',
@@ -514,8 +511,8 @@ class MaskedAutoencoder(nn.Module):
     """Masked autoencoder (He et al. 2021, arXiv 2111.06377): the encoder sees the visible patches
     only, a small decoder predicts the pixels of the others.
 
-    `.encoder` is an ordinary ViT that never hears of masks, made of the arguments that are not the
-    decoder's. With `freeze_encoder` only the decoder learns.
+    `.encoder` is an ordinary ViT that never hears of masks, made of the arguments that are not
+    named here. With `freeze_encoder` only the decoder learns.
     """
 
     def __init__(self, *args, decoder_embed_dim: int = 512, decoder_depth: int = 8,
@@ -685,9 +682,8 @@ class ConvHead(nn.Module):
     """Decoder like a UNet's (Ronneberger et al. 2015, arXiv 1505.04597).
 
     Deconvolutions double the map until a patch is a pixel wide: log2(patch_size) steps. At each an
-    earlier block's map joins. A ViT's maps are all of one size, so these skips are brought up by
-    deconvolutions too (UNETR, arXiv 2103.10504). Maps that find no step of their own (small
-    patches) join at the bottom.
+    earlier block's map joins, brought up by deconvolutions too, since a ViT's maps are all of one
+    size (UNETR, arXiv 2103.10504). Maps that find no step (small patches) join at the bottom.
     """
 
     def __init__(self, in_dim, num_classes, patch_size, width=256):
@@ -699,11 +695,10 @@ class ConvHead(nn.Module):
         self.norm = nn.BatchNorm2d(in_dim)
         self.bottom = conv3x3((4 - self.num_skips) * D, widths[0])
         self.up = nn.ModuleList(deconv(widths[i], widths[i + 1]) for i in range(steps))
-        self.skips = nn.ModuleList()
+        self.skips, self.merge = nn.ModuleList(), nn.ModuleList()
         for i in range(self.num_skips):
             dims = [D] + [widths[i + 1]] * (i + 1)
             self.skips.append(nn.Sequential(*(deconv(dims[j], dims[j + 1]) for j in range(i + 1))))
-        self.merge = nn.ModuleList()
         for i in range(steps):
             joined = 2 if i < self.num_skips else 1
             self.merge.append(conv3x3(joined * widths[i + 1], widths[i + 1]))
@@ -814,10 +809,8 @@ def build_segmenter(encoder, num_classes, decoder, freeze, pixel):
 
 
 def calibrate_norm(norm, batches):
-    """Set a BatchNorm2d's statistics to those of all maps (B, D, h, w) in `batches`.
-
-    Then it needs no batch statistics, and training is the same on 1 and on N processes.
-    """
+    """Set a BatchNorm2d's statistics to those of all maps (B, D, h, w) in `batches`: then training
+    is the same on 1 and on N processes."""
     count = total = square = 0
     for maps in batches:
         maps = maps.double()
@@ -831,10 +824,9 @@ def calibrate_norm(norm, batches):
 
 def segmentation_loss(logits, target, weight, kind):
     """logits (B, K, H, W), target (B, H, W) classes or 255 = ignored, weight (K,) -> sum of losses
-    over the pixels ('dice': over the images).
+    over the pixels ('dice': over the images). The caller divides it by loss_count() over all
+    processes: with sparse labels a mean of means is far from the mean.
 
-    A sum, not a mean: with sparse labels a mean of means is far from the mean. The caller divides
-    by loss_count() over all processes.
     ce: -log p, with p the probability of the right class; focal: -(1 - p)^2 log p.
     dice: 1 - mean over the image's classes of 2 sum(p t) / (sum(p) + sum(t)), sums over its known
     pixels, t = 1 at those of the class.
@@ -1166,9 +1158,7 @@ def load_segmenter(path):
 
 def check_bands(encoder, meta, path):
     """Refuses data (its `meta`) of other bands than `encoder`, of the file `path`, was trained on.
-
-    Where the wavelengths of one of the two are not known, only the number can be compared.
-    """
+    Where the wavelengths of one are not known, only the number can be compared."""
     own, given = encoder.meta['wavelengths_nm'], meta['wavelengths_nm']
     count = encoder.meta['num_bands']
     same = count == meta['num_bands']
@@ -1187,8 +1177,7 @@ def check_bands(encoder, meta, path):
 # ============ starting from other weights ============
 
 def encoder_shape(path):
-    """'' -> {}; a checkpoint -> the arguments of its encoder that a run must share to start from it
-    """
+    """A checkpoint -> the arguments of its encoder that a run must share to start from it"""
     if not path:
         return {}
     args = load_encoder(path).args

@@ -522,8 +522,7 @@ def test_it_says_what_it_read_of_few_files_all_and_of_many_what_is_new(tmp_path,
     headers = [line for line in said.splitlines() if line.endswith('.tif:')]
     assert headers[0] == f'{root}/tr/image/O1_0000.tif:' and f'{odd}:' in headers and len(headers) < 5, said
     assert said[said.index(f'{odd}:'):].splitlines()[1].startswith('  14.1')  # 9 of 64 rows
-    assert 'taken for WHU-OHS' in said and said.count('no georeference') == 2  # once, and that all are so
-    assert 'in 1 of 18 files, numbers apart: 14.1' in said and 'in 18 of 18 files, numbers apart: ' in said and len(said.splitlines()) < 60
+    assert 'taken for WHU-OHS' in said and said.count('no georeference') == 1 and len(said.splitlines()) < 60
 
 
 def test_pixels_of_the_classes_are_counted_and_odd_labels_told(tmp_path, capsys):

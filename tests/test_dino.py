@@ -9,7 +9,7 @@ import torch
 import pretrain_dino
 import pretrain_dino_hsi
 from conftest import ROOT, make_scene, run
-from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by, crop_weights, draw_crops, resized_crop, standardization, standardize,
+from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by, crop_weights, draw_crops, standardization, standardize,
                   standardize_rows)
 from models import DINOHead, SpatialSpectralViT, ViT
 
@@ -534,11 +534,17 @@ def test_noise_dropout_jitter_and_solarize():
     assert not torch.allclose(augmented(jitter=0.4)[0], plain)
 
 
+def one_crop(x, boxes, flips, out, softness):
+    """resized_crop() with a softness (B,)"""
+    rows, cols = crop_weights(boxes[:, None], flips[:, None], *x.shape[2:], out, softness[:, None])
+    return crop_by(x, rows, cols, flips[:, None, 2])
+
+
 def test_blur_is_honoured_by_the_resize():
     x = torch.zeros(2, 1, 16, 16)
     x[:, :, 8, 8] = 1
     boxes, flips = torch.tensor([[0, 0, 16, 16]] * 2), torch.zeros(2, 3, dtype=torch.bool)
-    y = resized_crop(x, boxes, flips, 16, torch.tensor([1.0, 2.0]))
+    y = one_crop(x, boxes, flips, 16, torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(y[0], x[0])
     assert y[1].max() == pytest.approx(0.25) and y[1].sum() == pytest.approx(1, rel=1e-3)
 
@@ -551,4 +557,4 @@ def test_crops_of_many_images_at_once_are_those_of_one_by_one():
     by_image = [value.unflatten(0, (-1, 3)).transpose(0, 1) for value in (boxes, flips, softness)]
     at_once = crop_by(x, *crop_weights(*by_image[:2], *x.shape[2:], 8, by_image[2]), by_image[1][..., 2])
     for i in range(6):
-        torch.testing.assert_close(at_once[i], resized_crop(x[i % 3:i % 3 + 1], boxes[i:i + 1], flips[i:i + 1], 8, softness[i:i + 1])[0])
+        torch.testing.assert_close(at_once[i], one_crop(x[i % 3:i % 3 + 1], boxes[i:i + 1], flips[i:i + 1], 8, softness[i:i + 1])[0])
