@@ -271,6 +271,9 @@ def test_halves_share_no_pixel(tmp_path):
     data.tile(tile_args(root=make_scene(tmp_path / 's.npz', width=128), out=tmp_path / 'out', tile_size=16, split='halves', shares='0.5,0.2,0.3'))
     columns = {s: {c + k for _, _, c in rows for k in range(16)} for s, rows in json.load(open(tmp_path / 'out' / 'meta.json'))['tiles'].items()}
     assert all(columns.values()) and not columns['tr'] & columns['val'] and not columns['tr'] & columns['ts'] and not columns['val'] & columns['ts']
+    meta, labels = json.load(open(tmp_path / 'out' / 'meta.json')), np.load(tmp_path / 's.npz')['labels']
+    for split, cols in (('tr', np.s_[:64]), ('val', np.s_[64:90]), ('ts', np.s_[90:])):
+        assert meta['class_counts'][split] == np.bincount(labels[:, cols].ravel())[1:].tolist()
 
 
 def test_statistics_are_those_of_valid_pixels(tmp_path):
@@ -650,6 +653,14 @@ def test_other_settings_do_not_overwrite_finished_tiles(tmp_path):
     with pytest.raises(UserError, match=r'tile_size \(16 there, 8 now\)'):
         data.tile(tile_args(root=path, out=tmp_path / 'out', tile_size=8))
     assert contents(tmp_path / 'out') == before
+
+
+def test_an_array_that_is_not_of_its_meta_json_is_told(tmp_path):
+    data.tile(tile_args(root=make_scene(tmp_path / 's.npz'), out=tmp_path / 'out', tile_size=16))
+    for damage in (lambda path: np.save(path, np.load(path)[1:]), lambda path: os.truncate(path, 999)):
+        damage(tmp_path / 'out' / 'tr_labels.npy')
+        with pytest.raises(UserError, match='tr_labels.npy: cannot be read .*: delete .* and tile again'):
+            Tiles(str(tmp_path / 'out'), 'tr')
 
 
 def test_empty_split_is_told(tmp_path):

@@ -121,6 +121,8 @@ def test_windows_are_blended_and_count_less_at_their_edges():
     edge, inner = math.sin(math.pi / 8) ** 2, math.sin(3 * math.pi / 8) ** 2  # of the raised cosine over four columns
     expected = [0, 1, (2 * inner + 0 * edge) / (inner + edge), (3 * edge + 1 * inner) / (inner + edge), 2, 3]
     torch.testing.assert_close(maps, torch.tensor(expected).expand(4, 6))
+    maps = dense_features(Columns(), torch.zeros(1, 3, 4, 8), n=1)[0, 0]  # three windows, half a window apart
+    torch.testing.assert_close(maps, torch.tensor(expected[:4] + expected[2:]).expand(4, 8))
 
 
 @pytest.mark.parametrize('H, W', [(60, 64), (64, 60), (145, 145)])
