@@ -274,8 +274,8 @@ def check_judges():
     """The other scripts on an encoder that was trained here"""
     encoder = os.path.join(out, 'pretrain_dino_hsi_12', 'last.pt')
     if not os.path.exists(encoder):
-        run('pretrain_dino_hsi', 'pretrain_dino_hsi_12', *few_steps('--max_steps=12'))
-    few = ['--steps=20', '--eval_every=10']
+        run('pretrain_dino_hsi', 'pretrain_dino_hsi_12', *few_steps('--max_steps=12', '--compile=false'))
+    few = ['--steps=20', '--eval_every=10', '--compile=false']
     if rehearse:
         few = ['--steps=2', '--eval_every=2', '--batch_size=2']
     runs = [('segment', 'logistic', f'--encoder={encoder}'),
