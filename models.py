@@ -21,8 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (IGNORE_INDEX, UserError, blend_weights, cut_positions, one_line,
-                  kept_meta, standardization, standardize)
+from data import (FLOORS, IGNORE_INDEX, UserError, blend_weights, cut_positions, one_line,
+                  kept_meta, standardization, standardize, window_means)
 
 SIZES = {  # tiny is for laptops; small and base are ViT-S and ViT-B (arXiv 2012.12877, 2010.11929)
     'tiny': dict(embed_dim=128, depth=6, num_heads=4),
@@ -755,7 +755,7 @@ class TransformerHead(nn.Module):
 class Segmenter(nn.Module):
     """Encoder and decoder in one module; a frozen encoder stays in eval mode and gets no gradient.
 
-    `pixel_head`, if there is one, adds what the pixel's own spectrum says to the logits.
+    `pixel_head`, if there is one, adds to the logits what the spectrum of the place says.
     """
 
     prepare = prepare
@@ -781,6 +781,12 @@ class Segmenter(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             return dense_features(self.encoder, x)
 
+    def spectra(self, x):
+        """x (B, C, H, W) standardised, missing pixels 0 -> (B, 4*C, H, W): the pixel's spectrum
+        and its means over the windows of the window floor"""
+        missing = (x == 0).all(1, keepdim=True)
+        return window_means(x, ~missing)
+
     def forward(self, x, maps=None):
         """x (B, C, H, W), maps of features() where they are known -> logits (B, K, H, W)"""
         if maps is None:
@@ -788,7 +794,7 @@ class Segmenter(nn.Module):
         # a linear head may come before the upsampling, which is linear too: fewer channels
         logits = F.interpolate(self.head(maps), size=x.shape[-2:], mode='bilinear')
         if self.pixel_head is not None:
-            logits = logits + self.pixel_head(x)
+            logits = logits + self.pixel_head(self.spectra(x))
         return logits
 
 
@@ -804,7 +810,9 @@ def build_segmenter(encoder, num_classes, decoder, freeze, pixel):
         head = TransformerHead(in_dim, num_classes, encoder.blocks[0].attn.num_heads)
     else:
         head = LinearHead(in_dim, num_classes)
-    pixel_head = nn.Conv2d(encoder.in_chans, num_classes, 1) if pixel else None
+    pixel_head = None
+    if pixel:
+        pixel_head = nn.Conv2d(encoder.in_chans * len(FLOORS['window']), num_classes, 1)
     return Segmenter(encoder, head, freeze, pixel_head)
 
 

@@ -1,9 +1,10 @@
 """Judge an encoder: a decoder on its features, scored on the labelled tiles of the test split.
 
-The encoder is frozen. The maps of its last four blocks, and the pixel's own spectrum, go through a
-decoder to one class per pixel. By default the decoder is linear and solved to its end (logistic
-regression), so that nothing but the features decides. The scores stand beside those of floors,
-which use no network, and are to be compared with those of a random encoder.
+The encoder is frozen. The maps of its last four blocks go through a decoder to one class per pixel,
+and beside them the pixel's spectrum and its means over small windows. By default the decoder is
+linear and solved to its end (logistic regression), so that nothing but its inputs decides. The
+scores stand beside those of floors, which use no network: the window floor sees the same spectra
+without the features. Compare with a random encoder as well.
 
     python segment.py                                          # a random encoder: minutes on a CPU
     python segment.py --encoder=runs/mae/last.pt --out_dir=runs/mae_logistic
@@ -64,7 +65,7 @@ whiten = 16  # of a random encoder: ZCA of this many components; 0: bands to mea
 freeze = True  # false: the encoder learns too
 # ---- decoder
 decoder = 'logistic'  # logistic | linear | conv | transformer: the first is solved, others trained
-pixel = True  # the decoder also sees the pixel's own spectrum
+pixel = True  # the decoder also sees spectra: the pixel's, and their means over 3, 5 and 9 px
 criterion = 'ce'  # ce | focal | dice: cross-entropy, focal loss with gamma 2, soft Dice
 class_weights = 'none'  # none | sqrt | inverse: of 1 / (a class's training pixels); not for dice
 # ---- optimizer
@@ -155,7 +156,7 @@ def get_encoder(meta):
 
 def fill_decoder(model, solved):
     """Write weights (columns + 1, K) of fit_logistic into the linear decoder: those of 4*D features
-    and, if there are more columns, of C bands; the last row is the bias."""
+    and, if there are more columns, of 4*C averaged bands; the last row is the bias."""
     head = model.head.classifier
     weight = solved[:-1].T[..., None, None]  # (K, columns, 1, 1)
     head.weight.data.copy_(weight[:, :head.in_channels])
@@ -361,15 +362,16 @@ if __name__ == '__main__':
         with autocast:
             return model.features(prepare(raw)).float()
 
-    def features_and_spectrum(raw):
-        """-> (B, 4*D + C, H, W), what the logits of a pixel are linear in"""
+    def features_and_spectra(raw):
+        """-> (B, 4*D + 4*C, H, W), what the logits of a pixel are linear in"""
         x = prepare(raw)
-        return torch.cat([F.interpolate(features(raw), x.shape[-2:], mode='bilinear'), x], dim=1)
+        maps = F.interpolate(features(raw), x.shape[-2:], mode='bilinear')
+        return torch.cat([maps, model.spectra(x)], dim=1)
 
     if decoder == 'logistic':
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # there is nothing to save before the end
-        inputs = features_and_spectrum if pixel else features
+        inputs = features_and_spectra if pixel else features
         x, y, _ = labelled_pixels(train, inputs, 50_000, device=device)
         print(f'solving it on {len(y):,} labelled pixels of the training tiles')
         about, rows = {'best_step': 0}, {}

@@ -39,7 +39,7 @@ STILL = {'pretrain_mae': ['--dropout=0'],
          'pretrain_lejepa': ['--noise=0']}
 
 # Runs a script in a process of its own. The environment says what is to be different: how many GB
-# a small card would have, deterministic algorithms, steps that are profiled.
+# a small card would have, deterministic algorithms, torch.compile's mode, steps that are profiled.
 LAUNCH = '''
 import atexit, functools, json, os, runpy, sys, time, torch
 sys.argv = sys.argv[1:]
@@ -53,6 +53,9 @@ if on_gpu:
         torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
 if os.environ.get('DETERMINISTIC'):
     torch.use_deterministic_algorithms(True)
+if os.environ.get('COMPILE_MODE'):
+    torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile,
+                                                      mode=os.environ['COMPILE_MODE'])
 
 wait = torch.cuda.synchronize if on_gpu else lambda: None
 if os.environ.get('PROFILE'):
@@ -271,8 +274,8 @@ def check_judges():
     """The other scripts on an encoder that was trained here"""
     encoder = os.path.join(out, 'pretrain_dino_hsi_12', 'last.pt')
     if not os.path.exists(encoder):
-        run('pretrain_dino_hsi', 'pretrain_dino_hsi_12', *few_steps('--max_steps=12'))
-    few = ['--steps=20', '--eval_every=10']
+        run('pretrain_dino_hsi', 'pretrain_dino_hsi_12', *few_steps('--max_steps=12', '--compile=false'))
+    few = ['--steps=20', '--eval_every=10', '--compile=false']
     if rehearse:
         few = ['--steps=2', '--eval_every=2', '--batch_size=2']
     runs = [('segment', 'logistic', f'--encoder={encoder}'),
@@ -337,7 +340,7 @@ def check_fast():
     product()
     short = ['--max_steps=3'] * (not rehearse)
     side_by_side([((script, f'warm_{script}', *base(BATCH[script], *short)), {})
-                  for script in PRETRAINERS[rehearse * 3:]])
+                  for script in PRETRAINERS[-1 if rehearse else 0:]])
     for script in PRETRAINERS:
         timed(script, 'compiled', '--max_steps=90')
 
@@ -345,6 +348,20 @@ def check_fast():
 def check_eager():
     for script in PRETRAINERS:
         timed(script, 'eager', '--compile=false', '--max_steps=70')
+
+
+def check_graphs():
+    """Is it faster to launch a step as a CUDA graph? torch.compile(mode='reduce-overhead')"""
+    scripts = ('pretrain_mae', 'pretrain_lejepa')[rehearse:]
+    short = ['--max_steps=5'] * (not rehearse)
+    side_by_side([((script, f'graph_warm_{script}', *base(BATCH[script], *short)),
+                   {'COMPILE_MODE': 'reduce-overhead'}) for script in scripts])
+    for script in scripts:
+        batch = 2 if rehearse else BATCH[script]
+        long = ['--max_steps=90'] * (not rehearse)
+        facts, log = run(script, f'graph_{script}', *base(batch, *long),
+                         COMPILE_MODE='reduce-overhead')
+        keep(f'{script}, base, as CUDA graphs', {**facts, **speed(log, batch, script)})
 
 
 def timed(script, kind, *flags):
@@ -511,7 +528,8 @@ def check_learns():
 
 
 PARTS = {'right': check_right, 'numbers': check_numbers, 'resume': check_resume,
-         'fast': check_fast, 'eager': check_eager, 'paths': check_paths, 'learns': check_learns,
+         'fast': check_fast, 'eager': check_eager, 'graphs': check_graphs, 'paths': check_paths,
+         'learns': check_learns,
          'judges': check_judges, 'deeplab': check_deeplab, 'memory': check_memory,
          'peer': check_peer}
 
@@ -522,7 +540,9 @@ if __name__ == '__main__':
     parser.add_argument('--out', default='gpu')
     parser.add_argument('--rehearse', action='store_true', help='toy sizes, on the CPU')
     parser.add_argument('--only', default=','.join(PARTS), help='some of the parts')
+    parser.add_argument('--scripts', default=','.join(PRETRAINERS), help='some of the pre-trainers')
     arguments = parser.parse_args()
+    PRETRAINERS = tuple(arguments.scripts.split(','))
     out, rehearse = os.path.abspath(arguments.out), arguments.rehearse
     started = time.time()
     deadline = started + 60 * arguments.minutes

@@ -196,6 +196,31 @@ def test_the_spectrum_beside_the_features_is_reported_with_and_without(scene_dat
     assert model.pixel_head.weight.abs().sum() > 0 and load_segmenter(tmp_path / 'false' / 'best.pt').pixel_head is None
 
 
+def test_the_decoder_sees_the_spectra_of_the_window_floor_and_no_missing_pixel():
+    torch.manual_seed(0)
+    model = build_segmenter(ViT(8, 4, 5, 48, 4, 3), 3, 'logistic', freeze=True, pixel=True).eval()
+    x = torch.randn(1, 5, 16, 16)
+    x[:, :, :8, :8] = 0  # missing: standardize() leaves 0
+    spectra = model.spectra(x)
+    assert torch.equal(spectra[:, :5], x)  # the pixel's own first
+    for number, side in enumerate((1, 3, 5, 9)):
+        reach = side // 2
+        there = x[0, :, 8 - reach:9 + reach, 9 - reach:10 + reach].flatten(1)
+        valid = there.any(0)
+        torch.testing.assert_close(spectra[0, 5 * number:5 * number + 5, 8, 9], there[:, valid].mean(1))
+    # what the solved weights say is what the network says
+    weights = torch.randn(4 * 48 + 4 * 5 + 1, 3)
+    head = model.head.classifier
+    head.weight.data.copy_(weights[:192].T[..., None, None])
+    head.bias.data.copy_(weights[-1])
+    model.pixel_head.weight.data.copy_(weights[192:-1].T[..., None, None])
+    model.pixel_head.bias.data.zero_()
+    with torch.no_grad():
+        maps = torch.nn.functional.interpolate(model.features(x), (16, 16), mode='bilinear')
+        inputs = torch.cat([maps, spectra], 1).movedim(1, -1)
+        torch.testing.assert_close(model(x).movedim(1, -1), inputs @ weights[:-1] + weights[-1], rtol=1e-3, atol=1e-3)
+
+
 def test_a_decoder_that_is_solved_takes_a_frozen_encoder_and_a_directory_of_its_own(scene_data, tmp_path):
     base = ['segment.py', f'--data={scene_data}', f'--out_dir={tmp_path}/run']
     for flags in (['--freeze=false'], ['--augment'], ['--criterion=dice'], ['--class_weights=sqrt']):
