@@ -608,10 +608,8 @@ class Tiles:
         places = self.meta['tiles'][split]
         size = self.meta['tile_size']
         if not places:
-            why = ': tile it again with other --shares or more scenes'
-            if not self.meta['num_classes']:
-                why = ', for no scene has labels: tile it again with --labels='
-            raise UserError(f'{directory}: the split "{split}" has no tiles{why}')
+            raise UserError(f'{directory}: the split "{split}" has no tiles: tile again with more '
+                            'scenes, other --shares, or --labels= if no scene has any')
         self.images = self._open('images', (len(places), self.meta['num_bands'], size, size))
         self.labels = None
         if os.path.exists(self._path('labels')):
@@ -1446,17 +1444,6 @@ def smooth_noise(rng, size, scale):
     return (field - field.mean()) / field.std()
 
 
-def demo_materials(nm):
-    """Reflectance (32,) of vegetation, soil, water and built-up ground at wavelengths `nm`"""
-    green_peak = np.exp(-((nm - 550) / 30) ** 2)
-    red_edge = 1 / (1 + np.exp(-((nm - 715) / 14)))
-    vegetation = 0.04 + 0.03 * green_peak + 0.42 * red_edge
-    soil = 0.08 + 0.25 * (nm - 466) / 474
-    water = 0.07 * np.exp(-(nm - 466) / 160)
-    built = 0.2 + 0.05 * np.sin(nm / 120)
-    return vegetation, soil, water, built
-
-
 def demo_scene(rng, size, classes):
     """One synthetic scene -> image (size, size, 32) int16 z-scores x 10,000 as in WHU-OHS, labels
     (size, size) uint8. `classes` (24,) are biases: how common each class is.
@@ -1468,7 +1455,12 @@ def demo_scene(rng, size, classes):
     those of the real scene `indian_pines`.
     """
     nm = np.array(OHS_NM, float)
-    vegetation, soil, water, built = demo_materials(nm)
+    green_peak = np.exp(-((nm - 550) / 30) ** 2)
+    red_edge = 1 / (1 + np.exp(-((nm - 715) / 14)))
+    vegetation = 0.04 + 0.03 * green_peak + 0.42 * red_edge  # reflectance (32,)
+    soil = 0.08 + 0.25 * (nm - 466) / 474
+    water = 0.07 * np.exp(-(nm - 466) / 160)
+    built = 0.2 + 0.05 * np.sin(nm / 120)
     families = [(vegetation, soil), (vegetation, built), (soil, built),
                 (water, vegetation), (water, soil), (built, water)]
     rows, cols = np.mgrid[:size, :size]
