@@ -493,7 +493,7 @@ def name_classes(stated_names, class_counts):
 def to_components(meta, args):
     """Replace the bands of all tiles by their --pca leading principal components -> what changes
     in meta; missing pixels become NaN"""
-    C, K = meta['num_bands'], args.pca
+    C, K, S = meta['num_bands'], args.pca, args.tile_size
     if K > C:
         raise UserError(f'--pca={K}: choose from 1 to {C} components, as many as there are bands')
     variance, vectors = np.linalg.eigh(meta['covariance'])
@@ -502,15 +502,16 @@ def to_components(meta, args):
     explained = variance[::-1][:K] / variance.sum()
     print(f'{K} principal components have of the variance:',
           ', '.join(f'{share:.2%}' for share in explained))
-    for split in SPLITS:
+    for split, places in meta['tiles'].items():
         path = os.path.join(args.out, f'{split}_images.npy')
-        images = np.load(path, mmap_mode='r')
         file = new_array(path + '.tmp')
-        for image in images:
-            values = np.where(valid_pixels(image, meta['nodata']), image, np.nan)
-            file.write(np.tensordot(components, values, 1).astype(np.float32).tobytes())
-        finish_array(file, (len(images), K, *images.shape[2:]), np.float32)
-        del images  # Windows replaces no file that is mapped
+        with open(path, 'rb') as source:
+            source.seek(HEADER)
+            for _ in places:
+                image = np.fromfile(source, meta['dtype'], C * S * S).reshape(C, S, S)
+                values = np.where(valid_pixels(image, meta['nodata']), image, np.nan)
+                file.write(np.tensordot(components, values, 1).astype(np.float32).tobytes())
+        finish_array(file, (len(places), K, S, S), np.float32)
         os.replace(path + '.tmp', path)
     covariance = components @ meta['covariance'] @ components.T
     return {'num_bands': K, 'dtype': 'float32', 'nodata': None, 'wavelengths_nm': None,
