@@ -152,7 +152,7 @@ def get_batch(tiles, labelled, step, rank=0, world=1):
     if not augment:  # the crop alone is read
         corners, side = corners + boxes[:, :2], crop_size
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-    raw, labels = tiles.batch(ids[here], corners[here], side)
+    raw, labels = tiles.batch(ids[here], corners[here], side, reuse=True)
     return Batch(ids[here], raw, labels, boxes[here], flips[here])
 
 

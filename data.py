@@ -617,6 +617,8 @@ class Tiles:
             self.labels = self._open('labels', (len(places), size, size))
             if label_share < 1:
                 self.labels = keep_label_share(self.labels, places, label_share, seed)
+        self._buffers = {}  # (images or labels, turn) -> tensor
+        self._turn = 0
 
     def _path(self, kind):
         return os.path.join(self.directory, f'{self.split}_{kind}.npy')
@@ -645,26 +647,35 @@ class Tiles:
             return image
         return image, torch.from_numpy(self.labels[i].copy())
 
-    def batch(self, ids, corners=None, side=0):
+    def batch(self, ids, corners=None, side=0, reuse=False):
         """Tiles `ids` -> images (B, C, S, S) in the stored type, labels (B, S, S) uint8 or None.
 
         With `corners` (B, 2) only the window of `side` pixels at that row and column is read.
-        They are copies; pinned ones, if that was asked for, reach a GPU while it does other work.
+        With `reuse` the tensors are kept buffers, two in turn, valid until the next call but one:
+        fresh memory takes the system longer than the reading. Pinned ones, if that was asked for,
+        reach a GPU while it does other work. That copy has ended before its buffer is written
+        again, since a training loop waits for the GPU once a step.
         """
         ids = np.asarray(ids)
         if ((ids < 0) | (ids >= len(self))).any():
             raise IndexError(f'tiles {ids} of {len(self)}')
+        if reuse:
+            self._turn = 1 - self._turn
         batch = []
-        for source in (self.images, self.labels):
+        for kind, source in (('images', self.images), ('labels', self.labels)):
             if source is None:
                 batch.append(None)
                 continue
             whole = source.shape[-1]
             window = whole if corners is None else side
-            dtype = torch.from_numpy(np.empty(0, source.dtype)).dtype
-            # torch gives pinned memory to another tensor only when its copy to the GPU has ended
-            tensor = torch.empty(len(ids), *source.shape[1:-2], window, window, dtype=dtype,
-                                 pin_memory=self.pin_memory)
+            shape = (len(ids), *source.shape[1:-2], window, window)
+            tensor = self._buffers.get((kind, self._turn)) if reuse else None
+            if tensor is None or tensor.shape != shape:
+                tensor = torch.from_numpy(np.empty(shape, source.dtype))
+                if self.pin_memory:
+                    tensor = tensor.pin_memory()
+            if reuse:
+                self._buffers[kind, self._turn] = tensor
             if window == whole:
                 np.take(source, ids, axis=0, out=tensor.numpy(), mode='clip')  # no copy between
             else:

@@ -211,7 +211,7 @@ def get_batch(tiles, step, rank=0, world=1):
     softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-    raw, _ = tiles.batch(ids[here], corners[here], img_size)
+    raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
     tiles.read_ahead(tile_ids(tiles, step + 1)[here], img_size)
     return Batch(raw, boxes[here], flips[here], softness[here], draws[here, :, 2:])
 

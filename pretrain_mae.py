@@ -114,7 +114,7 @@ def get_batch(tiles, step, rank=0, world=1):
     mask_noise = torch.rand(batch_size, num_patches, generator=generator)
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-    raw, _ = tiles.batch(ids[here], corners[here], side)
+    raw, _ = tiles.batch(ids[here], corners[here], side, reuse=True)
     tiles.read_ahead(tile_ids(tiles, step + 1)[here], side)
     return Batch(raw, boxes[here], flips[here], mask_noise[here])
 

@@ -84,7 +84,7 @@ def against_tiff(folder):
             ids = rng.permutation(len(tiles))[:128]
             start = time.perf_counter()
             for _ in range(8):
-                tiles.batch(ids)
+                tiles.batch(ids, reuse=True)
             rates['Tiles.batch'].append(8 * 128 / (time.perf_counter() - start))
             start = time.perf_counter()
             for i in ids[:16]:
@@ -112,14 +112,14 @@ def cold(folder, compute_ms):
                 start = time.perf_counter()
                 if ahead:
                     tiles.read_ahead(next_ids)
-                tiles.batch(ids)
+                tiles.batch(ids, reuse=True)
                 waited += time.perf_counter() - start
                 time.sleep(compute_ms / 1000)
             print(f'cold, {compute_ms} ms of other work a step, {"read_ahead" if ahead else "map alone ":10s} {B * 24 / waited:8.0f} tiles/s', flush=True)
     everything = np.arange(B * 4).reshape(-1, B)
     for ids in everything:
-        tiles.batch(ids)
-    least, median = fastest(lambda i: (tiles.read_ahead(everything[(i + 1) % 4]), tiles.batch(everything[i % 4])))
+        tiles.batch(ids, reuse=True)
+    least, median = fastest(lambda i: (tiles.read_ahead(everything[(i + 1) % 4]), tiles.batch(everything[i % 4], reuse=True)))
     print(f'warm, with read_ahead: {least:.2f} ms a batch (median {median:.2f})')
 
 

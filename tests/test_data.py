@@ -672,22 +672,27 @@ def test_empty_split_is_told(tmp_path):
 
 # ============ batches and augmentation ============
 
-def test_batch_reads_the_tiles_asked_for_or_windows_of_them(scene_data):
+def test_batch_reads_the_tiles_asked_for_and_keeps_two_buffers(scene_data):
     tiles = Tiles(scene_data, 'tr')
-    images, labels = tiles.batch([3, 0, 3])
-    np.testing.assert_array_equal(images, tiles.images[[3, 0, 3]])
+    first, labels = tiles.batch([3, 0, 3], reuse=True)
+    np.testing.assert_array_equal(first, tiles.images[[3, 0, 3]])
     np.testing.assert_array_equal(labels, tiles.labels[[3, 0, 3]])
-    assert images.dtype == torch.uint16
-    window, labels = tiles.batch([2, 5], corners=[[1, 2], [4, 0]], side=8)
-    np.testing.assert_array_equal(window[0], tiles.images[2][:, 1:9, 2:10])
-    np.testing.assert_array_equal(window[1], tiles.images[5][:, 4:12, :8])
-    np.testing.assert_array_equal(labels[1], tiles.labels[5][4:12, :8])
+    second, _ = tiles.batch([1, 2, 4], reuse=True)
+    tiles.batch([5])  # a copy takes no turn
+    np.testing.assert_array_equal(first, tiles.images[[3, 0, 3]])  # still valid
+    third, _ = tiles.batch([0, 1, 2], reuse=True)
+    assert third.data_ptr() == first.data_ptr() and second.data_ptr() != first.data_ptr() and first.dtype == torch.uint16
+    for reuse in (False, True):
+        window, labels = tiles.batch([2, 5], corners=[[1, 2], [4, 0]], side=8, reuse=reuse)
+        np.testing.assert_array_equal(window[0], tiles.images[2][:, 1:9, 2:10])
+        np.testing.assert_array_equal(window[1], tiles.images[5][:, 4:12, :8])
+        np.testing.assert_array_equal(labels[1], tiles.labels[5][4:12, :8])
 
 
 def test_batches_are_copies_that_nothing_overwrites(scene_data):
     tiles = Tiles(scene_data, 'tr')
     images = [tiles.batch([i])[0] for i in range(4)]  # what a notebook does
-    tiles.batch([7]), tiles.batch([0, 1], [[0, 0], [1, 1]], 8)
+    tiles.batch([7]), tiles.batch([7], reuse=True)
     for i, image in enumerate(images):
         np.testing.assert_array_equal(image[0], tiles.images[i])
     assert len({image.numpy().tobytes() for image in images}) == 4
