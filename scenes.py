@@ -172,16 +172,26 @@ def to_chw(array, axes):
     return array.transpose([axes.index(letter) for letter in 'chw'])
 
 
-def temporary_file(path, size):
-    """An empty file of `size` bytes for the numbers that are packed in the file `path`"""
+def unpacked_file(path, dtype, shape, pieces):
+    """The packed numbers of the file `path` -> a temporary file of them, one behind the other.
+
+    pieces: (place in the array of this shape, block, of which what lies beyond the border is cut).
+    """
     folder = tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
+    size, free = math.prod(shape) * dtype.itemsize, shutil.disk_usage(folder).free
     if size > free:
-        raise UserError(f'{path}: its numbers are packed, and unpacking takes {size / 1e9:.1f} GB '
-                        f'in {folder}, where {free / 1e9:.1f} GB are free: make room there, or '
-                        'name another folder by the environment variable TMPDIR')
+        raise UserError(f'{path}: unpacking takes {size / 1e9:.1f} GB in {folder}, where '
+                        f'{free / 1e9:.1f} GB are free: make room, or set TMPDIR to another folder')
     file = tempfile.TemporaryFile()
     file.truncate(size)
+    written = np.inf
+    for place, block in pieces:
+        if written > STRIP_BYTES:  # what is mapped anew needs no memory
+            numbers = np.memmap(file, dtype, 'r+', 0, shape)
+            written = 0
+        area = numbers[place]
+        area[...] = block[tuple(slice(side) for side in area.shape)]
+        written += area.nbytes
     return file
 
 
@@ -259,9 +269,6 @@ def read_file(path, mmap=False, axes=''):
     reader = READERS.get(ending)
     if reader is None and (ending in ENVI_ENDINGS or envi_header_of(file)):
         reader = read_envi  # the data file of an ENVI image may have any name
-    if ending in ('.shp', '.geojson', '.gpkg', '.kml'):
-        raise UserError(f'{path}: polygons are not read: burn them into a GeoTIFF of the size and '
-                        'place of the image, as gdal_rasterize does')
     if reader is None:
         raise UserError(f'{path}: files of type "{ending}" are not read: convert it to one of '
                         f'{", ".join(READERS)}')
@@ -399,7 +406,10 @@ def settle_values(scene, path, nodata=None):
         notes.append('nodata, gains or offsets differ from band to band: values brought to '
                      'physical units, float32')
     elif stated is not None:
-        value = fitting_nodata(stated, dtype)
+        with np.errstate(over='ignore', invalid='ignore'):
+            held = np.float64(stated).astype(dtype)  # as pixels of this type hold it
+        if np.isfinite(held) and (dtype.kind == 'f' or held == stated):
+            value = held.item()
         known = value is not None or math.isnan(stated)
         notes.append(f'nodata {stated:g}'.replace('nan', 'NaN') if known else
                      f'nodata {stated:g} is stated, which no {dtype} pixel can have')
@@ -428,19 +438,6 @@ def settle_values(scene, path, nodata=None):
     if cube.dtype != dtype or differ or mask is not None:
         cube = when_read(cube, settled, dtype)
     return say(scene._replace(cube=cube, nodata=value, scale=scale, mask=None), *notes)
-
-
-def fitting_nodata(nodata, dtype):
-    """A nodata value as an array of `dtype` holds it; None where it holds no such value"""
-    if nodata is None or not math.isfinite(nodata):
-        return None
-    if dtype.kind == 'f':
-        with np.errstate(over='ignore'):
-            nodata = float(dtype.type(nodata))
-        return nodata if math.isfinite(nodata) else None
-    limits = np.iinfo(dtype)
-    whole = nodata == int(nodata) and limits.min <= nodata <= limits.max
-    return int(nodata) if whole else None
 
 
 # ============ which bands, which pixels ============
@@ -697,16 +694,7 @@ def checked_labels(labels, path):
     if lowest < 0 or highest > 254:
         raise UserError(f'{path}: labels run from {lowest:g} to {highest:g}: use 0 for unlabelled '
                         '(instead of -1 or 255) and 1 to 254 for classes')
-    labels = labels.astype(np.uint8)
-
-    # classes come in patches, so that most neighbours are equal; heights and images do not
-    left, right = labels[:, :-1], labels[:, 1:]
-    both = (left > 0) & (right > 0)
-    if len(np.unique(labels)) > 30 and both.any() and (left == right)[both].mean() < 0.25:
-        raise UserError(f'{path}: labels with {len(np.unique(labels))} values and few equal '
-                        'neighbours look like heights or an image, not like classes: give the '
-                        'labels')
-    return labels
+    return labels.astype(np.uint8)
 
 
 def label_text(labels, names):
@@ -1092,17 +1080,14 @@ def tiff_cube(tif, path, mmap, axes):
     by_pages = (series.kind in ('generic', 'uniform')
                 or len(tif.series) > 1 and all(len(other.pages) == 1 for other in tif.series))
     if by_pages:  # a page for each band
-        all_pages = [page for page in tif.pages
-                     if not page.keyframe.subfiletype & (REDUCED | MASK)]
-        shape, letters, dtype = all_pages[0].shape, all_pages[0].axes, all_pages[0].dtype
-        pages = [page for page in all_pages if (page.shape, page.dtype) == (shape, dtype)]
-        if len(pages) > 1 and len(shape) > 2:
-            raise UserError(f'{path}: holds {len(pages)} images of {shape_text(pages[0])}: save '
-                            'the one that is meant in a file of its own')
+        pages = [page for page in tif.pages if not page.keyframe.subfiletype & (REDUCED | MASK)]
+        shape, letters = pages[0].shape, pages[0].axes
+        kinds = {(page.shape, page.dtype) for page in pages}
+        if len(kinds) > 1 or len(pages) > 1 and len(shape) > 2:
+            raise UserError(f'{path}: holds {len(pages)} images, the first of '
+                            f'{shape_text(pages[0])}: save the one that is meant alone')
         if len(pages) > 1:
             shape, letters, added = (len(pages), *shape), 'S' + letters, ', a page for each band'
-        if len(pages) < len(all_pages):
-            added += f', {len(all_pages) - len(pages)} pages of another size or type left out'
     check_tiff_sizes(path, [page for page in pages if page is not None])
     if len(shape) == 2:
         shape, letters = (1, *shape), 'S' + letters
@@ -1116,45 +1101,25 @@ def tiff_cube(tif, path, mmap, axes):
 
     first = pages[0].keyframe
     dtype = np.dtype(first.dtype)
-    offset = contiguous_offset(pages) if by_pages else series.dataoffset
-    if offset:
+    offset = series.dataoffset if len(pages) == len(series.pages) else None
+    if offset:  # all numbers lie one behind the other
         dtype = dtype.newbyteorder(tif.byteorder)
         return file_cube(path, dtype, shape, axes, offset), words + added
     if mmap and None not in pages and len(pages) * first.size == math.prod(shape):
-        return file_cube(unpack_tiff(path, pages), dtype, shape, axes), words + added
+        file = unpacked_file(path, dtype, (len(pages), *first.shaped), tiff_pieces(pages))
+        return file_cube(file, dtype, shape, axes), words + added
     array = np.stack([page.asarray() for page in pages]) if by_pages else series.asarray()
     return to_chw(array.reshape(shape), axes), words + added
 
 
-def contiguous_offset(pages):
-    """Where the numbers of all pages begin, if they lie one behind the other as they are; else
-    None"""
-    start = pages[0].dataoffsets[0] if pages[0].dataoffsets else None
+def tiff_pieces(pages):
+    """Yield place, block of all strips or tiles"""
     for number, page in enumerate(pages):
-        if not page.is_final or page.dataoffsets[0] != start + number * page.nbytes:
-            return None
-    return start
-
-
-def unpack_tiff(path, pages):
-    """Pages of compressed strips or tiles -> a temporary file of their numbers, written piece by
-    piece, so that little of it is in memory"""
-    first = pages[0].keyframe
-    file = temporary_file(path, len(pages) * first.nbytes)
-    for number, page in enumerate(pages):
-        written = np.inf
-        for segment, (s, d, h, w, _), (depth, length, width, _) in page.segments(
-                buffersize=int(STRIP_BYTES)):
-            if written > STRIP_BYTES:  # what is mapped anew needs no memory
-                image = np.memmap(file, first.dtype, 'r+', number * first.nbytes, first.shaped)
-                written = 0
-            place = image[s, d:d + depth, h:h + length, w:w + width]  # ends at the border
-            if segment is None:  # not stored, as in a sparse file
-                place[...] = first.nodata
-            else:
-                place[...] = segment[tuple(slice(side) for side in place.shape)]
-            written += place.nbytes
-    return file
+        for block, (s, d, h, w, _), shape in page.segments(buffersize=int(STRIP_BYTES)):
+            if block is None:  # not stored, as in a sparse file
+                block = np.full(shape, page.keyframe.nodata)
+            depth, length, width, _ = shape
+            yield np.s_[number, s, d:d + depth, h:h + length, w:w + width], block
 
 
 def check_tiff_sizes(path, pages):
@@ -1188,7 +1153,10 @@ def gdal_facts(path, text=''):
             band = int(item.get('sample', -1))
             facts[band][(item.get('role') or item.get('name')).lower()] = item.text or ''
     beside = path + '.aux.xml'
-    root = parse_xml(beside) if os.path.isfile(beside) else ElementTree.Element('none')
+    root = ElementTree.Element('none')
+    if os.path.isfile(beside):
+        with one_sentence(beside):
+            root = ElementTree.parse(beside).getroot()
     for element in [root, *root.findall('PAMRasterBand')]:
         known = facts[int(element.get('band', 0)) - 1]
         known |= {child.tag.lower(): child.text or '' for child in element}
@@ -1200,14 +1168,6 @@ def gdal_facts(path, text=''):
         known |= {'categories': names} if names else {}
         known |= {'colors': colors} if colors else {}
     return facts
-
-
-def parse_xml(path):
-    try:
-        return ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        raise UserError(f'{path}: cannot be read ({one_line(error)}): repair or remove it'
-                        ) from None
 
 
 def gdal_wavelengths(facts, bands):
@@ -1222,15 +1182,13 @@ def gdal_wavelengths(facts, bands):
         return values if len(values) == len(bands) else None
 
     where = "the file's metadata"
-    unit = ''
-    for name in ('wavelength_units', 'wavelength_unit', 'wavelength units', 'wavelengthunit'):
-        unit = unit or facts[bands[0]].get(name) or whole.get(name, '')
-    for name, widths, own_unit in (
-            ('central_wavelength_um', 'fwhm_um', 'um'), ('wavelength', 'fwhm', unit),
-            ('wavelengths', 'fwhm', unit), ('central_wavelength', 'fwhm', unit),
-            ('center_wavelength', 'fwhm', unit), ('wavelength_nm', 'fwhm', 'nm')):
+    both = whole | facts[bands[0]]
+    unit = both.get('wavelength_units') or both.get('wavelength_unit', '')
+    if stated('central_wavelength_um'):
+        return stated('central_wavelength_um'), stated('fwhm_um'), ('um', where)
+    for name in ('wavelength', 'wavelengths', 'central_wavelength', 'center_wavelength'):
         if stated(name):
-            return stated(name), stated(widths), (own_unit, where)
+            return stated(name), stated('fwhm'), (unit, where)
 
     # the names of the bands may hold them
     pattern = r'(\d+\.?\d*) *(nm|nanomet\w+|[uµμ]m|microm\w+|microns?|angstroms?)\b'
@@ -1248,10 +1206,11 @@ def product_metadata(path, scene):
     match = re.fullmatch(r'(.*)-SPECTRAL_IMAGE(_VNIR|_SWIR|)(_COG)?\.TIFF?', path, re.I | re.S)
     if not match:
         return scene
-    found = files_beside(match[1], ['-METADATA.xml', '-METADATA.XML'])
+    found = files_beside(match[1], ['-metadata.xml'])
     if not found:
         return say(scene, f'{match[1]}-METADATA.XML is not there: nothing is known of the bands')
-    root = parse_xml(found[0])
+    with one_sentence(found[0]):
+        root = ElementTree.parse(found[0]).getroot()
 
     # EnMAP: <bandID number="1"> with FWHMOfBand; DESIS: <band> with bandNumber
     bands = []
@@ -1304,8 +1263,6 @@ def read_numpy(path, mmap, name, axes):
 
     # which axis is which
     shape = stored().shape
-    while len(shape) > 3 and shape[0] == 1:
-        shape = shape[1:]
     nm = facts.get('wavelengths_nm')
     if len(shape) == 2:  # one band, or labels
         shape, axes, words = (1, *shape), 'chw', 'rows and columns'
@@ -1343,12 +1300,11 @@ ENVI_ENDINGS = ('', '.img', '.dat', '.bsq', '.bil', '.bip', '.raw', '.bin', '.rf
 
 def files_beside(stem, endings):
     """-> the files stem + ending that exist, in small or in capital letters"""
-    found = []
-    for ending in endings:
-        for path in (stem + ending, stem + ending.upper()):
-            if os.path.isfile(path) and not any(os.path.samefile(path, old) for old in found):
-                found.append(path)
-    return found
+    folder, start = os.path.split(stem)
+    names = [name for name in sorted(os.listdir(folder or '.'))
+             if name.startswith(start) and name[len(start):].lower() in endings]
+    found = [os.path.join(folder, name) for name in names]
+    return [path for path in found if os.path.isfile(path)]
 
 
 def envi_header_of(path):
@@ -1462,9 +1418,7 @@ def envi_facts(scene, header, path):
     if good and not any(good):
         scene = say(scene, 'the header marks every band as bad (bbl): that is not believed')
     bands = [band for band in range(C) if good[band]] if any(good) else None
-    kind = 'data reflectance' if 'data reflectance gain values' in header else 'data'
-    scale = (numbers(f'{kind} gain values', C, 1) or [1.0],
-             numbers(f'{kind} offset values', C, 1) or [0.0])
+    scale = (numbers('data gain values', C, 1) or 1, numbers('data offset values', C, 1) or 0)
     divisor = numbers('reflectance scale factor')
     if any(divisor):
         scale = (1 / divisor[0], 0.0)
@@ -1519,26 +1473,21 @@ def pick_array(path, arrays, name):
     The one that `name` asks for; else the only one of three axes whose name does not speak of
     labels, heights or abundances; else the only one of three axes, or of two.
     """
-    arrays = {key: stored for key, stored in arrays.items()
-              if len(stored.shape) in (2, 3) and stored.dtype.kind in 'iufb'}
+    arrays = {key: stored for key, stored in arrays.items() if stored.dtype.kind in 'iufb'
+              and len(stored.shape) in (2, 3) and sorted(stored.shape)[-2] > 1}
     cubes = {key: stored for key, stored in arrays.items()
              if len(stored.shape) == 3 and min(stored.shape) > 1}
     images = {key: stored for key, stored in cubes.items() if not (
         OTHER_LAYERS.search(last_part(key)) or LABEL_NAMES.search(last_part(key)))}
-    layers = {key: stored for key, stored in arrays.items()
-              if key not in cubes and sorted(stored.shape)[-2] > 1}
-    candidates = images or cubes or layers or arrays
+    candidates = images or cubes or arrays
     if name:
         candidates = {key: stored for key, stored in arrays.items() if last_part(key) == name}
-        candidates = {name: arrays[name]} if name in arrays else candidates
-    if len(candidates) == 1:
-        return next(iter(candidates))
-    if not candidates:
-        what = f'no array "{name}"' if name else 'no array of two or three axes'
-        raise UserError(f'{path}: holds {what}, but {list_arrays(arrays) or "others"}: give a file '
-                        'or a name of an image')
-    raise UserError(f'{path}: any of {list_arrays(candidates)} could be meant: choose one, as '
-                    f'{os.path.basename(path)}:{next(iter(candidates))}')
+    if name in arrays or len(candidates) == 1:
+        return name if name in arrays else next(iter(candidates))
+    listed = candidates or arrays
+    what = 'any of them could be meant' if candidates else f'none is "{name or "an image"}"'
+    raise UserError(f'{path}: holds {list_arrays(listed) or "other arrays"}, and {what}: choose '
+                    f'one, as {os.path.basename(path)}:{next(iter(listed), "NAME")}')
 
 
 def find_vector(arrays, pattern, counts):
@@ -1695,7 +1644,9 @@ def h5_arrays(path):
                 if key is ... or not packed:
                     return file[name][key]
                 if not unpacked:
-                    unpacked.append(unpack_h5(path, file[name]))
+                    item = file[name]
+                    pieces = ((chunk, item[chunk]) for chunk in item.iter_chunks())
+                    unpacked.append(unpacked_file(path, dtype, shape, pieces))
             return read_mapped(lambda: np.memmap(unpacked[0], dtype, 'r', 0, shape), key)
         return read
 
@@ -1727,20 +1678,6 @@ def h5_arrays(path):
     with h5py.File(path, 'r') as file:
         collect_all('', file)
     return found
-
-
-def unpack_h5(path, dataset):
-    """An array in chunks -> a temporary file of its numbers, written chunk by chunk"""
-    file = temporary_file(path, dataset.nbytes)
-    written = np.inf
-    for chunk in dataset.iter_chunks():
-        if written > STRIP_BYTES:  # what is mapped anew needs no memory
-            numbers = np.memmap(file, dataset.dtype, 'r+', 0, dataset.shape)
-            written = 0
-        block = dataset[chunk]
-        numbers[chunk] = block
-        written += block.nbytes
-    return file
 
 
 def read_h5(path, mmap, name, axes):
