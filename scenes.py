@@ -618,8 +618,14 @@ def read_labels(path):
         return scene._replace(labels=one_of(scene.labels, path))
     raw = scene.cube
     if raw.ndim == 3 and 1 < len(raw):
-        raise UserError(f'{path}: has {len(raw)} bands, {looks_like(raw)}: give one band of class '
-                        'numbers, 0 = unlabelled')
+        looks = 'an image or several layers'
+        sample = raw[:, ::7, ::7]
+        if ((sample == 0) | (sample == 1)).all() and sample.sum(0).max() <= 1:
+            looks = 'one-hot classes (numpy.argmax gives their numbers)'
+        elif len(raw) in (3, 4) and raw.dtype == np.uint8:
+            looks = 'a picture in the colours of the classes'
+        raise UserError(f'{path}: has {len(raw)} bands, which looks like {looks}: give one band of '
+                        'class numbers, 0 = unlabelled')
     raw = raw[0] if raw.ndim == 3 else raw
     if raw.dtype.kind not in 'iubf':  # refused later
         return scene._replace(labels=raw)
@@ -638,16 +644,6 @@ def one_of(labels, path):
         return np.asarray(labels)
     raise UserError(f'{path}: any of {list_arrays(labels)} could be the labels: choose one, as '
                     f'--labels={split_name(path)[0]}:{next(iter(labels))}')
-
-
-def looks_like(layers):
-    """What several bands are that were given as labels, in words"""
-    sample = layers[:, ::7, ::7]
-    if ((sample == 0) | (sample == 1)).all() and sample.sum(0).max() <= 1:
-        return 'which looks like one-hot classes (numpy.argmax gives their numbers)'
-    if len(layers) in (3, 4) and layers.dtype == np.uint8:
-        return 'which looks like a picture in the colours of the classes'
-    return 'which looks like an image or several layers'
 
 
 def settle_labels(scene, where, missing):
@@ -676,7 +672,16 @@ def settle_labels(scene, where, missing):
     used = max(len(names) - 1, int(labels.max()))  # a colour table goes on behind the last class
     colors = scene.class_colors and scene.class_colors[1:used + 1]
     scene = scene._replace(labels=labels, class_colors=colors)
-    return say(scene, label_text(labels, names))
+
+    # how many pixels each class has
+    counts = np.bincount(labels.ravel(), minlength=1)
+    classes = (np.flatnonzero(counts[1:]) + 1).tolist()
+    if not classes:
+        return say(scene, 'labels: all 0, which is unlabelled')
+    named = [f'{k} {names[k]}' if k < len(names) else str(k) for k in classes[:30]]
+    listed = ', '.join(f'{name}: {counts[k]:,}' for name, k in zip(named, classes))
+    number = f'{len(classes)} classes' if len(classes) > 1 else '1 class'
+    return say(scene, f'labels: pixels of {number} ({listed}), {counts[0]:,} unlabelled')
 
 
 def checked_labels(labels, path):
@@ -695,18 +700,6 @@ def checked_labels(labels, path):
         raise UserError(f'{path}: labels run from {lowest:g} to {highest:g}: use 0 for unlabelled '
                         '(instead of -1 or 255) and 1 to 254 for classes')
     return labels.astype(np.uint8)
-
-
-def label_text(labels, names):
-    """A sentence on checked labels: how many pixels each class has; names: of labels 0, 1, ..."""
-    counts = np.bincount(labels.ravel(), minlength=1)
-    used = (np.flatnonzero(counts[1:]) + 1).tolist()
-    if not used:
-        return 'labels: all 0, which is unlabelled'
-    names = dict(enumerate(names))
-    listed = ', '.join(f'{f"{k} {names.get(k, str())}".strip()}: {counts[k]:,}' for k in used[:30])
-    number = f'{len(used)} classes' if len(used) > 1 else '1 class'
-    return f'labels: pixels of {number} ({listed}), {counts[0]:,} unlabelled'
 
 
 # ============ place ============
@@ -1464,7 +1457,7 @@ def last_part(name):
 def list_arrays(arrays):
     """'HSI (80 x 96 x 8, uint16), ...'"""
     words = [f'{name} ({shape_text(stored)}, {stored.dtype})' for name, stored in arrays.items()]
-    return ', '.join(words[:8]) + (f' and {len(words) - 8} more' if len(words) > 8 else '')
+    return ', '.join(words[:8] + ['...'] * (len(words) > 8))
 
 
 def pick_array(path, arrays, name):
@@ -1605,17 +1598,13 @@ def load_mat(path):
 def read_mat(path, mmap, name, axes):
     if not is_hdf5(path):
         return named_scene(path, load_mat(path), name, axes)
-    arrays = {}  # MATLAB 7.3 is HDF5 with the axes reversed
-    for key, stored in h5_arrays(path).items():
-        arrays[key.replace('/', '.')] = turned(stored)
+    def turned(stored):
+        def read(key):
+            return stored.read(key if key is ... else key[::-1]).transpose()
+        return stored._replace(shape=stored.shape[::-1], read=read)
+    # MATLAB 7.3 is HDF5 with the axes reversed
+    arrays = {key.replace('/', '.'): turned(stored) for key, stored in h5_arrays(path).items()}
     return named_scene(path, arrays, name, axes)
-
-
-def turned(stored):
-    """An array with its axes in reversed order"""
-    def read(key):
-        return stored.read(key if key is ... else key[::-1]).transpose()
-    return stored._replace(shape=stored.shape[::-1], read=read)
 
 
 # ============ HDF5 and NetCDF ============
@@ -1706,15 +1695,6 @@ def read_h5(path, mmap, name, axes):
               if len(stored.shape) < 2 or other[:other.rfind('/') + 1] == group}
     scene = named_scene(path, beside, name, axes, order)
 
-    # the axis of the bands may be numbered by their wavelengths, in a unit of these
-    if order and not scene.wavelengths_nm:
-        band_axis = image.axes[order.index('c')]
-        numbers = arrays.get(group + band_axis)
-        unit = text_of(numbers.attrs.get('units', '')) if numbers else ''
-        if unit.lower().removesuffix('s') in UNITS_NM:
-            values = np.ravel(numbers.read(...)).tolist()
-            scene = scene._replace(wavelengths_nm=values, unit=(unit, f'"{band_axis}"'))
-
     # attributes by the CF conventions, and NEON's
     scale = attrs.get('scale_factor'), attrs.get('add_offset')
     if 'Scale_Factor' in attrs:
@@ -1731,11 +1711,11 @@ def h5_place(arrays, key):
     """GeoTIFF tags of an array: NEON's Map_Info, or GeoTransform as GDAL writes it for CF"""
     group = key[:key.rfind('/') + 1]
 
-    def text(name):
-        stored = arrays.get(f'{group}Metadata/Coordinate_System/{name}')
-        return text_of(stored.read(...)) if stored else ''
-    if text('Map_Info'):
-        return envi_geotags(text('Map_Info').split(','), text('Coordinate_System_String'))
+    info, wkt = (arrays.get(f'{group}Metadata/Coordinate_System/{name}')
+                 for name in ('Map_Info', 'Coordinate_System_String'))
+    if info:
+        wkt = text_of(wkt.read(...)) if wkt else ''
+        return envi_geotags(text_of(info.read(...)).split(','), wkt)
     mapping = arrays.get(group + text_of(arrays[key].attrs.get('grid_mapping', '')))
     attrs = mapping.attrs if mapping else {}
     numbers = [float(word) for word in text_of(attrs.get('GeoTransform', '')).split()]
@@ -1786,22 +1766,20 @@ def read_prisma(path, arrays):
         bands = np.flatnonzero(values >= mask.sum() / 2).tolist()
         share = 1 - values[bands].sum() / max(mask.sum() * len(bands), 1)
         notes.append(f'{share:.2%} of the values are 0, where the retrieval failed: kept as 0')
+
+    # L2D states the centres of its corner pixels
+    geotags = ()
+    if level == 'L2D':
+        left, top, right, bottom = (float(attrs[f'Product_{corner}']) for corner in (
+            'ULcorner_easting', 'ULcorner_northing', 'LRcorner_easting', 'LRcorner_northing'))
+        width, height = (right - left) / max(W - 1, 1), (top - bottom) / max(H - 1, 1)
+        matrix = (left - width / 2, width, 0.0, top + height / 2, 0.0, -height)
+        if 0.98 * height < width < 1.02 * height:  # else they are those of another image
+            geotags = place_tags(matrix, epsg=int(attrs['Epsg_Code']))
     return Scene(cube, None, nm[order].tolist(), None, None, notes=tuple(notes), mask=mask,
-                 geotags=prisma_place(attrs, H, W) if level == 'L2D' else (),
-                 fwhm_nm=stated('List_Fwhm_{}')[order].tolist(),
+                 geotags=geotags, fwhm_nm=stated('List_Fwhm_{}')[order].tolist(),
                  scale=(gains[order], offsets[order]), bands=bands,
                  unit=('nm', 'List_Cw_Vnir and List_Cw_Swir'))
-
-
-def prisma_place(attrs, H, W):
-    """GeoTIFF tags of PRISMA L2D, which states the centres of its corner pixels"""
-    left, top, right, bottom = (float(attrs[f'Product_{corner}']) for corner in (
-        'ULcorner_easting', 'ULcorner_northing', 'LRcorner_easting', 'LRcorner_northing'))
-    width, height = (right - left) / max(W - 1, 1), (top - bottom) / max(H - 1, 1)
-    if not 0.98 * height < width < 1.02 * height:
-        return ()  # these corners are not those of this image
-    matrix = (left - width / 2, width, 0.0, top + height / 2, 0.0, -height)
-    return place_tags(matrix, epsg=int(attrs['Epsg_Code']))
 
 
 # ============ the readers by the ending of a name ============
