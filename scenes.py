@@ -1182,13 +1182,6 @@ def gdal_wavelengths(facts, bands):
     for name in ('wavelength', 'wavelengths', 'central_wavelength', 'center_wavelength'):
         if stated(name):
             return stated(name), stated('fwhm'), (unit, where)
-
-    # the names of the bands may hold them
-    pattern = r'(\d+\.?\d*) *(nm|nanomet\w+|[uµμ]m|microm\w+|microns?|angstroms?)\b'
-    texts = [facts[band].get('description') or whole.get(f'band_{band + 1}', '') for band in bands]
-    found = [re.search(pattern, text, re.IGNORECASE) for text in texts]
-    if all(found) and len({match[2] for match in found}) == 1:
-        return [match[1] for match in found], None, (found[0][2], 'the names of the bands')
     return None, None, ('', where)
 
 
@@ -1615,10 +1608,10 @@ def is_hdf5(path):
 
 
 def h5_arrays(path):
-    """The arrays of an HDF5 file -> {'group/name': Stored}; of references, which MATLAB's cells
-    are, what they refer to. What lies in other files is left out."""
+    """The arrays of an HDF5 file -> {'group/name': Stored}. What lies in other files is left out,
+    and so is what references refer to, as MATLAB's cells do."""
     import h5py
-    found, followed = {}, set()
+    found = {}
 
     def read_from(item):
         name, shape, dtype = item.name, item.shape, item.dtype
@@ -1640,32 +1633,21 @@ def h5_arrays(path):
         return read
 
     def collect(name, item):
-        if isinstance(item, h5py.Group):
+        if isinstance(item, h5py.Group) or name.startswith('#'):
             return
-        if name.startswith('#') or item.external or item.is_virtual or not item.size:
+        if item.external or item.is_virtual or not item.size:
             return
-        if item.dtype == h5py.ref_dtype:
-            references = [] if item.name in followed else np.ravel(item[()])[:200]
-            followed.add(item.name)
-            for number, reference in enumerate(references, 1):
-                if reference:
-                    collect_all(f'{name}/{number}', item.file[reference])
-        elif item.nbytes > 100_000 * os.path.getsize(path):
+        if item.nbytes > 100_000 * os.path.getsize(path):
             raise UserError(f'{path}: its array {name} claims {item.size / 1e9:.0f} billion '
                             'values: the file is damaged, copy it again')
-        elif text_of(item.attrs.get('MATLAB_class', '')) != 'char':
+        if text_of(item.attrs.get('MATLAB_class', '')) != 'char':
             axes = [([os.path.basename(scale.name) for scale in axis.values()] or [axis.label])[0]
                     for axis in item.dims]
             found[name] = Stored(item.shape, item.dtype, read_from(item), dict(item.attrs),
                                  tuple(axes))
 
-    def collect_all(name, item):
-        collect(name, item)
-        if isinstance(item, h5py.Group):  # links to other files are not followed
-            item.visititems(lambda key, inner: collect(f'{name}/{key}'.lstrip('/'), inner))
-
     with h5py.File(path, 'r') as file:
-        collect_all('', file)
+        file.visititems(collect)
     return found
 
 

@@ -369,12 +369,8 @@ UM = [f'{nm / 1000:.6f}' for nm in NM]
     (gdal_bands('wavelength', NM) + gdal_bands('wavelength_units', ['Nanometers'] * C), False),
     (gdal_bands('WAVELENGTH', UM) + gdal_bands('WAVELENGTH_UNITS', ['Micrometers'] * C), False),
     (gdal_bands('CENTRAL_WAVELENGTH_UM', UM, 'domain="IMAGERY"') + gdal_bands('FWHM_UM', ['0.01'] * C, 'domain="IMAGERY"'), False),
-    (gdal_bands('DESCRIPTION', [f'band {b + 1} ({nm:.4f} Nanometers)' for b, nm in enumerate(NM)], 'role="description"'), False),
-    (gdal_bands('DESCRIPTION', [f'{um} um' for um in UM], 'role="description"'), False),
     ([('name="wavelength"', '{' + ', '.join(map(str, NM)) + '}'), ('name="wavelength_units"', 'Nanometers')], False),
-    ([(f'name="Band_{b + 1}"', f'{nm} Nanometers') for b, nm in enumerate(NM)], False),
-    ([], '<PAMRasterBand band="{}"><Metadata domain="IMAGERY"><MDI key="CENTRAL_WAVELENGTH_UM">{}</MDI></Metadata></PAMRasterBand>'),
-    ([], '<PAMRasterBand band="{}"><Description>B ({} \u00b5m)</Description></PAMRasterBand>')])
+    ([], '<PAMRasterBand band="{}"><Metadata domain="IMAGERY"><MDI key="CENTRAL_WAVELENGTH_UM">{}</MDI></Metadata></PAMRasterBand>')])
 def test_wavelengths_in_a_geotiff(tmp_path, items, beside):
     path = write_tiff(tmp_path / 'a.tif', CUBE, *([gdal(items)] if items else []))
     if beside:
