@@ -655,7 +655,8 @@ def settle_labels(scene, where, missing):
     if names and names[0].lower() not in NO_CLASS:
         scene = say(scene, f'WARNING: label 0 is named "{names[0]}" but means unlabelled here: if '
                     'it is a class, number the classes from 1')
-    scene = scene._replace(class_names=names[1:] or None)
+    colors = scene.class_colors and scene.class_colors[1:]
+    scene = scene._replace(class_names=names[1:] or None, class_colors=colors)
     if scene.labels is None:
         return scene
     raw = one_of(scene.labels, where)
@@ -670,8 +671,7 @@ def settle_labels(scene, where, missing):
     if on_missing:
         scene = say(scene, f'{on_missing:,} labels lay on missing pixels: they are 0 now')
     used = max(len(names) - 1, int(labels.max()))  # a colour table goes on behind the last class
-    colors = scene.class_colors and scene.class_colors[1:used + 1]
-    scene = scene._replace(labels=labels, class_colors=colors)
+    scene = scene._replace(labels=labels, class_colors=colors and colors[:used])
 
     # how many pixels each class has
     counts = np.bincount(labels.ravel(), minlength=1)
@@ -1036,20 +1036,25 @@ def read_tiff(path, mmap, name, axes):
     facts = gdal_facts(path, tags.get(GDAL_METADATA, ''))
     notes = [shape_note(cube, words)]
 
-    # alpha bands; many programs mark the fourth band of an image so as well
+    # alpha bands: as marked, but many programs mark the fourth band of an image so as well; and a
+    # last one that holds nothing but 0 and the highest value
     C = len(cube)
-    alpha = {C - len(extra) + number for number, kind in enumerate(extra) if kind in ALPHA}
-    alpha |= {band for band in range(C) if facts[band].get('colorinterp') == 'Alpha'}
-    for band in sorted(alpha) if C > 1 else ():
+    bands = list(range(C))
+    marked = {C - len(extra) + number for number, kind in enumerate(extra) if kind in ALPHA}
+    marked |= {band for band in bands if facts[band].get('colorinterp') == 'Alpha'}
+    integers = cube.dtype.kind in 'iu'
+    ends = 0, np.iinfo(cube.dtype).max if integers else 1
+    suspects = marked | ({C - 1} if integers and np.isin(cube[-1, :1], ends).all() else set())
+    for band in sorted(suspects) if C > 1 else ():
         plane = cube[band]
-        if ((plane == 0) | (plane == plane.max())).mean() < 0.9:
-            notes.append(f'band {band + 1} is marked as alpha but has the values of an image: '
-                         'kept as a band')
-            alpha.remove(band)
-        else:
+        at_ends = np.isin(plane, ends).mean()
+        if at_ends == 1 and plane.any() and not plane.all() or band in marked and at_ends > 0.9:
             notes.append(f'band {band + 1} is an alpha band: taken out, and used as a mask')
             masks.append(plane)
-    bands = [band for band in range(C) if band not in alpha]
+            bands.remove(band)
+        elif band in marked:
+            notes.append(f'band {band + 1} is marked as alpha but has the values of an image: '
+                         'kept as a band')
 
     def of_bands(name, usual=None):
         return [facts[band].get(name, usual) for band in bands]
@@ -1676,6 +1681,14 @@ def read_h5(path, mmap, name, axes):
     beside = {other: stored for other, stored in arrays.items()
               if len(stored.shape) < 2 or other[:other.rfind('/') + 1] == group}
     scene = named_scene(path, beside, name, axes, order)
+
+    # the axis of the bands may be numbered by their wavelengths, in a unit of these
+    band_axis = image.axes[order.index('c')] if order else ''
+    numbers = arrays.get(group + band_axis)
+    unit = text_of(numbers.attrs.get('units', '')) if numbers else ''
+    if not scene.wavelengths_nm and unit.lower().removesuffix('s') in UNITS_NM:
+        values = np.ravel(numbers.read(...)).tolist()
+        scene = scene._replace(wavelengths_nm=values, unit=(unit, f'"{band_axis}"'))
 
     # attributes by the CF conventions, and NEON's
     scale = attrs.get('scale_factor'), attrs.get('add_offset')

@@ -442,6 +442,23 @@ def test_netcdf_names_of_axes_fill_value_scale_and_place_are_used(tmp_path):
     assert tag(scene, 33922)[3:5] == (350000, 5800000) and tag(scene, 34735)[-1] == 32633
 
 
+def test_wavelengths_of_a_netcdf_may_be_the_coordinate_of_its_bands(tmp_path):
+    h5py = pytest.importorskip('h5py')
+    for unit, factor in (('um', 1000), ('1', None)):
+        path = h5(tmp_path / f'{unit}.nc', {'refl': CUBE, 'y': np.arange(H), 'x': np.arange(W), 'band': (NM / 1000, {'units': unit})})
+        with h5py.File(path, 'r+') as file:
+            for axis, name in enumerate(('band', 'y', 'x')):
+                file[name].make_scale(name)
+                file['refl'].dims[axis].attach_scale(file[name])
+        scene = read(path)
+        assert told(scene, '"refl", bands first')
+        if factor:
+            np.testing.assert_allclose(scene.wavelengths_nm, NM)
+            assert told(scene, 'wavelengths 450 to 900 nm, from "band"') and not told(scene, 'no wavelengths')
+        else:
+            assert scene.wavelengths_nm is None and told(scene, 'no wavelengths')
+
+
 def test_a_neon_reflectance_file(tmp_path):
     data = HWC.copy()
     data[0] = -9999

@@ -160,7 +160,7 @@ def test_nodata_of_the_command_line_wins(tmp_path):
 
 @pytest.mark.parametrize('mmap', [False, True])
 @pytest.mark.parametrize('planar', ['contig', 'separate'])
-@pytest.mark.parametrize('kind', [1, 2, 'gdal'])
+@pytest.mark.parametrize('kind', [1, 2, 0, 'gdal'])
 def test_an_alpha_band_is_a_mask(tmp_path, kind, planar, mmap):
     cube = np.concatenate([CUBE, np.where(LEFT, 0, 65535)[None].astype(np.uint16)])
     tags = [gdal([*gdal_bands('wavelength', NM), ('name="COLORINTERP" sample="8" role="colorinterp"', 'Alpha')])] if kind == 'gdal' else []
