@@ -124,6 +124,7 @@ def same_header(before, after):
             file.write(content)
             file.flush()
             try:
+                warnings.simplefilter('ignore')
                 told.append({name: value for name, value in read_envi_header(file.name).items() if name not in ('file type', 'class names', 'class lookup')})
             except Exception:
                 return False
