@@ -462,23 +462,24 @@ def survey(cube, nodata):
     samples = []
     for strip in strips(cube):
         x = cube[:, strip]
-        if nodata == 0 and x.dtype == np.uint8:  # there 0 is a value like others
-            gone = np.broadcast_to(~valid_pixels(x, nodata), x.shape)
-        else:
-            gone = ~valid_pixels(x[None], nodata, 0)
-        lacking += gone.sum((1, 2))
-        missing_bands[strip] = gone.sum(0)
+        sample = x[:, ::step, ::step].astype(np.float64)
         for band, values in enumerate(x):
-            values = values[~gone[band]]
+            if x.dtype.kind == 'f' or nodata is not None:
+                gone = ~valid_pixels(values[None], nodata)
+                lacking[band] += np.count_nonzero(gone)
+                missing_bands[strip] += gone
+                sample[band][gone[::step, ::step]] = np.nan
+                values = values[~gone]
             if values.size:
                 low[band] = min(low[band], values.min())
                 high[band] = max(high[band], values.max())
-        thinned = np.s_[:, ::step, ::step]
-        samples.append(np.where(gone[thinned], np.nan, x[thinned]).reshape(C, -1))
+        samples.append(sample.reshape(C, -1))
     empty = np.flatnonzero(lacking == H * W).tolist()
     empty = empty if len(empty) < C else []  # nothing at all in this file
     lacking[empty] = 0
     missing = missing_bands > len(empty)
+    if nodata == 0 and cube.dtype == np.uint8:  # there 0 is a value like others
+        missing = missing_bands == C
     some_bands = missing & (missing_bands < C)
     zeros = np.flatnonzero((low == 0) & (high == 0)).tolist()
     zeros = zeros if len(zeros) + len(empty) < C else []

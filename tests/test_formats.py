@@ -605,6 +605,14 @@ def test_desis_has_its_bands_from_metadata_xml(tmp_path):
     np.testing.assert_array_equal(read(path.replace('.tif', '.hdr')).cube, cube)
 
 
+def test_axes_that_the_file_states_otherwise_are_refused(tmp_path):
+    tif = tiff(tmp_path / 'a.tif', CUBE)
+    envi = write_envi(tmp_path / 'b.img', interleave='bil')
+    for path, stated, other in ((tif, 'chw', 'hwc'), (envi, 'hcw', 'chw')):
+        refused(path, f'--axes={other}', path, f'states that its axes are {stated}', axes=other)
+        np.testing.assert_array_equal(read(path, axes=stated).cube, CUBE)
+
+
 def test_a_missing_reader_names_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'h5py', None)
     (tmp_path / 'a.h5').write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(100))

@@ -756,6 +756,13 @@ def test_only_what_is_sliced_is_read():
     assert asked == [(slice(2, 4, 1), slice(5, 6))]
 
 
+def test_rows_and_columns_are_not_read_backwards():
+    lazy = Lazy(CUBE.shape, CUBE.dtype, lambda rows, cols: CUBE[:, rows, cols])
+    for key in (np.s_[:, ::-1], np.s_[:, :, ::-1], np.s_[2, 9:2:-1]):
+        with pytest.raises(IndexError, match='forwards only'):
+            lazy[key]
+
+
 def test_what_is_made_of_a_cube_on_disk_is_made_strip_by_strip(monkeypatch):
     monkeypatch.setattr(scenes, 'STRIP_BYTES', 5000)
     at_once = []
