@@ -1,10 +1,10 @@
 """From the files of sensors and programs to a Scene; other bands; the place on the earth.
 
-read_scene() reads GeoTIFF, NumPy, MATLAB and ENVI files: it finds out what a file holds, checks
-it, leaves out bands without data, and says all this in plain sentences, scene.notes. Whatever a
-file does wrong becomes one sentence too (UserError). resample_bands() brings a cube from one
-sensor's wavelengths to another's. data.py and tools/ use this module; the experiments see tiles
-only. In this order: the Scene; reading and checking; bands; a reader for each family of files.
+read_scene() reads GeoTIFF, NumPy, MATLAB, HDF5 and ENVI files. A reader for each family fetches
+what a file states; what it means for values, bands and labels is settled behind them, in one place
+and alike for all, and said in plain sentences, scene.notes. Whatever a file does wrong becomes one
+sentence too (UserError). resample_bands() brings a cube from one sensor's wavelengths to another's.
+data.py and tools/ use this module; the experiments see tiles only.
 
 Shapes: C bands, H rows, W columns; C' bands asked for.
 """
@@ -47,6 +47,9 @@ class UserError(ValueError):
 
 
 class Scene(NamedTuple):
+    """As read_scene() gives it. A reader leaves the fields as its file states them: wavelengths in
+    `unit`; nodata and scale as numbers or texts, or lists of one for each band; raw labels; names
+    and colours of labels 0, 1, 2, ...; and as `bands` those that are not marked as bad."""
     cube: object  # (C, H, W): a numpy array, or a Lazy of a file that stays on disk
     labels: np.ndarray  # (H, W) uint8, 0 = unlabelled; or None
     wavelengths_nm: list  # of length C; or None
@@ -59,6 +62,8 @@ class Scene(NamedTuple):
     bands: list = None  # numbers (from 0) of the kept bands among the file's; None = all
     notes: tuple = ()  # plain sentences: what was read, how it was understood, what was left out
     file_bands: int = None  # how many bands the file has, before any was left out
+    unit: tuple = ('', '')  # of the wavelengths a reader gives, and where they are stated
+    mask: np.ndarray = None  # (H, W) False where a mask of the file says missing
 
 
 class Lazy:
@@ -82,9 +87,8 @@ class Lazy:
         """[bands], [bands, rows] or [bands, rows, cols]; bands an int, a slice or a list"""
         key = key if isinstance(key, tuple) else (key,)
         bands, rows, cols = key + (slice(None),) * (3 - len(key))
-        if (rows.step or 1) < 0:  # read downwards, then turned
-            there = range(self.shape[1])[rows][::-1]
-            return self[bands, there.start:there.stop:there.step, cols][..., ::-1, :]
+        if (rows.step or 1) < 0 or (cols.step or 1) < 0:
+            raise IndexError('rows and columns of a file are read forwards only')
         if isinstance(bands, slice) and bands == slice(None):
             return self.read(rows, cols)
         # a few bands of a large file: what is in memory at once stays small
@@ -126,6 +130,12 @@ def when_read(cube, function, dtype, num_bands=None):
     return result
 
 
+def take_bands(cube, kept):
+    if list(kept) == list(range(len(cube))):
+        return cube
+    return when_read(cube, lambda x, rows, cols: x[kept], cube.dtype, len(kept))
+
+
 def mapped_cube(mapped):
     """-> a Lazy of a memory-mapped array (C, H, W); mapped() maps it"""
     cube = mapped()  # a file that is too short is found here
@@ -142,11 +152,11 @@ def read_mapped(mapped, key):
     sides = [range(length)[part] for length, part in zip(array.shape, key)]
     made = np.empty([len(side) for side in sides], array.dtype)
     outer = int(np.argmax(array.strides))  # of bands one behind the other, the bands
-    number = max(int(STRIP_BYTES / array.strides[outer] / abs(sides[outer].step)), 1)
+    number = max(int(STRIP_BYTES / array.strides[outer] / sides[outer].step), 1)
     for start in range(0, len(sides[outer]), number):
         there, here = list(key), [slice(None)] * 3
         piece = sides[outer][start:start + number]
-        there[outer] = slice(piece.start, piece.stop if piece.stop >= 0 else None, piece.step)
+        there[outer] = slice(piece.start, piece.stop, piece.step)
         here[outer] = slice(start, start + number)
         made[tuple(here)] = mapped()[tuple(there)]
     return made
@@ -158,16 +168,30 @@ def file_cube(file, dtype, shape, axes, offset=0):
     return mapped_cube(lambda: to_chw(np.memmap(file, dtype, 'r', offset, shape), axes))
 
 
-def temporary_file(path, size):
-    """An empty file of `size` bytes for the numbers that are packed in the file `path`"""
+def to_chw(array, axes):
+    return array.transpose([axes.index(letter) for letter in 'chw'])
+
+
+def unpacked_file(path, dtype, shape, pieces):
+    """The packed numbers of the file `path` -> a temporary file of them, one behind the other.
+
+    pieces: (place in the array of this shape, block, of which what lies beyond the border is cut).
+    """
     folder = tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
+    size, free = math.prod(shape) * dtype.itemsize, shutil.disk_usage(folder).free
     if size > free:
-        raise UserError(f'{path}: its numbers are packed, and unpacking takes {size / 1e9:.1f} GB '
-                        f'in {folder}, where {free / 1e9:.1f} GB are free: make room there, or '
-                        'name another folder by the environment variable TMPDIR')
+        raise UserError(f'{path}: unpacking takes {size / 1e9:.1f} GB in {folder}, where '
+                        f'{free / 1e9:.1f} GB are free: make room, or set TMPDIR to another folder')
     file = tempfile.TemporaryFile()
     file.truncate(size)
+    written = np.inf
+    for place, block in pieces:
+        if written > STRIP_BYTES:  # what is mapped anew needs no memory
+            numbers = np.memmap(file, dtype, 'r+', 0, shape)
+            written = 0
+        area = numbers[place]
+        area[...] = block[tuple(slice(side) for side in area.shape)]
+        written += area.nbytes
     return file
 
 
@@ -204,21 +228,21 @@ def read_scene(path, labels='', mmap=False, axes='', nodata=None, drop_bands='',
     second one, of labels. With `mmap` the cube is a Lazy: it stays on disk. `axes` ('hwc', 'chw')
     and `nodata` settle what a file leaves open. Left out are bands that the file marks as bad
     (unless `keep_bad_bands`), those of `drop_bands` ('1,5,100-110', '1380-1410nm'), and those
-    without one value. Raises UserError naming the file.
+    without values. Raises UserError naming the file.
     """
     scene = read_file(path, mmap, axes)
-    scene = check_values(scene, path, nodata)
+    if labels:
+        found = read_labels(labels)
+        check_same_place(scene, found.geotags, path, labels)
+        scene = scene._replace(labels=found.labels, class_names=found.class_names,
+                               class_colors=found.class_colors)
+        scene = say(scene, *[note for note in found.notes if note.startswith('WARNING')])
+    scene = settle_wavelengths(scene, path)
+    scene = settle_values(scene, path, nodata)
     with one_sentence(path):  # what stays on disk is gone through here
         scene, missing = choose_bands(scene, path, drop_bands, keep_bad_bands)
-    scene = in_order(one_scale(scene))
-    if scene.scale == (1, 0):
-        scene = scene._replace(scale=None)
-    if scene.scale:
-        factor, offset = scene.scale
-        scene = say(scene, f'the file states physical units = {factor:g} * value + {offset:g}: '
-                    'its values are kept as stored')
-    if labels or scene.labels is not None:
-        scene = add_labels(scene, path, labels, missing)
+    scene = in_order(scene)
+    scene = settle_labels(scene, labels or path, missing)
     return say(scene, place_text(scene.geotags))
 
 
@@ -235,10 +259,7 @@ def split_name(path):
 
 
 def read_file(path, mmap=False, axes=''):
-    """What the reader of its type makes of a file -> Scene, not checked yet.
-
-    Its `labels` are raw, its `bands` are those that the file does not mark as bad.
-    """
+    """What the reader of its type makes of a file -> Scene, of which nothing is settled yet"""
     file, name = split_name(path)
     if not os.path.isfile(file):
         raise UserError(f'{path}: there is no such file: check the path')
@@ -248,9 +269,6 @@ def read_file(path, mmap=False, axes=''):
     reader = READERS.get(ending)
     if reader is None and (ending in ENVI_ENDINGS or envi_header_of(file)):
         reader = read_envi  # the data file of an ENVI image may have any name
-    if ending in ('.shp', '.geojson', '.gpkg', '.kml'):
-        raise UserError(f'{path}: polygons are not read: burn them into a GeoTIFF of the size and '
-                        'place of the image, as gdal_rasterize does')
     if reader is None:
         raise UserError(f'{path}: files of type "{ending}" are not read: convert it to one of '
                         f'{", ".join(READERS)}')
@@ -266,61 +284,160 @@ def one_sentence(path):
         yield
     except UserError:
         raise
-    except ImportError as error:
-        raise UserError(f'{path}: reading it needs a package that is missing: '
-                        f'pip install {error.name}') from None
     except Exception as error:
+        package = error.name if isinstance(error, ImportError) else ''
+        if 'imagecodecs' in str(error):  # tifffile's word on most compressions
+            package = 'imagecodecs'
+        if package:
+            raise UserError(f'{path}: reading it needs a package that is missing: '
+                            f'pip install {package}') from None
         raise UserError(f'{path}: cannot be read ({type(error).__name__}: {one_line(error)}): '
                         'copy or convert it again') from None
 
 
-def check_values(scene, path, nodata):
-    """Refuses what is no image; integers of up to 16 bits stay, wider ones become float32.
+# ============ what a file states: wavelengths ============
+
+# nm in one of each unit that files state wavelengths in
+UNITS_NM = {'nm': 1, 'nanometer': 1, 'nanometre': 1, 'um': 1e3, 'micrometer': 1e3,
+            'micrometre': 1e3, 'micron': 1e3, 'angstrom': 0.1, 'a': 0.1}
+WAVENUMBERS = ('cm-1', 'cm^-1', '1/cm', 'wavenumber')
+
+
+def settle_wavelengths(scene, path):
+    """A reader's wavelengths and widths, in the file's own unit -> in nm, and a sentence"""
+    C, values, widths = len(scene.cube), scene.wavelengths_nm, scene.fwhm_nm
+    for what, numbers in (('wavelengths', values), ('widths', widths)):
+        if numbers and len(numbers) != C:
+            raise UserError(f'{path}: has {len(numbers)} {what} for {C} bands: give one for each')
+    nm, sentence = to_nm(values, *scene.unit)
+    if nm and widths:
+        try:
+            widths = np.array(widths, float) * nm / np.array(values, float)
+            widths = np.where(np.isfinite(nm), widths, 0).tolist()  # such a band is left out
+        except ValueError:
+            widths = None
+    return say(scene._replace(wavelengths_nm=nm, fwhm_nm=nm and widths), sentence)
+
+
+def to_nm(values, unit='', where='its header'):
+    """Wavelengths in a file's own unit -> list in nm, NaN = missing, or None; and a sentence.
+
+    unit: as the file names it; '' = not stated: all below 100 are micrometres. where: said.
+    """
+    if values is None or len(values) == 0:
+        return None, 'no wavelengths are stated'
+    try:
+        numbers = np.array([float(value) for value in values])
+    except (TypeError, ValueError):
+        return None, f'wavelengths in {where} are not numbers ({str(values)[:40]}): not used'
+    name = str(unit or '').strip().lower().replace('\u00b5', 'u').replace('\u03bc', 'u')
+    name = name.replace('\u00e5ngstr\u00f6m', 'angstrom').replace('\u00e5', 'a')
+    name = name if name in UNITS_NM else name.removesuffix('s')
+    numbers[~(np.isfinite(numbers) & (numbers > 0))] = np.nan
+    how = f'in {unit} there'
+    if name in WAVENUMBERS:
+        nm = 1e7 / numbers
+    elif name in UNITS_NM:
+        nm = numbers * UNITS_NM[name]
+    elif name:
+        return None, f'wavelengths in {where} are in "{unit}", an unknown unit: not used'
+    elif np.nanmax(numbers, initial=0) < 100:
+        nm, how = numbers * 1000, 'their unit is not stated: below 100 they are micrometres'
+    else:
+        nm, how = numbers, 'their unit is not stated: taken as nm'
+    nm = nm.round(6)
+    low, high = np.nanmin(nm, initial=np.inf), np.nanmax(nm, initial=0)
+    return nm.tolist(), f'wavelengths {low:.0f} to {high:.0f} nm, from {where} ({how})'
+
+
+# ============ what a file states: type, nodata, scale, masks ============
+
+def read_number(text, notes):
+    """A number as programs write it ('-1.#QNAN' is NaN) -> float. None where nothing is stated,
+    or no number: `notes` says so then."""
+    if text is None:
+        return None
+    words = str(text).strip(' []\0\n').lower().replace(',', '.')
+    if re.fullmatch(r'[+-]?1\.#(qnan|ind|snan)0*', words):
+        return math.nan
+    try:
+        return float(words)
+    except ValueError:
+        notes.append(f'"{one_line(text)}" is stated where a number belongs: not used')
+        return None
+
+
+def of_bands(stated, usual, notes):
+    """A number, or one for each band, as stated -> a number where all are the same, else an array
+    (C, 1, 1); `usual` stands for what is not stated"""
+    listed = stated if isinstance(stated, (list, tuple, np.ndarray)) else [stated]
+    numbers = [read_number(value, notes) for value in listed]
+    numbers = [usual if number is None else number for number in numbers]
+    if len(set(map(str, numbers))) == 1:
+        return numbers[0]
+    return np.array(numbers, np.float32)[:, None, None]
+
+
+def settle_values(scene, path, nodata=None):
+    """Refuses what is no image. Integers of up to 16 bits stay, wider ones become float32.
 
     `nodata`, where it is given, wins over the file's. NaN is none, it is always missing; neither
-    is a value that this type cannot have.
+    is a value that this type cannot have. One scale for all bands is told and not applied. Where
+    scale or nodata differ from band to band, all become physical units, float32, NaN = missing.
     """
-    cube = scene.cube
+    cube, mask, notes = scene.cube, scene.mask, []
     if cube.ndim != 3 or min(cube.shape) == 0:
         raise UserError(f'{path}: an image of shape {shape_text(cube)} is not bands x rows x '
                         'columns: give a 3-d array')
     if cube.dtype.kind not in 'iuf':
         raise UserError(f'{path}: values of type {cube.dtype} are not supported: save it as '
                         'integers or floats')
-    for what, values in (('wavelengths', scene.wavelengths_nm), ('widths', scene.fwhm_nm)):
-        if values and len(values) != len(cube):
-            raise UserError(f'{path}: has {len(values)} {what} for {len(cube)} bands: give one '
-                            'for each')
+    stated = of_bands(scene.nodata if nodata is None else nodata, None, notes)
+    factor, offset = scene.scale or (1, 0)
+    factor, offset = of_bands(factor, 1.0, notes), of_bands(offset, 0.0, notes)
+
+    # the type, and the value of missing pixels in it
     small_integers = cube.dtype.kind in 'iu' and cube.dtype.itemsize <= 2
     dtype = cube.dtype.newbyteorder('=') if small_integers else np.dtype(np.float32)
-    if cube.dtype != dtype:
-        def converted(x, rows, cols):
-            with np.errstate(over='ignore'):  # infinite, so missing
-                return x.astype(dtype)
-        cube = when_read(cube, converted, dtype)
-    scene = scene._replace(cube=cube)
-    stated = scene.nodata if nodata is None else nodata
-    value = fitting_nodata(stated, dtype)
-    if value is not None:
-        scene = say(scene, f'nodata {value:g}')
-    elif stated is not None and math.isnan(stated):
-        scene = say(scene, 'nodata NaN')
+    differ = any(isinstance(number, np.ndarray) for number in (stated, factor, offset))
+    scale, value = None, None
+    if differ:
+        dtype = np.dtype(np.float32)
+        notes.append('nodata, gains or offsets differ from band to band: values brought to '
+                     'physical units, float32')
     elif stated is not None:
-        scene = say(scene, f'nodata {stated:g} is stated, which no {dtype} pixel can have')
-    return scene._replace(nodata=value)
+        with np.errstate(over='ignore', invalid='ignore'):
+            held = np.float64(stated).astype(dtype)  # as pixels of this type hold it
+        if np.isfinite(held) and (dtype.kind == 'f' or held == stated):
+            value = held.item()
+        known = value is not None or math.isnan(stated)
+        notes.append(f'nodata {stated:g}'.replace('nan', 'NaN') if known else
+                     f'nodata {stated:g} is stated, which no {dtype} pixel can have')
+    if not differ and (factor, offset) != (1, 0):
+        scale = (factor, offset)
+        notes.append(f'the file states physical units = {factor:g} * value + {offset:g}: its '
+                     'values are kept as stored')
+    if mask is not None:
+        if mask.shape != cube.shape[1:]:
+            raise UserError(f'{path}: its mask has {shape_text(mask)} pixels, the image '
+                            f'{shape_text(cube[0])}: repair or remove it')
+        notes.append(f'by its mask {1 - mask.mean():.1%} of the pixels are missing')
+        mask = None if mask.all() else mask
+        dtype = dtype if mask is None or value is not None else np.dtype(np.float32)
 
-
-def fitting_nodata(nodata, dtype):
-    """A nodata value as an array of `dtype` holds it; None where it holds no such value"""
-    if nodata is None or not math.isfinite(nodata):
-        return None
-    if dtype.kind == 'f':
-        with np.errstate(over='ignore'):
-            nodata = float(dtype.type(nodata))
-        return nodata if math.isfinite(nodata) else None
-    limits = np.iinfo(dtype)
-    whole = nodata == int(nodata) and limits.min <= nodata <= limits.max
-    return int(nodata) if whole else None
+    def settled(x, rows, cols):
+        with np.errstate(over='ignore'):  # infinite, so missing
+            made = x.astype(dtype)
+        if differ:
+            missing = made == (np.nan if stated is None else np.float32(stated))
+            made = made * factor + offset
+            made[missing] = np.nan
+        if mask is not None:
+            made[:, ~mask[rows, cols]] = np.nan if value is None else value
+        return made
+    if cube.dtype != dtype or differ or mask is not None:
+        cube = when_read(cube, settled, dtype)
+    return say(scene._replace(cube=cube, nodata=value, scale=scale, mask=None), *notes)
 
 
 # ============ which bands, which pixels ============
@@ -328,11 +445,11 @@ def fitting_nodata(nodata, dtype):
 class Survey(NamedTuple):
     """What one pass over a cube finds"""
     missing: np.ndarray  # (H, W) True where a pixel is missing; empty bands are not counted
-    empty: list  # numbers of the bands without one value
     some_bands: float  # share of the pixels that are missing in some of their bands only
-    lacking: np.ndarray  # (C,) share of the pixels that have no value in this band
-    fillers: dict  # value far outside the rest -> numbers of the bands that have it
-    zeros: list  # numbers of the bands that are 0 everywhere, where others are not
+    lacking: np.ndarray  # (C,) share of the pixels that have no value in this band; 0 in empty ones
+    empty: list  # bands without one value, where others have some
+    zeros: list  # bands that are 0 everywhere, where others are not
+    fillers: dict  # value far outside the rest -> bands that have it
 
 
 def survey(cube, nodata):
@@ -346,27 +463,28 @@ def survey(cube, nodata):
     for strip in strips(cube):
         x = cube[:, strip]
         sample = x[:, ::step, ::step].astype(np.float64)
-        for band, plane in enumerate(x):
-            values = plane
-            if cube.dtype.kind == 'f' or nodata is not None:
-                gone = ~valid_pixels(plane[None], nodata)
+        for band, values in enumerate(x):
+            if x.dtype.kind == 'f' or nodata is not None:
+                gone = ~valid_pixels(values[None], nodata)
                 lacking[band] += np.count_nonzero(gone)
                 missing_bands[strip] += gone
                 sample[band][gone[::step, ::step]] = np.nan
-                values = plane[~gone]
+                values = values[~gone]
             if values.size:
                 low[band] = min(low[band], values.min())
                 high[band] = max(high[band], values.max())
         samples.append(sample.reshape(C, -1))
     empty = np.flatnonzero(lacking == H * W).tolist()
-    missing = missing_bands > (len(empty) if len(empty) < C else 0)
-    if nodata == 0 and cube.dtype == np.uint8:
+    empty = empty if len(empty) < C else []  # nothing at all in this file
+    lacking[empty] = 0
+    missing = missing_bands > len(empty)
+    if nodata == 0 and cube.dtype == np.uint8:  # there 0 is a value like others
         missing = missing_bands == C
     some_bands = missing & (missing_bands < C)
-    fillers = find_fillers(np.concatenate(samples, 1), low, high)
     zeros = np.flatnonzero((low == 0) & (high == 0)).tolist()
     zeros = zeros if len(zeros) + len(empty) < C else []
-    return Survey(missing, empty, some_bands.mean(), lacking / (H * W), fillers, zeros)
+    fillers = find_fillers(np.concatenate(samples, 1), low, high)
+    return Survey(missing, some_bands.mean(), lacking / (H * W), empty, zeros, fillers)
 
 
 def find_fillers(sample, low, high):
@@ -403,7 +521,6 @@ def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
     """Leaves out bands, and says what is missing -> the Scene, (H, W) True where a pixel is
     missing"""
     C, nm = len(scene.cube), scene.wavelengths_nm
-    scene = scene._replace(file_bands=C)
     marked = [] if scene.bands is None else sorted(set(range(C)) - set(scene.bands))
     dropped = numbers_of_bands(drop_bands, C, nm)
     if keep_bad_bands and marked:
@@ -414,62 +531,60 @@ def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
         raise UserError(f'{path}: of its {C} bands {len(marked)} are marked as bad and '
                         f'{len(dropped)} are dropped: none is left, drop fewer')
     found = survey(take_bands(scene.cube, kept), scene.nodata)
-    empty = [kept[number] for number in found.empty]
-    if len(empty) == len(kept):  # nothing at all in this file
-        empty = []
-    zeros = [kept[number] for number in found.zeros]
+    empty, zeros = ([kept[number] for number in numbers] for numbers in (found.empty, found.zeros))
     for numbers, reason in ((marked, 'marked as bad'), (dropped, 'dropped as asked'),
                             (empty, 'without one value'), (zeros, '0 everywhere')):
         if numbers:
             scene = say(scene, f'{name_bands(numbers, nm)} left out: {reason}')
-    names = [name_bands([band], nm) for band in kept]
-    scene = say(scene, *missing_text(found, names))
+    if found.missing.any():
+        scene = say(scene, f'{found.missing.mean():.1%} of the pixels are missing')
+    if found.some_bands:
+        worst = name_bands([kept[found.lacking.argmax()]], nm)
+        scene = say(scene, f'{found.some_bands:.1%} of the pixels are missing in some bands only, '
+                    f'most in {worst}: --drop_bands= leaves bands out')
     for value, numbers in found.fillers.items():
         bands = name_bands([kept[number] for number in numbers], nm)
         scene = say(scene, f'{bands}: values far outside the rest ({value:g}): a filler? pass '
                     f'--nodata={short_text(value)}')
     kept = [band for band in kept if band not in {*empty, *zeros}]
-    nm = nm and checked_wavelengths([nm[band] for band in kept], path).tolist()
-    fwhm = scene.fwhm_nm and [scene.fwhm_nm[band] for band in kept]
-    cube = take_bands(scene.cube, kept)
-    scene = scene._replace(cube=cube, wavelengths_nm=nm, fwhm_nm=fwhm,
-                           bands=kept if len(kept) < C else None)
-    return scene, found.missing
+    scene = with_bands(scene._replace(file_bands=C, bands=list(range(C))), kept)
+    if nm:
+        nm = checked_wavelengths(scene.wavelengths_nm, path).tolist()
+    bands = kept if len(kept) < C else None
+    return scene._replace(wavelengths_nm=nm, bands=bands), found.missing
 
 
-def take_bands(cube, kept):
-    if list(kept) == list(range(len(cube))):
-        return cube
-    return when_read(cube, lambda x, rows, cols: x[kept], cube.dtype, len(kept))
+def with_bands(scene, kept):
+    """-> the Scene of these bands, in this order"""
+    def of_kept(listed):
+        return listed and [listed[band] for band in kept]
+    return scene._replace(cube=take_bands(scene.cube, kept), bands=of_kept(scene.bands),
+                          wavelengths_nm=of_kept(scene.wavelengths_nm),
+                          fwhm_nm=of_kept(scene.fwhm_nm))
 
 
-def missing_text(found, names):
-    """Sentences on the missing pixels of a survey; names: of its bands"""
-    sentences = []
-    if found.missing.any():
-        sentences.append(f'{found.missing.mean():.1%} of the pixels are missing')
-    if found.some_bands:
-        lacking = found.lacking.copy()
-        lacking[found.empty] = 0
-        sentences.append(f'{found.some_bands:.1%} of the pixels are missing in some bands only, '
-                         f'most in {names[lacking.argmax()]}: --drop_bands= leaves bands out')
-    return sentences
+def in_order(scene):
+    """Bands of detectors that overlap, one behind the other in the file -> sorted by wavelength"""
+    nm = scene.wavelengths_nm
+    starts = [0, *np.flatnonzero(np.diff(nm) <= 0) + 1, len(nm)] if nm else []
+    lengths = np.diff(starts)  # of the detectors
+    if not 1 < len(lengths) < 9 or lengths.min() < 3:
+        return scene  # in order, or in one that someone chose
+    scene = scene._replace(bands=scene.bands or list(range(len(nm))))
+    scene = with_bands(scene, np.argsort(nm, kind='stable').tolist())
+    return say(scene, f'the wavelengths of {len(lengths)} detectors overlap: the bands are put in '
+               'the order of their wavelengths')
 
 
-def compact(numbers):
-    """[1, 2, 3, 7] -> '1-3, 7'"""
+def name_bands(numbers, nm):
+    """Numbers from 0 -> 'band 3 (550 nm)' or 'bands 3, 5-9 (550 to 640 nm)', counted from 1"""
     runs = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return ', '.join(str(a) if a == b else f'{a}-{b}' for a, b in runs)
-
-
-def name_bands(numbers, nm):
-    """Numbers from 0 -> 'band 3 (550 nm)' or 'bands 3, 5-9 (550 to 640 nm)', counted from 1"""
-    words = compact([number + 1 for number in numbers])
+    words = ', '.join(f'{a + 1}' if a == b else f'{a + 1}-{b + 1}' for a, b in runs)
     words = f'band {words}' if len(numbers) == 1 else f'bands {words}'
     if not nm:
         return words
@@ -480,54 +595,48 @@ def name_bands(numbers, nm):
 def numbers_of_bands(text, num_bands, nm):
     """--drop_bands= -> numbers of bands from 0; text: '1,5,100-110' from 1, or '1380-1410nm'"""
     numbers = set()
-    for word in filter(None, str(text).replace(' ', '').split(',')):
-        first, _, last = word.removesuffix('nm').partition('-')
-        try:
-            low, high = float(first), float(last or first)
-        except ValueError:
-            raise UserError(f'--drop_bands={text}: "{word}" is no band: give numbers from 1 or '
-                            'wavelengths, as 1,5,100-110 or 1380-1410nm') from None
-        if word.endswith('nm'):
-            if not nm:
-                raise UserError(f'--drop_bands={text}: the file has no wavelengths: give numbers '
-                                'of bands')
-            numbers |= {band for band in range(num_bands) if low <= nm[band] <= high}
-        elif 1 <= low <= high <= num_bands and low == int(low) and high == int(high):
-            numbers |= set(range(int(low) - 1, int(high)))
-        else:
-            raise UserError(f'--drop_bands={text}: "{word}" is not within the {num_bands} bands '
-                            'of the file, which count from 1')
+    for word in filter(None, text.replace(' ', '').split(',')):
+        match = re.fullmatch(r'(\d+\.?\d*)(?:-(\d+\.?\d*))?(nm)?', word)
+        low, high = (float(match[1]), float(match[2] or match[1])) if match else (0, 0)
+        by_nm = match and match[3] and nm
+        scale = nm if by_nm else range(1, num_bands + 1)
+        chosen = {band for band in range(num_bands) if low <= scale[band] <= high}
+        if not chosen or (match[3] and not nm) or not (by_nm or high <= num_bands):
+            raise UserError(f'--drop_bands={text}: "{word}" is not within the {num_bands} bands of '
+                            'the file: give numbers from 1, or wavelengths where it has some, as '
+                            '1,5,100-110 or 1380-1410nm')
+        numbers |= chosen
     return sorted(numbers)
 
 
 # ============ labels ============
 
-def add_labels(scene, path, labels, missing):
-    """Labels of their own file, or those inside the scene's -> the Scene with checked labels, 0 =
-    unlabelled, which they are wherever the pixel is missing"""
-    where = labels or path
-    if labels:
-        found = read_labels(labels)
-        scene = scene._replace(labels=one_of(found.labels, labels), class_names=found.class_names,
-                               class_colors=found.class_colors)
-        scene = say(scene, *[note for note in found.notes if note.startswith('WARNING')])
-        check_same_place(scene, found.geotags, path, labels)
-    raw = one_of(scene.labels, path)
-    raw = raw.squeeze() if raw.ndim == 3 and 1 in raw.shape and min(raw.shape[:2]) > 0 else raw
-    H, W = scene.cube.shape[1:]
-    if raw.shape != (H, W):
-        raise UserError(f'{where}: labels of {shape_text(raw)} pixels for an image of {H} x {W} '
-                        f'({path}): give the label file of the same scene')
-    checked = checked_labels(raw, where)
-    on_missing = np.count_nonzero(checked[missing])
-    checked[missing] = 0
-    if scene.class_colors:  # a colour table goes on behind the last class
-        used = max(len(scene.class_names or []), int(checked.max()))
-        scene = scene._replace(class_colors=scene.class_colors[:used])
-    scene = say(scene._replace(labels=checked), *label_text(checked, scene.class_names))
-    if on_missing:
-        scene = say(scene, f'{on_missing:,} labels lay on missing pixels: they are 0 now')
-    return scene
+def read_labels(path):
+    """A file of labels -> Scene with raw `labels` (H, W), names and colours of the classes and
+    geotags; what is NaN or nodata there becomes 0"""
+    scene = read_file(path)
+    if scene.labels is not None:
+        return scene._replace(labels=one_of(scene.labels, path))
+    raw = scene.cube
+    if raw.ndim == 3 and 1 < len(raw):
+        looks = 'an image or several layers'
+        sample = raw[:, ::7, ::7]
+        if ((sample == 0) | (sample == 1)).all() and sample.sum(0).max() <= 1:
+            looks = 'one-hot classes (numpy.argmax gives their numbers)'
+        elif len(raw) in (3, 4) and raw.dtype == np.uint8:
+            looks = 'a picture in the colours of the classes'
+        raise UserError(f'{path}: has {len(raw)} bands, which looks like {looks}: give one band of '
+                        'class numbers, 0 = unlabelled')
+    raw = raw[0] if raw.ndim == 3 else raw
+    if raw.dtype.kind not in 'iubf':  # refused later
+        return scene._replace(labels=raw)
+    valid = valid_pixels(raw[None], of_bands(scene.nodata, None, []))
+    if scene.mask is not None:
+        valid &= scene.mask
+    if not valid.all() and (raw[valid] == 0).any():
+        scene = say(scene, 'WARNING: both 0 and what the label file marks as missing count as '
+                    'unlabelled: if 0 is a class, number the classes from 1')
+    return scene._replace(labels=np.where(valid, raw, 0))
 
 
 def one_of(labels, path):
@@ -538,34 +647,42 @@ def one_of(labels, path):
                     f'--labels={split_name(path)[0]}:{next(iter(labels))}')
 
 
-def read_labels(path):
-    """A file of labels -> Scene with raw `labels` (H, W), names and colours of the classes and
-    geotags; what is NaN or nodata there becomes 0"""
-    scene = read_file(path)
-    if scene.labels is not None:
+def settle_labels(scene, where, missing):
+    """Raw labels -> checked ones, 0 = unlabelled, which they are where the pixel is missing; names
+    and colours of labels 0, 1, 2, ... -> those of the classes, from 1"""
+    names = [str(name).strip() for name in scene.class_names or []]
+    while names and not names[-1]:
+        names.pop()
+    if names and names[0].lower() not in NO_CLASS:
+        scene = say(scene, f'WARNING: label 0 is named "{names[0]}" but means unlabelled here: if '
+                    'it is a class, number the classes from 1')
+    colors = scene.class_colors and scene.class_colors[1:]
+    scene = scene._replace(class_names=names[1:] or None, class_colors=colors)
+    if scene.labels is None:
         return scene
-    raw = scene.cube
-    if raw.ndim == 3 and 1 < len(raw):
-        raise UserError(f'{path}: has {len(raw)} bands, {looks_like(raw)}: give one band of class '
-                        'numbers, 0 = unlabelled')
-    raw = raw[0] if raw.ndim == 3 else raw
-    if raw.dtype.kind not in 'iubf':  # refused later
-        return scene._replace(labels=raw)
-    valid = valid_pixels(raw[None], scene.nodata)
-    if not valid.all() and (raw[valid] == 0).any():
-        scene = say(scene, 'WARNING: both 0 and what the label file marks as missing count as '
-                    'unlabelled: if 0 is a class, number the classes from 1')
-    return scene._replace(labels=np.where(valid, raw, 0))
+    raw = one_of(scene.labels, where)
+    raw = raw.squeeze() if raw.ndim == 3 and 1 in raw.shape else raw
+    H, W = scene.cube.shape[1:]
+    if raw.shape != (H, W):
+        raise UserError(f'{where}: labels of {shape_text(raw)} pixels for an image of {H} x {W}: '
+                        'give the label file of the same scene')
+    labels = checked_labels(raw, where)
+    on_missing = np.count_nonzero(labels[missing])
+    labels[missing] = 0
+    if on_missing:
+        scene = say(scene, f'{on_missing:,} labels lay on missing pixels: they are 0 now')
+    used = max(len(names) - 1, int(labels.max()))  # a colour table goes on behind the last class
+    scene = scene._replace(labels=labels, class_colors=colors and colors[:used])
 
-
-def looks_like(layers):
-    """What several bands are that were given as labels, in words"""
-    some = layers[:, ::7, ::7]
-    if ((some == 0) | (some == 1)).all() and some.sum(0).max() <= 1:
-        return 'which looks like one-hot classes (numpy.argmax gives their numbers)'
-    if len(layers) in (3, 4) and layers.dtype == np.uint8:
-        return 'which looks like a picture in the colours of the classes'
-    return 'which looks like an image or several layers'
+    # how many pixels each class has
+    counts = np.bincount(labels.ravel(), minlength=1)
+    classes = (np.flatnonzero(counts[1:]) + 1).tolist()
+    if not classes:
+        return say(scene, 'labels: all 0, which is unlabelled')
+    named = [f'{k} {names[k]}' if k < len(names) else str(k) for k in classes[:30]]
+    listed = ', '.join(f'{name}: {counts[k]:,}' for name, k in zip(named, classes))
+    number = f'{len(classes)} classes' if len(classes) > 1 else '1 class'
+    return say(scene, f'labels: pixels of {number} ({listed}), {counts[0]:,} unlabelled')
 
 
 def checked_labels(labels, path):
@@ -583,43 +700,7 @@ def checked_labels(labels, path):
     if lowest < 0 or highest > 254:
         raise UserError(f'{path}: labels run from {lowest:g} to {highest:g}: use 0 for unlabelled '
                         '(instead of -1 or 255) and 1 to 254 for classes')
-    labels = labels.astype(np.uint8)
-
-    # classes come in patches, so that most neighbours are equal; heights and images do not
-    left, right = labels[:, :-1], labels[:, 1:]
-    both = (left > 0) & (right > 0)
-    if len(np.unique(labels)) > 30 and both.any() and (left == right)[both].mean() < 0.25:
-        raise UserError(f'{path}: labels with {len(np.unique(labels))} values and few equal '
-                        'neighbours look like heights or an image, not like classes: give the '
-                        'labels')
-    return labels
-
-
-def label_text(labels, names):
-    """Sentences on checked labels: how many pixels each class has"""
-    counts = np.bincount(labels.ravel(), minlength=1)
-    used = (np.flatnonzero(counts[1:]) + 1).tolist()
-    if not used:
-        return ['labels: all 0, which is unlabelled']
-    names = dict(enumerate(names or [], 1))
-    listed = ', '.join(f'{f"{k} {names.get(k, str())}".strip()}: {counts[k]:,}' for k in used[:30])
-    number = f'{len(used)} classes' if len(used) > 1 else '1 class'
-    return [f'labels: pixels of {number} ({listed}), {counts[0]:,} unlabelled']
-
-
-def names_of_classes(names):
-    """Names of the labels 0, 1, 2, ... as a file states them -> those of the classes, from 1, or
-    None; sentences"""
-    if not names:
-        return None, []
-    names = [str(name).strip() for name in names]
-    while names and not names[-1]:
-        names.pop()
-    sentences = []
-    if names and names[0].lower() not in NO_CLASS:
-        sentences.append(f'WARNING: label 0 is named "{names[0]}" but means unlabelled here: if '
-                         'it is a class, number the classes from 1')
-    return names[1:] or None, sentences
+    return labels.astype(np.uint8)
 
 
 # ============ place ============
@@ -653,12 +734,9 @@ def place_text(geotags):
     x, dx, dx_row, y, dy, dy_row = affine
     epsg = keys.get(3072) or keys.get(2048)
     unit = 'degrees' if keys.get(1024) == 2 else 'm'
+    system = f'EPSG:{epsg}' if epsg and epsg < 32767 else 'a projection of its own'
     if epsg and epsg // 100 in (326, 327):
         system = f'UTM zone {epsg % 100}{"N" if epsg // 100 == 326 else "S"}'
-    elif epsg == 4326:
-        system = 'longitude and latitude'
-    else:
-        system = f'EPSG:{epsg}' if epsg and epsg < 32767 else 'a projection of its own'
     turned = math.degrees(math.atan2(dy, dx))
     rotation = f', rotated by {turned:.1f} degrees' if turned or dx_row else ''
     return (f'place: {system}, pixels of {math.hypot(dx, dy):g} {unit}, upper left corner at '
@@ -681,146 +759,53 @@ def check_same_place(scene, label_tags, path, labels):
                         f'{path} ({place_text(scene.geotags)}): give the labels of this scene')
 
 
-# ============ what readers share ============
+def place_tags(matrix, wkt='', epsg=None, at=(0.0, 0.0)):
+    """GeoTIFF tags of an image whose point `at` (column, row; 0, 0 = the upper left corner) lies at
+    x, y.
 
-def shape_note(cube, words):
-    """The first note of a scene; words: how it is known which axis the bands are"""
-    if cube.ndim != 3:
-        return f'shape {shape_text(cube)}'  # refused later
-    C, H, W = cube.shape
-    bands = '1 band' if C == 1 else f'{C} bands'
-    return f'{bands} of {H} x {W} px, {cube.dtype.name} ({words})'
-
-
-# nm in one of each unit that files state wavelengths in
-UNITS_NM = {'nm': 1, 'nanometer': 1, 'nanometre': 1, 'um': 1e3, 'micrometer': 1e3,
-            'micrometre': 1e3, 'micron': 1e3, 'angstrom': 0.1, 'a': 0.1, 'mm': 1e6,
-            'millimeter': 1e6, 'm': 1e9, 'meter': 1e9}
-# nm of 1 of each unit that counts waves, which is divided by the number
-UNITS_PER_NM = {'cm-1': 1e7, 'cm^-1': 1e7, '1/cm': 1e7, 'wavenumber': 1e7, 'ghz': 299792458.0}
-
-
-NO_WAVELENGTHS = 'no wavelengths are stated'
-
-
-def to_nm(values, unit='', where='its header'):
-    """Wavelengths in a file's own unit -> list in nm, NaN = missing, or None; and a sentence.
-
-    unit: as the file names it; '' = not stated: all below 100 are micrometres. where: said.
+    matrix: x, what x gains by a column and by a row, y, what y gains so. wkt: its coordinate
+    system as a text; epsg: its number, where the text names none
     """
-    if values is None or len(values) == 0:
-        return None, NO_WAVELENGTHS
-    try:
-        numbers = np.array([float(value) for value in values])
-    except (TypeError, ValueError):
-        return None, f'wavelengths in {where} are not numbers ({str(values)[:40]}): not used'
-    name = str(unit or '').strip().lower().replace('\u00b5', 'u').replace('\u03bc', 'u')
-    name = name.replace('\u00e5ngstr\u00f6m', 'angstrom').replace('\u00e5', 'a')
-    known = name if name in UNITS_NM or name in UNITS_PER_NM else name.removesuffix('s')
-    numbers[~(np.isfinite(numbers) & (numbers > 0))] = np.nan
-    if known in UNITS_NM:
-        nm = numbers * UNITS_NM[known]
-        how = f'in {unit} there'
-    elif known in UNITS_PER_NM:
-        nm = UNITS_PER_NM[known] / numbers
-        how = f'in {unit} there'
-    elif name:
-        return None, f'wavelengths in {where} are in "{unit}", an unknown unit: not used'
-    elif np.nanmax(numbers, initial=0) < 100:
-        nm = numbers * 1000
-        how = 'their unit is not stated: below 100 they are micrometres'
+    x, a, b, y, d, e = matrix
+    column, row = at
+    if b == d == 0 and a > 0 > e:
+        tags = ((33550, 12, 3, (a, -e, 0.0)), (33922, 12, 6, (column, row, 0.0, x, y, 0.0)))
     else:
-        nm = numbers
-        how = 'their unit is not stated: taken as nm'
-    nm = nm.round(6)
-    low, high = np.nanmin(nm, initial=np.inf), np.nanmax(nm, initial=0)
-    return nm.tolist(), f'wavelengths {low:.0f} to {high:.0f} nm, from {where} ({how})'
+        rows = (a, b, 0.0, x - a * column - b * row, d, e, 0.0, y - d * column - e * row)
+        tags = ((34264, 12, 16, (*rows, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)),)
+    number = re.search(r'(AUTHORITY|ID)\["EPSG",\s*"?(\d+)"?\]\s*\]\s*$', wkt)
+    epsg = epsg or (int(number[2]) if number else None)
+    if epsg is None:
+        return tags
+    # of longitude and latitude? The number does not tell: 4490 is so, 4547 is a projection
+    degrees = wkt.lstrip().startswith('GEO') if wkt else epsg == 4326
+    model, key = (2, 2048) if degrees else (1, 3072)  # geographic, projected
+    keys = (1, 1, 0, 3, 1024, 0, 1, model, 1025, 0, 1, 1, key, 0, 1, epsg)  # 1025: of areas
+    return (*tags, (34735, 3, 16, keys))
 
 
-def widths_nm(widths, values, nm):
-    """Widths of bands in the unit of the wavelengths `values`, which are `nm` in nm -> nm, or
-    None"""
-    if not nm or widths is None or len(widths) != len(nm):
-        return None
-    try:
-        return [float(width) * one_nm / float(value)
-                for width, value, one_nm in zip(widths, values, nm)]
-    except (TypeError, ValueError, ZeroDivisionError):
-        return None
+def envi_geotags(info, wkt=''):
+    """ENVI's "map info" -> GeoTIFF tags; () where nothing is stated.
 
-
-def read_number(text, notes):
-    """A number as programs write it ('-1.#QNAN' is NaN) -> float. None where nothing is stated,
-    or no number: `notes` says so then."""
-    if text is None:
-        return None
-    words = str(text).strip(' []\0\n').lower().replace(',', '.')
-    if re.fullmatch(r'[+-]?1\.#(qnan|ind|snan)0*', words):
-        return math.nan
-    if re.fullmatch(r'[+-]?1\.#inf0*', words):
-        return math.inf
-    try:
-        return float(words)
-    except ValueError:
-        notes.append(f'"{one_line(text)}" is stated where a number belongs: not used')
-        return None
-
-
-def to_chw(array, axes):
-    return array.transpose([axes.index(letter) for letter in 'chw'])
-
-
-def choose_axes(shape, path, axes='', num_bands=None, pixels=None):
-    """Of a 3-d array whose axes nothing states: -> 'hwc' or 'chw', and words that say why.
-
-    axes: --axes=, which wins. num_bands: of the wavelengths that are known. pixels: (H, W) of
-    labels that are known. Refuses where the sides leave it open.
+    info: projection, column and row of a pixel (from 1), its x and y, width and height of a
+    pixel, then for UTM zone and North or South, datum; rotation=degrees, counter-clockwise.
+    wkt: its "coordinate system string"
     """
-    if axes:
-        if sorted(axes.lower()) != ['c', 'h', 'w']:
-            raise UserError(f'--axes={axes}: give h (rows), w (columns) and c (bands) in the order '
-                            'of the array, as hwc or chw')
-        return axes.lower(), f'--axes={axes}'
-    first, middle, last = shape
-    fits = {'hwc': last == num_bands, 'chw': first == num_bands}
-    if fits['hwc'] != fits['chw']:
-        axes = 'hwc' if fits['hwc'] else 'chw'
-        return axes, f'{AXES_TEXT[axes]}, as many as wavelengths'
-    fits = {'hwc': (first, middle) == pixels, 'chw': (middle, last) == pixels}
-    if fits['hwc'] != fits['chw']:
-        axes = 'hwc' if fits['hwc'] else 'chw'
-        return axes, f'{AXES_TEXT[axes]}, as the labels fit'
-    # two equal sides are a square's; else bands are few, and mostly last
-    if first == middle != last or middle == last != first:
-        axes = 'hwc' if first == middle else 'chw'
-    elif first * 2 <= min(middle, last):
-        axes = 'chw'
-    elif last < min(first, middle):
-        axes = 'hwc'
-    else:
-        raise UserError(f'{path}: an array of {first} x {middle} x {last}, and nothing says which '
-                        'axis the bands are: pass --axes=hwc (bands last) or --axes=chw (first)')
-    return axes, f'{AXES_TEXT[axes]}, by the lengths of its sides; else pass --axes='
-
-
-AXES_TEXT = {'hwc': 'bands last', 'chw': 'bands first'}
-
-
-def with_mask(cube, nodata, mask):
-    """Makes pixels missing where `mask` (H, W) is False -> cube, nodata.
-
-    They get the file's nodata value in all bands; where it has none, NaN, and all is float32.
-    """
-    if mask.all():
-        return cube, nodata
-    if fitting_nodata(nodata, cube.dtype) is None:
-        nodata = None
-    dtype = np.dtype(np.float32) if nodata is None else cube.dtype
-    value = np.nan if nodata is None else nodata
-
-    def masked(x, rows, cols):
-        return np.where(mask[rows, cols], x.astype(dtype, copy=False), dtype.type(value))
-    return when_read(cube, masked, dtype), nodata
+    info = [str(word).strip() for word in info]
+    if len(info) < 7:
+        return ()
+    column, row, x, y, width, height = (float(word) for word in info[1:7])
+    angles = [float(word.split('=')[1]) for word in info if word.lower().startswith('rotation=')]
+    angle = math.radians(sum(angles))
+    epsg = None
+    if {word.lower() for word in info[7:]} & {'wgs-84', 'wgs84', 'wgs 84'}:
+        if info[0] == 'UTM':
+            epsg = int(info[7]) + (32700 if info[8].lower() == 'south' else 32600)
+        elif info[0] == 'Geographic Lat/Lon':
+            epsg = 4326
+    matrix = (x, math.cos(angle) * width, math.sin(angle) * height,
+              y, math.sin(angle) * width, -math.cos(angle) * height)
+    return place_tags(matrix, wkt, epsg, (column - 1, row - 1))
 
 
 # ============ bands: from one sensor's wavelengths to another's ============
@@ -958,29 +943,69 @@ def mix_bands(scene, weights, wavelengths_nm=None):
 def normalized(scene):
     """Each band to mean 0 and standard deviation 1 over the scene's own valid pixels, as float32;
     missing pixels NaN. So scenes of several sensors, or in several units, go together."""
-    count, shift = 0, None
-    for strip in strips(scene.cube):
-        x = scene.cube[:, strip]
-        values = x[:, valid_pixels(x, scene.nodata)].astype(np.float64)  # (C, n)
-        if values.size and shift is None:
-            shift = values.mean(1, keepdims=True)  # about it nothing cancels
-            total = squares = np.zeros(len(x))
-        if values.size:
+    def mean_of(function):
+        """(C, 1) mean of function(valid values (C, n)), in float64"""
+        count, total = 0, 0.0
+        for strip in strips(scene.cube):
+            x = scene.cube[:, strip]
+            values = x[:, valid_pixels(x, scene.nodata)].astype(np.float64)
             count += values.shape[1]
-            total = total + (values - shift).sum(1)
-            squares = squares + np.square(values - shift).sum(1)
-    if not count:
-        return scene._replace(cube=when_read(scene.cube, lambda x, rows, cols: x * np.nan,
-                                             np.float32), nodata=None)
-    mean = shift[:, 0] + total / count
-    std = np.sqrt((squares / count - (total / count) ** 2).clip(0))
+            total = total + function(values).sum(1, keepdims=True)
+        return total / max(count, 1)
+    mean = mean_of(lambda values: values)
+    std = np.sqrt(mean_of(lambda values: np.square(values - mean)))
     std[std == 0] = 1
 
     def standard(x, rows, cols):
-        z = (x - mean[:, None, None]) / std[:, None, None]
+        z = (x - mean[..., None]) / std[..., None]
         z[:, ~valid_pixels(x, scene.nodata)] = np.nan
         return z
     return scene._replace(cube=when_read(scene.cube, standard, np.float32), nodata=None)
+
+
+# ============ what readers share ============
+
+def shape_note(cube, words):
+    """The first note of a scene; words: how it is known which axis the bands are"""
+    if cube.ndim != 3:
+        return f'shape {shape_text(cube)}'  # refused later
+    C, H, W = cube.shape
+    bands = '1 band' if C == 1 else f'{C} bands'
+    return f'{bands} of {H} x {W} px, {cube.dtype.name} ({words})'
+
+
+def choose_axes(shape, path, axes='', stated='', num_bands=None, pixels=None):
+    """The axes of a 3-d array -> as 'hwc' or 'chw', and words that say why.
+
+    axes: --axes=. stated: by the file. num_bands: of the wavelengths that are known. pixels: (H, W)
+    of labels that are known. Refuses where all this leaves it open, or is at odds.
+    """
+    axes = axes.lower()
+    if axes and sorted(axes) != ['c', 'h', 'w']:
+        raise UserError(f'--axes={axes}: give h (rows), w (columns) and c (bands) in the order of '
+                        'the array, as hwc or chw')
+    if stated and axes not in ('', stated):
+        raise UserError(f'--axes={axes}: {path} itself states that its axes are {stated}: leave '
+                        '--axes out, or correct the file')
+    if axes or stated:
+        where = POSITIONS[(axes or stated).index('c')]
+        return axes or stated, f'{where}, {"by --axes=" + axes if axes else "as the file states"}'
+    first, middle, last = shape
+    lengths = 'by the lengths of its sides; else pass --axes='
+    for hwc, chw, why in (
+            (last == num_bands, first == num_bands, 'as many as wavelengths'),
+            ((first, middle) == pixels, (middle, last) == pixels, 'as the labels fit'),
+            # two equal sides are a square's; else bands are few, and mostly last
+            (first == middle, middle == last, lengths),
+            (False, 2 * first <= min(middle, last), lengths),
+            (last < min(first, middle), False, lengths)):
+        if hwc != chw:
+            return ('hwc', f'bands last, {why}') if hwc else ('chw', f'bands first, {why}')
+    raise UserError(f'{path}: an array of {first} x {middle} x {last}, and nothing says which '
+                    'axis the bands are: pass --axes=hwc (bands last) or --axes=chw (first)')
+
+
+POSITIONS = 'bands first', 'bands in the middle', 'bands last'
 
 
 # ============ GeoTIFF ============
@@ -995,136 +1020,105 @@ def read_tiff(path, mmap, name, axes):
     logging.getLogger('tifffile').setLevel(logging.CRITICAL)  # we say it in our own sentences
     if name:
         raise UserError(f'{path}:{name}: arrays in a TIFF have no names: give its path alone')
-    try:
-        # a name inside the file opens no other file
-        with tifffile.TiffFile(path, _multifile=False, is_mmstack=False, is_ndtiff=False) as tif:
-            cube, words = tiff_cube(tif, path, mmap, axes)
-            notes = [shape_note(cube, words)]
-            mask = tiff_mask(tif, path, cube.shape[1:])
-            page = tif.series[0].keyframe
-            tags = {tag.code: tag.value for tag in page.tags}
-            geotags = tuple((tag.code, int(tag.dtype), tag.count, tag.value) for tag in page.tags
-                            if tag.code in GEOTAGS)
-            extra = [int(kind) for kind in page.extrasamples]
-    except (ValueError, ImportError) as error:
-        if 'imagecodecs' not in str(error) and not isinstance(error, ImportError):
-            raise
-        raise UserError(f'{path}: its compression ({one_line(error).split(">")[0].strip("<")}) '
-                        'needs one more package: pip install imagecodecs') from None
+    # a name inside the file opens no other file
+    closed = dict(_multifile=False, is_mmstack=False, is_ndtiff=False)
+    with tifffile.TiffFile(path, **closed) as tif:
+        cube, words = tiff_cube(tif, path, mmap, axes)
+        masks = [page.asarray() for page in tif.pages
+                 if page.keyframe.subfiletype & (REDUCED | MASK) == MASK]
+        page = tif.series[0].keyframe
+        tags = {tag.code: tag.value for tag in page.tags}
+        geotags = tuple((tag.code, int(tag.dtype), tag.count, tag.value) for tag in page.tags
+                        if tag.code in GEOTAGS)
+        extra = [int(kind) for kind in page.extrasamples]
+    if os.path.isfile(path + '.msk'):
+        with tifffile.TiffFile(path + '.msk', **closed) as tif:
+            masks += [*np.asarray(tiff_cube(tif, path + '.msk', False, '')[0])]
     facts = gdal_facts(path, tags.get(GDAL_METADATA, ''))
+    notes = [shape_note(cube, words)]
+
+    # alpha bands: as marked, but many programs mark the fourth band of an image so as well; and a
+    # last one that holds nothing but 0 and the highest value
     C = len(cube)
+    bands = list(range(C))
+    marked = {C - len(extra) + number for number, kind in enumerate(extra) if kind in ALPHA}
+    marked |= {band for band in bands if facts[band].get('colorinterp') == 'Alpha'}
+    integers = cube.dtype.kind in 'iu'
+    ends = 0, np.iinfo(cube.dtype).max if integers else 1
+    suspects = marked | ({C - 1} if integers and np.isin(cube[-1, :1], ends).all() else set())
+    for band in sorted(suspects) if C > 1 else ():
+        plane = cube[band]
+        at_ends = np.isin(plane, ends).mean()
+        if at_ends == 1 and plane.any() and not plane.all() or band in marked and at_ends > 0.9:
+            notes.append(f'band {band + 1} is an alpha band: taken out, and used as a mask')
+            masks.append(plane)
+            bands.remove(band)
+        elif band in marked:
+            notes.append(f'band {band + 1} is marked as alpha but has the values of an image: '
+                         'kept as a band')
 
-    # what the bands are
-    marked = [C - len(extra) + i for i, kind in enumerate(extra) if kind in ALPHA]
-    marked += [band for band in range(C) if facts[band].get('colorinterp') == 'Alpha']
-    cube, alpha, words = split_alpha(cube, {band for band in marked if 0 <= band < C})
-    bands = [band for band in range(C) if band not in alpha]
-    nm, fwhm, wavelength_note = gdal_wavelengths(facts, bands)
-    notes += [wavelength_note, *words]
-    scales = [tuple(read_number(facts[band].get(name, usual), notes)
-                    for name, usual in (('scale', 1), ('offset', 0))) for band in bands]
-    if len(set(scales)) > 1:
-        notes.append('the file states a scale of its own for each band: values are kept as stored')
-    scale = scales[0] if len(set(scales)) == 1 and None not in scales[0] else None
-
-    # missing pixels
-    nodata = [read_number(facts[band].get('nodatavalue', tags.get(GDAL_NODATA)), notes)
-              for band in bands]
-    cube, nodata = one_nodata(cube, nodata)
-    for band_mask, words in [*mask, *alpha.values()]:
-        cube, nodata = with_mask(cube, nodata, band_mask)
-        notes.append(f'{words}: {1 - band_mask.mean():.1%} of the pixels are missing by it')
-
-    # classes and place
-    names, words = names_of_classes(facts[0].get('categories'))
-    notes += words
+    def of_bands(name, usual=None):
+        return [facts[band].get(name, usual) for band in bands]
+    nm, fwhm, unit = gdal_wavelengths(facts, bands)
     colors = facts[0].get('colors')
     if COLOR_MAP in tags and not colors:
         colors = (np.array(tags[COLOR_MAP]).reshape(3, -1) >> 8).T.tolist()
-    scene = Scene(cube, None, nm, nodata, names, geotags, fwhm,
-                  colors and colors[1:], scale, None, tuple(notes))
+    scene = Scene(
+        take_bands(cube, bands), None, nm, of_bands('nodatavalue', tags.get(GDAL_NODATA)),
+        facts[0].get('categories'), geotags, fwhm, colors, (of_bands('scale'), of_bands('offset')),
+        notes=tuple(notes), unit=unit,
+        mask=np.all([mask != 0 for mask in masks if mask.ndim == 2], 0) if masks else None)
     return product_metadata(path, scene)
 
 
 def tiff_cube(tif, path, mmap, axes):
-    """-> cube (C, H, W), on disk where `mmap`, and words on its axes"""
+    """-> cube (C, H, W), on disk where that can be, and words on its axes"""
     series = tif.series[0]
     pages, shape, letters = series.pages, series.shape, series.axes
-    words = 'as the TIFF states'
+    added = ''
     by_pages = (series.kind in ('generic', 'uniform')
                 or len(tif.series) > 1 and all(len(other.pages) == 1 for other in tif.series))
-    if by_pages:
+    if by_pages:  # a page for each band
         pages = [page for page in tif.pages if not page.keyframe.subfiletype & (REDUCED | MASK)]
-        first = pages[0]
-        shape, letters = first.shape, first.axes
-        all_pages = len(pages)
-        pages = [page for page in pages if (page.shape, page.dtype) == (shape, first.dtype)]
-        if len(pages) > 1 and len(shape) > 2:
-            raise UserError(f'{path}: holds {len(pages)} images of {shape_text(first)}: save the '
-                            'one that is meant in a file of its own')
+        shape, letters = pages[0].shape, pages[0].axes
+        kinds = {(page.shape, page.dtype) for page in pages}
+        if len(kinds) > 1 or len(pages) > 1 and len(shape) > 2:
+            raise UserError(f'{path}: holds {len(pages)} images, the first of '
+                            f'{shape_text(pages[0])}: save the one that is meant alone')
         if len(pages) > 1:
-            shape, letters = (len(pages), *shape), 'S' + letters
-            words = 'a page for each band'
-        if len(pages) < all_pages:
-            words += f', {all_pages - len(pages)} pages of another size or type left out'
+            shape, letters, added = (len(pages), *shape), 'S' + letters, ', a page for each band'
     check_tiff_sizes(path, [page for page in pages if page is not None])
     if len(shape) == 2:
         shape, letters = (1, *shape), 'S' + letters
     if len(shape) != 3 or 'Y' not in letters or 'X' not in letters:
         raise UserError(f'{path}: its axes are {letters} {shape}: expected rows, columns and '
                         'bands only')
+    # Q: written as an array, without a word on its axes
     letter = next(letter for letter in letters if letter not in 'YX')
-    if letter == 'Q' or axes:  # written as an array, without a word on its axes
-        axes, words = choose_axes(shape, path, axes)
-    else:
-        axes = letters.replace(letter, 'c').lower().replace('y', 'h').replace('x', 'w')
+    stated = letters.translate({ord(letter): 'c', ord('Y'): 'h', ord('X'): 'w'})
+    axes, words = choose_axes(shape, path, axes, '' if letter == 'Q' else stated)
 
     first = pages[0].keyframe
     dtype = np.dtype(first.dtype)
-    offset = contiguous_offset(pages) if by_pages else series.dataoffset
-    if offset:
-        cube = file_cube(path, dtype.newbyteorder(tif.byteorder), shape, axes, offset)
-        return (cube if mmap else np.asarray(cube)), words
+    offset = series.dataoffset if len(pages) == len(series.pages) else None
+    if offset:  # all numbers lie one behind the other
+        dtype = dtype.newbyteorder(tif.byteorder)
+        return file_cube(path, dtype, shape, axes, offset), words + added
     if mmap and None not in pages and len(pages) * first.size == math.prod(shape):
-        return file_cube(unpack_tiff(path, pages), dtype, shape, axes), words
-    if by_pages:
-        array = np.stack([page.asarray() for page in pages])
-    else:
-        array = series.asarray()
-    return to_chw(array.reshape(shape), axes), words
+        file = unpacked_file(path, dtype, (len(pages), *first.shaped), tiff_pieces(pages))
+        return file_cube(file, dtype, shape, axes), words + added
+    array = np.stack([page.asarray() for page in pages]) if by_pages else series.asarray()
+    return to_chw(array.reshape(shape), axes), words + added
 
 
-def contiguous_offset(pages):
-    """Where the numbers of all pages begin, if they lie one behind the other as they are; else
-    None"""
-    start = pages[0].dataoffsets[0] if pages[0].dataoffsets else None
+def tiff_pieces(pages):
+    """Yield place, block of all strips or tiles"""
     for number, page in enumerate(pages):
-        if not page.is_final or page.dataoffsets[0] != start + number * page.nbytes:
-            return None
-    return start
-
-
-def unpack_tiff(path, pages):
-    """Pages of compressed strips or tiles -> a temporary file of their numbers, written piece by
-    piece, so that little of it is in memory"""
-    first = pages[0].keyframe
-    file = temporary_file(path, len(pages) * first.nbytes)
-    for number, page in enumerate(pages):
-        written = 0
-        offset = number * first.nbytes
-        image = np.memmap(file, first.dtype, 'r+', offset, first.shaped)
-        segments = page.segments(buffersize=int(STRIP_BYTES))
-        for segment, (s, d, h, w, _), (depth, length, width, _) in segments:
-            place = image[s, d:d + depth, h:h + length, w:w + width]  # ends at the border
-            if segment is None:  # not stored, as in a sparse file
-                place[...] = first.nodata
-            else:
-                place[...] = segment[tuple(slice(side) for side in place.shape)]
-            written += place.nbytes
-            if written > STRIP_BYTES:  # what is mapped anew needs no memory
-                image = np.memmap(file, first.dtype, 'r+', offset, first.shaped)
-                written = 0
-    return file
+        for block, (s, d, h, w, _), shape in page.segments(buffersize=int(STRIP_BYTES)):
+            if block is None:  # not stored, as in a sparse file
+                block = np.full(shape, page.keyframe.nodata)
+            depth, length, width, _ = shape
+            yield np.s_[number, s, d:d + depth, h:h + length, w:w + width], block
 
 
 def check_tiff_sizes(path, pages):
@@ -1136,67 +1130,15 @@ def check_tiff_sizes(path, pages):
     for page in pages:
         stored = [(offset, count) for offset, count in zip(page.dataoffsets, page.databytecounts)
                   if count]
-        if any(offset + count > size for offset, count in stored):
-            raise UserError(f'{path}: the file is truncated: copy it again')
-        if page.is_contiguous:
-            claimed += page.nbytes
-        else:
-            expected = math.prod(first.chunked)
-            if len(page.dataoffsets) != expected:
-                claimed += 2 ** 63  # strips or tiles are missing
-            claimed += max(len(stored), 1) * segment_bytes
+        missing = len(page.dataoffsets) != math.prod(first.chunked) and not page.is_contiguous
+        if missing or any(offset + count > size for offset, count in stored):
+            raise UserError(f'{path}: the file is truncated or damaged: copy it again')
+        claimed += page.nbytes if page.is_contiguous else max(len(stored), 1) * segment_bytes
     # no lossless compression of the first group does better
     ratio = 2000 if first.compression in (1, 5, 8, 32773, 32946) else 100_000
     if claimed > ratio * size:
         raise UserError(f'{path}: claims {claimed / 1e9:.0f} GB of pixels in a file of '
                         f'{size} bytes: the file is damaged, copy it again')
-
-
-def tiff_mask(tif, path, sides):
-    """-> list of (mask (H, W) True = valid, where it was found): mask pages, a .msk file"""
-    import tifffile
-    masks = [(page.asarray(), 'a mask inside the file') for page in tif.pages
-             if page.keyframe.subfiletype & (REDUCED | MASK) == MASK]
-    if os.path.isfile(path + '.msk'):
-        with tifffile.TiffFile(path + '.msk', _multifile=False) as beside:
-            cube, _ = tiff_cube(beside, path + '.msk', False, '')
-            masks += [(plane, f'the mask {os.path.basename(path)}.msk') for plane in cube]
-    masks = [(mask, words) for mask, words in masks if mask.ndim == 2]
-    for mask, words in masks:
-        if mask.shape != sides:
-            raise UserError(f'{path}: {words} has {shape_text(mask)} pixels, the image '
-                            f'{sides[0]} x {sides[1]}: repair or remove it')
-    return [(mask != 0, words) for mask, words in masks]
-
-
-def split_alpha(cube, marked):
-    """Takes alpha bands out of a cube -> the cube without them, {band: (mask, words)}, sentences.
-
-    Those that the file marks; and the last one, where it holds only 0 and the type's highest
-    value. A marked one with other values is an image band: many programs write four bands as RGBA.
-    """
-    alpha, sentences = {}, []
-    C = len(cube)
-    integers = cube.dtype.kind in 'iu'
-    highest = np.iinfo(cube.dtype).max if integers else 1
-    suspects = marked | {C - 1} if integers else marked
-    for band in sorted(suspects) if C > 1 else ():
-        planes, ends = [], []
-        for strip in strips(cube):
-            planes.append(cube[:, strip][band])
-            ends.append(((planes[-1] == 0) | (planes[-1] == highest)).mean())
-            if band not in marked and ends[-1] < 1:
-                break
-        mask = np.concatenate(planes) != 0
-        if band in marked and np.mean(ends) < 0.9:
-            sentences.append(f'band {band + 1} is marked as alpha but has the values of an image: '
-                             'kept as a band')
-        elif band in marked:
-            alpha[band] = mask, f'band {band + 1} is an alpha band, taken out'
-        elif min(ends) == 1 and mask.any() and not mask.all():
-            alpha[band] = mask, (f'band {band + 1} holds only 0 and {highest}, as an alpha band '
-                                 'does: taken out')
-    return take_bands(cube, [band for band in range(C) if band not in alpha]), alpha, sentences
 
 
 def gdal_facts(path, text=''):
@@ -1210,13 +1152,10 @@ def gdal_facts(path, text=''):
             band = int(item.get('sample', -1))
             facts[band][(item.get('role') or item.get('name')).lower()] = item.text or ''
     beside = path + '.aux.xml'
-    if not os.path.isfile(beside):
-        return facts
-    try:
-        root = ElementTree.parse(beside).getroot()
-    except ElementTree.ParseError as error:
-        raise UserError(f'{beside}: cannot be read ({one_line(error)}): repair or remove it'
-                        ) from None
+    root = ElementTree.Element('none')
+    if os.path.isfile(beside):
+        with one_sentence(beside):
+            root = ElementTree.parse(beside).getroot()
     for element in [root, *root.findall('PAMRasterBand')]:
         known = facts[int(element.get('band', 0)) - 1]
         known |= {child.tag.lower(): child.text or '' for child in element}
@@ -1231,52 +1170,61 @@ def gdal_facts(path, text=''):
 
 
 def gdal_wavelengths(facts, bands):
-    """What gdal_facts() knows of wavelengths -> for `bands` nm, FWHM in nm, a sentence"""
+    """What gdal_facts() knows of wavelengths -> for `bands` values, widths, (unit, where)"""
     whole = facts[-1]
 
-    def stated(*names):
-        """One value a band, by the first of these names that has them; or a list for all"""
-        for name in names:
-            values = [facts[band].get(name, '').split(' ')[0] for band in bands]
-            if all(values):
-                return values
+    def stated(name):
+        """A value for each band: of its own, or in a list for all"""
+        values = [facts[band].get(name, '').split(' ')[0] for band in bands]
+        if not all(values):
             values = re.findall(r'[^\s,{}]+', whole.get(name, ''))
-            if len(values) == len(bands):
-                return values
-        return None
+        return values if len(values) == len(bands) else None
 
-    units = [facts[bands[0]].get(name, whole.get(name)) for name in (
-        'wavelength_units', 'wavelength_unit', 'wavelength units', 'wavelengthunit', 'units')]
-    unit = next(filter(None, units), '')
     where = "the file's metadata"
-    values, widths = stated('central_wavelength_um'), stated('fwhm_um')
-    if values:
-        unit = 'um'
-    else:
-        values = stated('wavelength', 'wavelengths', 'central_wavelength', 'center_wavelength',
-                        'wavelength_nm', 'centerwavelength')
-        widths = stated('fwhm')
-    if not values:
-        pattern = r'(\d+\.?\d*) *(nm|nanomet\w+|[uµμ]m|microm\w+|microns?|angstroms?)\b'
-        texts = [facts[band].get('description') or whole.get(f'band_{band + 1}', '')
-                 for band in bands]
-        found = [re.search(pattern, text, re.IGNORECASE) for text in texts]
-        if all(found) and len({match[2] for match in found}) == 1:
-            values, unit = [match[1] for match in found], found[0][2]
-            where = 'the names of the bands'
-    nm, sentence = to_nm(values, unit, where)
-    return nm, widths_nm(widths, values, nm), sentence
+    both = whole | facts[bands[0]]
+    unit = both.get('wavelength_units') or both.get('wavelength_unit', '')
+    if stated('central_wavelength_um'):
+        return stated('central_wavelength_um'), stated('fwhm_um'), ('um', where)
+    for name in ('wavelength', 'wavelengths', 'central_wavelength', 'center_wavelength'):
+        if stated(name):
+            return stated(name), stated('fwhm'), (unit, where)
+    return None, None, ('', where)
 
 
-def one_nodata(cube, nodata):
-    """A nodata value for each band -> cube and one value for all: where they differ, NaN"""
-    if len(set(map(str, nodata))) == 1:
-        return cube, nodata[0]
-    values = np.array([np.nan if value is None else value for value in nodata])[:, None, None]
+# ============ GeoTIFF with METADATA.XML: EnMAP, DESIS ============
 
-    def with_nan(x, rows, cols):
-        return np.where(x == values, np.float32(np.nan), x)
-    return when_read(cube, with_nan, np.float32), None
+def product_metadata(path, scene):
+    """-> the scene of NAME-SPECTRAL_IMAGE.TIF with what NAME-METADATA.XML states of its bands"""
+    match = re.fullmatch(r'(.*)-SPECTRAL_IMAGE(_VNIR|_SWIR|)(_COG)?\.TIFF?', path, re.I | re.S)
+    if not match:
+        return scene
+    found = files_beside(match[1], ['-metadata.xml'])
+    if not found:
+        return say(scene, f'{match[1]}-METADATA.XML is not there: nothing is known of the bands')
+    with one_sentence(found[0]):
+        root = ElementTree.parse(found[0]).getroot()
+
+    # EnMAP: <bandID number="1"> with FWHMOfBand; DESIS: <band> with bandNumber
+    bands = []
+    for band in root.iterfind('.//{*}bandCharacterisation/*'):
+        stated = {child.tag.rpartition('}')[2].lower(): child.text for child in band}
+        stated |= {name.lower(): value for name, value in band.attrib.items()}
+        bands.append([float(stated.get(name) or stated[other]) for name, other in (
+            ('number', 'bandnumber'), ('wavelengthcenterofband', ''),
+            ('fwhmofband', 'wavelengthwidthofband'), ('gainofband', ''), ('offsetofband', ''))])
+    bands.sort()
+    C = len(scene.cube)
+    if match[2] and len(bands) > C:  # the detectors of EnMAP L1B have a file each
+        bands = bands[:C] if match[2].upper() == '_VNIR' else bands[-C:]
+    if len(bands) != C:
+        raise UserError(f'{found[0]}: describes {len(bands)} bands, {path} has {C}: they do not '
+                        'belong together')
+    _, centres, fwhm, gains, offsets = (list(column) for column in zip(*bands))
+    nodata = scene.nodata
+    if not any(nodata) and scene.cube.dtype == np.int16:
+        nodata = root.findtext('.//{*}backgroundValue') or -32768  # usual there
+    return scene._replace(wavelengths_nm=centres, fwhm_nm=fwhm, scale=(gains, offsets),
+                          nodata=nodata, unit=('nm', os.path.basename(found[0])))
 
 
 # ============ NumPy ============
@@ -1307,34 +1255,30 @@ def read_numpy(path, mmap, name, axes):
 
     # which axis is which
     shape = stored().shape
-    while len(shape) > 3 and shape[0] == 1:
-        shape = shape[1:]
-    nm, wavelength_note = to_nm(facts.get('wavelengths_nm'), where='wavelengths_nm')
+    nm = facts.get('wavelengths_nm')
     if len(shape) == 2:  # one band, or labels
         shape, axes, words = (1, *shape), 'chw', 'rows and columns'
     elif len(shape) == 3:
         pixels = None if labels is None else labels.shape
-        axes, words = choose_axes(shape, path, axes, len(nm or []), pixels)
+        axes, words = choose_axes(shape, path, axes, '', len(nm or []), pixels)
     else:
         raise UserError(f'{path}: an array of shape {shape_text(stored())} is no image: give a '
                         '3-d array')
     cube = mapped_cube(lambda: to_chw(stored().reshape(shape), axes))
-    if not mmap:
-        cube = np.asarray(cube)
-
-    notes = [shape_note(cube, words), wavelength_note]
-    nodata = read_number(facts.get('nodata'), notes)
+    notes = [shape_note(cube, words)]
 
     # the first name may be that of label 0, but not where there are as many classes as names
-    names = facts.get('class_names')
-    if names and str(names[0]).lower() in NO_CLASS:
+    names, colors = facts.get('class_names'), facts.get('class_colors')
+    if names:
         numbers = stored() if name == 'labels' else labels
-        if numbers is None or numbers.max() != len(names):
+        as_many = numbers is not None and numbers.max() == len(names)
+        if as_many or str(names[0]).lower() not in NO_CLASS:
+            names = ['', *names]
+        else:
             notes.append(f'class_names: the first, "{names[0]}", is taken as that of label 0')
-            names = names[1:]
-    scale = facts.get('scale')
-    return Scene(cube, labels, nm, nodata, names, (), facts.get('fwhm_nm'),
-                 facts.get('class_colors'), scale and tuple(scale), None, tuple(notes))
+    return Scene(cube, labels, nm, facts.get('nodata'), names, (), facts.get('fwhm_nm'),
+                 colors and [(0, 0, 0), *colors], facts.get('scale'), None, tuple(notes),
+                 unit=('', 'wavelengths_nm'))
 
 
 # ============ ENVI ============
@@ -1348,12 +1292,11 @@ ENVI_ENDINGS = ('', '.img', '.dat', '.bsq', '.bil', '.bip', '.raw', '.bin', '.rf
 
 def files_beside(stem, endings):
     """-> the files stem + ending that exist, in small or in capital letters"""
-    found = []
-    for ending in endings:
-        for path in (stem + ending, stem + ending.upper()):
-            if os.path.isfile(path) and not any(os.path.samefile(path, old) for old in found):
-                found.append(path)
-    return found
+    folder, start = os.path.split(stem)
+    names = [name for name in sorted(os.listdir(folder or '.'))
+             if name.startswith(start) and name[len(start):].lower() in endings]
+    found = [os.path.join(folder, name) for name in names]
+    return [path for path in found if os.path.isfile(path)]
 
 
 def envi_header_of(path):
@@ -1374,7 +1317,7 @@ def read_envi(path, mmap, name, axes):
         raise UserError(f'{path}: an ENVI image is two files, and {missing} is not there: copy it '
                         'beside this one')
     header = envi_header(header_path)
-    dtype, offset, shape, axes = envi_layout(header_path, header)
+    dtype, offset, shape, stated = envi_layout(header_path, header)
     needed = offset + math.prod(shape) * dtype.itemsize
 
     # the data: of several files the one that has the size
@@ -1384,17 +1327,17 @@ def read_envi(path, mmap, name, axes):
                         'instead of the header')
     data_path = (fitting or candidates)[0]
     if data_path.lower().endswith(('.tif', '.tiff')):
-        return envi_facts(read_tiff(data_path, mmap, name, ''), header, header_path)
+        return envi_facts(read_tiff(data_path, mmap, name, axes), header, header_path)
     size = os.path.getsize(data_path)
     if size < needed:
         raise UserError(f'{data_path}: the file is truncated: it has {size} bytes, its header '
                         f'speaks of {needed}: copy it again')
+    axes, words = choose_axes(shape, path, axes, stated)
     cube = file_cube(data_path, dtype, shape, axes, offset)
-    notes = [shape_note(cube, f'{header["interleave"].lower()}, as its ENVI header states')]
+    notes = [shape_note(cube, f'ENVI {header["interleave"].lower()}, {words}')]
     if size > needed:
         notes.append(f'{data_path} has {size - needed} bytes more than its header speaks of')
-    scene = Scene(cube, None, None, None, None, notes=tuple(notes))
-    return envi_facts(scene, header, header_path)
+    return envi_facts(Scene(cube, None, None, None, None, notes=tuple(notes)), header, header_path)
 
 
 def envi_header(path):
@@ -1426,9 +1369,8 @@ def envi_list(header, field):
 
 def envi_numbers(header, field, path, counts=()):
     """-> the numbers of a field, [] where it is missing; `counts`: how many it may have"""
-    words = envi_list(header, field)
     try:
-        numbers = [float(word) for word in words]
+        numbers = [float(word) for word in envi_list(header, field)]
     except ValueError:
         raise UserError(f'{path}: its field "{field}" holds no numbers '
                         f'({one_line(header[field])[:40]}): correct the header') from None
@@ -1440,127 +1382,48 @@ def envi_numbers(header, field, path, counts=()):
 
 def envi_layout(path, header):
     """-> numpy type, offset in bytes, shape as it lies in the file, its axes ('hwc')"""
-    header = {'header offset': '0', 'byte order': '0', 'file compression': '0', **header}
-    patterns = {'bands': '0*[1-9][0-9]{0,8}', 'lines': '0*[1-9][0-9]{0,8}',
-                'samples': '0*[1-9][0-9]{0,8}', 'header offset': '[0-9]{1,12}',
+    whole, zeros = '0*[1-9][0-9]{0,8}', r'\{?[0, ]*\}?'
+    patterns = {'bands': whole, 'lines': whole, 'samples': whole, 'header offset': '[0-9]{0,12}',
                 'interleave': 'bsq|bil|bip', 'data type': '|'.join(ENVI_TYPES),
-                'byte order': '0|1', 'file compression': '0'}
+                'byte order': '0|1|', 'file compression': '0|', 'major frame offsets': zeros,
+                'minor frame offsets': zeros}
     for field, pattern in patterns.items():
         if not re.fullmatch(pattern, header.get(field, ''), re.IGNORECASE):
             raise UserError(f'{path}: its field "{field}" is '
-                            f'{one_line(header.get(field, "missing"))}: correct the header, or '
-                            'save the image again as a plain ENVI file')
-    for field in ('major frame offsets', 'minor frame offsets'):
-        if any(envi_numbers(header, field, path)):
-            raise UserError(f'{path}: its {field} are not 0, which is not read: save the image '
-                            'again as a plain ENVI file')
+                            f'{one_line(header.get(field, "missing"))}, which is not read: correct '
+                            'the header, or save the image again as a plain ENVI file')
     axes = ENVI_AXES[header['interleave'].lower()]
     sides = {'c': 'bands', 'h': 'lines', 'w': 'samples'}
     shape = tuple(int(header[sides[letter]]) for letter in axes)
-    dtype = np.dtype('<>'[int(header['byte order'])] + ENVI_TYPES[header['data type']])
-    return dtype, int(header['header offset']), shape, axes
+    order = '>' if header.get('byte order') == '1' else '<'
+    dtype = np.dtype(order + ENVI_TYPES[header['data type']])
+    return dtype, int(header.get('header offset') or 0), shape, axes
 
 
 def envi_facts(scene, header, path):
     """-> the scene with what an ENVI header states about its bands, classes and place"""
     C = len(scene.cube)
-    centres = envi_numbers(header, 'wavelength', path, [C])
-    nm, text = to_nm(centres, header.get('wavelength units', ''), 'the header')
-    widths = envi_numbers(header, 'fwhm', path, [C])
-    scene = say(scene._replace(wavelengths_nm=nm, fwhm_nm=widths_nm(widths, centres, nm)), text)
-    ignored = envi_numbers(header, 'data ignore value', path)
-    if ignored:
-        scene = scene._replace(nodata=ignored[0])
 
-    # 1 = good, 0 = bad
-    good = envi_numbers(header, 'bbl', path, [C])
-    if any(good):
-        scene = scene._replace(bands=[band for band in range(C) if good[band]])
-    elif good:
+    def numbers(field, *counts):
+        return envi_numbers(header, field, path, counts)
+    good = numbers('bbl', C)  # 1 = good, 0 = bad
+    if good and not any(good):
         scene = say(scene, 'the header marks every band as bad (bbl): that is not believed')
-
-    # physical units
-    divisor = envi_numbers(header, 'reflectance scale factor', path)
-    kind = 'data reflectance' if 'data reflectance gain values' in header else 'data'
-    gains = envi_numbers(header, f'{kind} gain values', path, [C, 1])
-    offsets = envi_numbers(header, f'{kind} offset values', path, [C, 1])
+    bands = [band for band in range(C) if good[band]] if any(good) else None
+    scale = (numbers('data gain values', C, 1) or 1, numbers('data offset values', C, 1) or 0)
+    divisor = numbers('reflectance scale factor')
     if any(divisor):
-        scene = scene._replace(scale=(1 / divisor[0], 0.0))
-    elif gains or offsets:
-        scene = scene._replace(scale=(gains or [1.0], offsets or [0.0]))
-
-    # a classification: 0 is its first class, and unlabelled here
-    names, words = names_of_classes(envi_list(header, 'class names'))
-    colors = envi_numbers(header, 'class lookup', path)
-    rgb = list(zip(*(map(int, colors[start::3]) for start in range(3))))
-    scene = say(scene._replace(class_names=names, class_colors=rgb[1:] or None), *words)
-    wkt = header.get('coordinate system string', '').strip('{}')
-    geotags = envi_geotags(envi_list(header, 'map info'), wkt)
-    return scene._replace(geotags=geotags or scene.geotags)
-
-
-def envi_geotags(info, wkt=''):
-    """ENVI's "map info" -> GeoTIFF tags; () where nothing is stated.
-
-    info: projection, column and row of a pixel (from 1), its x and y, width and height of a
-    pixel, then for UTM zone and North or South, datum; rotation=degrees, counter-clockwise.
-    wkt: its "coordinate system string"
-    """
-    info = [str(word).strip() for word in info]
-    if len(info) < 7:
-        return ()
-    column, row, x, y, width, height = (float(word) for word in info[1:7])
-    angles = [float(word.split('=')[1]) for word in info if word.lower().startswith('rotation=')]
-    angle = math.radians(sum(angles))
-    epsg = epsg_of(wkt)
-    if {word.lower() for word in info[7:]} & {'wgs-84', 'wgs84', 'wgs 84'}:
-        if info[0] == 'UTM':
-            epsg = int(info[7]) + (32700 if info[8].lower() == 'south' else 32600)
-        elif info[0] == 'Geographic Lat/Lon':
-            epsg = 4326
-    matrix = (x, math.cos(angle) * width, math.sin(angle) * height,
-              y, math.sin(angle) * width, -math.cos(angle) * height)
-    return place_tags(matrix, epsg, (column - 1, row - 1), in_degrees(wkt, epsg))
-
-
-def epsg_of(wkt):
-    """The EPSG number of a coordinate system's text; None where it names none"""
-    number = re.search(r'(AUTHORITY|ID)\["EPSG",\s*"?(\d+)"?\]\s*\]\s*$', wkt)
-    if number:
-        return int(number[2])
-    # ESRI's names of UTM zones
-    zone = re.match(r'PROJCS\["(WGS_1984|ETRS_1989|NAD_1983)_UTM_Zone_(\d+)([NS])"', wkt)
-    north = {'WGS_1984': 32600, 'ETRS_1989': 25800, 'NAD_1983': 26900}
-    south = {'WGS_1984': 32700}
-    known = {'N': north, 'S': south}[zone[3]] if zone else {}
-    return known[zone[1]] + int(zone[2]) if zone and zone[1] in known else None
-
-
-def in_degrees(wkt, epsg):
-    """Is a coordinate system one of longitude and latitude? Its number does not tell: 4490 is one,
-    4547 is a projection."""
-    return wkt.lstrip().startswith('GEO') if wkt else epsg == 4326
-
-
-def place_tags(matrix, epsg=None, at=(0.0, 0.0), degrees=False):
-    """GeoTIFF tags of an image whose point `at` (column, row; 0, 0 = the upper left corner) lies at
-    x, y.
-
-    matrix: x, what x gains by a column and by a row, y, what y gains so. epsg: of the system;
-    degrees: it is one of longitude and latitude
-    """
-    x, a, b, y, d, e = matrix
-    column, row = at
-    if b == d == 0 and a > 0 > e:
-        tags = ((33550, 12, 3, (a, -e, 0.0)), (33922, 12, 6, (column, row, 0.0, x, y, 0.0)))
-    else:
-        rows = (a, b, 0.0, x - a * column - b * row, d, e, 0.0, y - d * column - e * row)
-        tags = ((34264, 12, 16, (*rows, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)),)
-    if epsg is None:
-        return tags
-    model, key = (2, 2048) if degrees else (1, 3072)  # geographic, projected
-    keys = (1, 1, 0, 3, 1024, 0, 1, model, 1025, 0, 1, 1, key, 0, 1, epsg)  # 1025: of areas
-    return (*tags, (34735, 3, 16, keys))
+        scale = (1 / divisor[0], 0.0)
+    colors = numbers('class lookup')
+    geotags = envi_geotags(envi_list(header, 'map info'),
+                           header.get('coordinate system string', '').strip('{}'))
+    return scene._replace(
+        wavelengths_nm=numbers('wavelength', C), fwhm_nm=numbers('fwhm', C),
+        unit=(header.get('wavelength units', ''), 'the header'), bands=bands, scale=scale,
+        nodata=(numbers('data ignore value') or [scene.nodata])[0],
+        class_names=envi_list(header, 'class names'),
+        class_colors=[tuple(map(int, colors[i:i + 3])) for i in range(0, len(colors), 3)] or None,
+        geotags=geotags or scene.geotags)
 
 
 # ============ arrays with names: MATLAB, HDF5 ============
@@ -1578,9 +1441,10 @@ class Stored(NamedTuple):
 LABEL_NAMES = re.compile(r'(\b|_)gt|gt(\b|_)|label|truth|class|map|gnd|train|test|(^|_)t[res]$',
                          re.IGNORECASE)
 OTHER_LAYERS = re.compile(r'lidar|ds[mt]|dem$|dtm|height|elev|abund|endmem|conf', re.IGNORECASE)
-WAVELENGTHS = re.compile(r'wave|lambda|^wl$|centers?$|centres?$', re.IGNORECASE)
-ROWS = re.compile(r'^n?_?(rows?|r|lines|h|height)$', re.IGNORECASE)
-COLUMNS = re.compile(r'^n?_?(cols?|columns|c|samples|w|width)$', re.IGNORECASE)
+WAVELENGTHS = re.compile(r'^(?!good).*(wave|lambda)|^wl$|centers?$|centres?$', re.IGNORECASE)
+GOOD_BANDS = re.compile('^good_wavelengths$')  # EMIT: 1 = good
+ROWS = re.compile('^n_?(rows?|lines)$', re.IGNORECASE)
+WIDTHS = re.compile('fwhm', re.IGNORECASE)
 
 
 def last_part(name):
@@ -1592,7 +1456,7 @@ def last_part(name):
 def list_arrays(arrays):
     """'HSI (80 x 96 x 8, uint16), ...'"""
     words = [f'{name} ({shape_text(stored)}, {stored.dtype})' for name, stored in arrays.items()]
-    return ', '.join(words[:8]) + (f' and {len(words) - 8} more' if len(words) > 8 else '')
+    return ', '.join(words[:8] + ['...'] * (len(words) > 8))
 
 
 def pick_array(path, arrays, name):
@@ -1601,27 +1465,21 @@ def pick_array(path, arrays, name):
     The one that `name` asks for; else the only one of three axes whose name does not speak of
     labels, heights or abundances; else the only one of three axes, or of two.
     """
-    arrays = {key: stored for key, stored in arrays.items()
-              if len(stored.shape) in (2, 3) and stored.dtype.kind in 'iufb'}
+    arrays = {key: stored for key, stored in arrays.items() if stored.dtype.kind in 'iufb'
+              and len(stored.shape) in (2, 3) and sorted(stored.shape)[-2] > 1}
     cubes = {key: stored for key, stored in arrays.items()
              if len(stored.shape) == 3 and min(stored.shape) > 1}
     images = {key: stored for key, stored in cubes.items() if not (
         OTHER_LAYERS.search(last_part(key)) or LABEL_NAMES.search(last_part(key)))}
-    layers = {key: stored for key, stored in arrays.items()
-              if key not in cubes and sorted(stored.shape)[-2] > 1}
-    candidates = images or cubes or layers or arrays
+    candidates = images or cubes or arrays
     if name:
-        candidates = {key: stored for key, stored in arrays.items()
-                      if key == name or last_part(key) == name}
-        candidates = {name: arrays[name]} if name in arrays else candidates
-    if len(candidates) == 1:
-        return next(iter(candidates))
-    if not candidates:
-        what = f'no array "{name}"' if name else 'no array of two or three axes'
-        raise UserError(f'{path}: holds {what}, but {list_arrays(arrays) or "others"}: give a file '
-                        'or a name of an image')
-    raise UserError(f'{path}: any of {list_arrays(candidates)} could be meant: choose one, as '
-                    f'{os.path.basename(path)}:{next(iter(candidates))}')
+        candidates = {key: stored for key, stored in arrays.items() if last_part(key) == name}
+    if name in arrays or len(candidates) == 1:
+        return name if name in arrays else next(iter(candidates))
+    listed = candidates or arrays
+    what = 'any of them could be meant' if candidates else f'none is "{name or "an image"}"'
+    raise UserError(f'{path}: holds {list_arrays(listed) or "other arrays"}, and {what}: choose '
+                    f'one, as {os.path.basename(path)}:{next(iter(listed), "NAME")}')
 
 
 def find_vector(arrays, pattern, counts):
@@ -1643,35 +1501,34 @@ def named_scene(path, arrays, name, axes, order=''):
     axes of the image where the file states them, as 'hwc'.
     """
     key = pick_array(path, arrays, name)
-    image, words = arrays[key], f'array "{key}"'
-    if len(image.shape) == 2:
-        folded = fold(path, key, arrays)
-        if folded is None:  # labels, or an image of one band
-            cube = image.read(...)[None]
-            return Scene(cube, None, None, None, None, notes=(shape_note(cube, words),))
-        image, order, text = folded
-        words += f', {text}'
+    image = arrays[key]
+    if len(image.shape) == 2:  # labels, or an image of one band
+        rows = find_vector(arrays, ROWS, [1])[1]
+        folded = rows and int(rows[0]) not in image.shape
+        if folded or max(image.shape) > 40 * min(image.shape):
+            raise UserError(f'{path}: "{key}" of {shape_text(image)} looks like bands x pixels: '
+                            'save it as rows x columns x bands, which in MATLAB is '
+                            f'reshape({last_part(key)}\', nRow, nCol, [])')
+        cube = image.read(...)[None]
+        return Scene(cube, None, None, None, None, notes=(shape_note(cube, f'array "{key}"'),))
     wave_name, values, unit = find_vector(arrays, WAVELENGTHS, image.shape)
     maps = {other: stored for other, stored in arrays.items() if stored.dtype.kind in 'iufb'
             and stored.shape in (image.shape[:2], image.shape[1:])}
-    if axes or not order:
-        sizes = {stored.shape for stored in maps.values()}
-        pixels = sizes.pop() if len(sizes) == 1 else None
-        order, text = choose_axes(image.shape, path, axes, len(values), pixels)
-        words += f', {text}'
-    else:
-        words += ', bands ' + ('first', 'in the middle', 'last')[order.index('c')]
+    sizes = {stored.shape for stored in maps.values()}
+    pixels = sizes.pop() if len(sizes) == 1 else None
+    order, words = choose_axes(image.shape, path, axes, order, len(values), pixels)
 
     def read(rows, cols):
-        key = {'c': slice(None), 'h': rows, 'w': cols}
-        return to_chw(image.read(tuple(key[letter] for letter in order)), order)
-    sides = [image.shape[order.index(letter)] for letter in 'chw']
-    cube = Lazy(sides, image.dtype, read)
-    values = values if len(values) == len(cube) else []
-    nm, text = to_nm(values, unit, f'"{wave_name}"')
-    widths = find_vector(arrays, re.compile('fwhm', re.IGNORECASE), [len(cube)])[1]
-    scene = Scene(cube, None, nm, None, None, fwhm_nm=widths_nm(widths, values, nm),
-                  notes=(shape_note(cube, words), text))
+        sides = {'c': slice(None), 'h': rows, 'w': cols}
+        return to_chw(image.read(tuple(sides[letter] for letter in order)), order)
+    cube = Lazy([image.shape[order.index(letter)] for letter in 'chw'], image.dtype, read)
+    C = len(cube)
+    good = find_vector(arrays, GOOD_BANDS, [C])[1]
+    scene = Scene(cube, None, values if len(values) == C else None, None, None,
+                  fwhm_nm=find_vector(arrays, WIDTHS, [C])[1],
+                  bands=[band for band in range(C) if good[band]] if any(good) else None,
+                  unit=(unit, f'"{wave_name}"'),
+                  notes=(shape_note(cube, f'array "{key}", {words}'),))
     maps = {other: stored for other, stored in maps.items() if stored.shape == cube.shape[1:]}
     return scene if name else named_labels(scene, maps)
 
@@ -1687,31 +1544,6 @@ def named_labels(scene, maps):
     if maps and not labels:
         scene = say(scene, f'{list_arrays(maps)} may be labels: if so, pass --labels=FILE:NAME')
     return scene._replace(labels=labels or None)
-
-
-def fold(path, key, arrays):
-    """bands x pixels, as unmixing data are -> Stored of three axes, their order, words; None for
-    another array. The numbers of rows and columns stand beside it."""
-    flat = arrays[key]
-    H, W = (int(find_vector(arrays, pattern, [1])[1][0]) if find_vector(arrays, pattern, [1])[1]
-            else 0 for pattern in (ROWS, COLUMNS))
-    if min(H, W) < 2 or H * W not in flat.shape:
-        if max(flat.shape) > 40 * min(flat.shape):
-            raise UserError(f'{path}: "{key}" of {shape_text(flat)} looks like bands x pixels, and '
-                            'nothing says how many rows and columns: save it as rows x columns x '
-                            'bands')
-        return None
-    pixels = flat.read(...)
-    pixels = pixels if flat.shape[1] == H * W else pixels.T  # (C, pixels)
-    # column by column, as MATLAB folds, or row by row: neighbours in the image are alike
-    x = pixels[::max(len(pixels) // 16, 1)].astype(np.float64)
-    across, down = (np.abs(x[:, step:] - x[:, :-step]).mean() for step in (H, W))
-    if across <= down:
-        cube, order, how = pixels.reshape(-1, W, H), 'cwh', 'column by column'
-    else:
-        cube, order, how = pixels.reshape(-1, H, W), 'chw', 'row by row'
-    text = f'bands x pixels, folded {how} to {H} x {W}'
-    return Stored(cube.shape, cube.dtype, cube.__getitem__), order, text
 
 
 def text_of(value):
@@ -1765,17 +1597,13 @@ def load_mat(path):
 def read_mat(path, mmap, name, axes):
     if not is_hdf5(path):
         return named_scene(path, load_mat(path), name, axes)
-    arrays = {}  # MATLAB 7.3 is HDF5 with the axes reversed
-    for key, stored in h5_arrays(path).items():
-        arrays[key.replace('/', '.')] = turned(stored)
+    def turned(stored):
+        def read(key):
+            return stored.read(key if key is ... else key[::-1]).transpose()
+        return stored._replace(shape=stored.shape[::-1], read=read)
+    # MATLAB 7.3 is HDF5 with the axes reversed
+    arrays = {key.replace('/', '.'): turned(stored) for key, stored in h5_arrays(path).items()}
     return named_scene(path, arrays, name, axes)
-
-
-def turned(stored):
-    """An array with its axes in reversed order"""
-    def read(key):
-        return stored.read(key if key is ... else key[::-1]).transpose()
-    return stored._replace(shape=stored.shape[::-1], read=read)
 
 
 # ============ HDF5 and NetCDF ============
@@ -1786,8 +1614,8 @@ def is_hdf5(path):
 
 
 def h5_arrays(path):
-    """The arrays of an HDF5 file -> {'group/name': Stored}; of references, which MATLAB's cells
-    are, what they refer to. What lies in other files is left out."""
+    """The arrays of an HDF5 file -> {'group/name': Stored}. What lies in other files is left out,
+    and so is what references refer to, as MATLAB's cells do."""
     import h5py
     found = {}
 
@@ -1800,78 +1628,50 @@ def h5_arrays(path):
         unpacked = []
 
         def read(key):
-            try:
-                with h5py.File(path, 'r') as file:
-                    if key is ... or not packed:
-                        return file[name][key]
-                    if not unpacked:
-                        unpacked.append(unpack_h5(path, file[name]))
-            except UserError:
-                raise
-            except (OSError, RuntimeError, KeyError, ValueError) as error:
-                raise UserError(f'{path}: its array {name} cannot be read ({one_line(error)}): '
-                                'copy it again') from None
+            with one_sentence(f'{path}:{name}'), h5py.File(path, 'r') as file:
+                if key is ... or not packed:
+                    return file[name][key]
+                if not unpacked:
+                    item = file[name]
+                    pieces = ((chunk, item[chunk]) for chunk in item.iter_chunks())
+                    unpacked.append(unpacked_file(path, dtype, shape, pieces))
             return read_mapped(lambda: np.memmap(unpacked[0], dtype, 'r', 0, shape), key)
         return read
 
-    def collect(name, item, depth=0):
-        if depth > 8 or len(found) > 2000:
+    def collect(name, item):
+        if isinstance(item, h5py.Group) or name.startswith('#'):
             return
-        if isinstance(item, h5py.Group):
-            for key in item:
-                hard = item.get(key, getclass=True, getlink=True) is h5py.HardLink
-                if hard and not key.startswith('#'):
-                    collect(f'{name}/{key}' if name else key, item.get(key), depth + 1)
-        elif not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
+        if item.external or item.is_virtual or not item.size:
             return
-        elif item.dtype == h5py.ref_dtype and item.size:
-            for number, reference in enumerate(np.ravel(item[()])[:200], 1):
-                if reference:
-                    collect(f'{name}/{number}', item.file[reference], depth + 1)
-        elif item.size * item.dtype.itemsize > 100_000 * os.path.getsize(path):
+        if item.nbytes > 100_000 * os.path.getsize(path):
             raise UserError(f'{path}: its array {name} claims {item.size / 1e9:.0f} billion '
                             'values: the file is damaged, copy it again')
-        elif item.size and text_of(item.attrs.get('MATLAB_class', '')) != 'char':
+        if text_of(item.attrs.get('MATLAB_class', '')) != 'char':
             axes = [([os.path.basename(scale.name) for scale in axis.values()] or [axis.label])[0]
                     for axis in item.dims]
             found[name] = Stored(item.shape, item.dtype, read_from(item), dict(item.attrs),
                                  tuple(axes))
 
     with h5py.File(path, 'r') as file:
-        collect('', file)
+        file.visititems(collect)
     return found
 
 
-def unpack_h5(path, dataset):
-    """An array in chunks -> a temporary file of its numbers, written chunk by chunk"""
-    file = temporary_file(path, dataset.nbytes)
-    written = np.inf
-    for chunk in dataset.iter_chunks():
-        if written > STRIP_BYTES:  # what is mapped anew needs no memory
-            numbers = np.memmap(file, dataset.dtype, 'r+', 0, dataset.shape)
-            written = 0
-        block = dataset[chunk]
-        numbers[chunk] = block
-        written += block.nbytes
-    return file
-
-
 def read_h5(path, mmap, name, axes):
-    """HDF5 or NetCDF-4: a product that is known by its names, or the one cube, or the named one"""
+    """HDF5 or NetCDF-4: PRISMA, which is known by its names, or the one cube, or the named one"""
     if not is_hdf5(path):
         raise UserError(f'{path}: is no HDF5 or NetCDF-4 file (older NetCDF and HDF4 are not '
                         'read): convert it, as nccopy -k netCDF-4 does')
     arrays = h5_arrays(path)
     if not name and any(key.endswith('_HCO/Data Fields/VNIR_Cube') for key in arrays):
         return read_prisma(path, arrays)
-    if not name and 'sensor_band_parameters/wavelengths' in arrays:
-        return read_emit(path, arrays)
     key = pick_array(path, arrays, name)
-    attrs = arrays[key].attrs
+    image = arrays[key]
+    attrs = {fact: text_of(value) for fact, value in image.attrs.items()}
 
     # NetCDF names the axes
     order = ''
-    for axis in arrays[key].axes:
+    for axis in image.axes:
         for letter, words in (('c', 'band|wave|channel|lambda|spectral'),
                               ('h', '^(y|lat|row|line|down|north)'),
                               ('w', '^(x|lon|col|sample|cross|east)')):
@@ -1884,223 +1684,98 @@ def read_h5(path, mmap, name, axes):
     scene = named_scene(path, beside, name, axes, order)
 
     # the axis of the bands may be numbered by their wavelengths, in a unit of these
-    if order and not axes and not scene.wavelengths_nm:
-        band_axis = arrays[key].axes[order.index('c')]
-        numbers = arrays.get(group + band_axis)
-        unit = text_of(numbers.attrs.get('units', '')) if numbers else ''
-        nm, text = to_nm(np.ravel(numbers.read(...)) if unit else None, unit, f'"{band_axis}"')
-        if nm and len(nm) == len(scene.cube):
-            kept = [note for note in scene.notes if note != NO_WAVELENGTHS]
-            scene = scene._replace(wavelengths_nm=nm, notes=(*kept, text))
+    band_axis = image.axes[order.index('c')] if order else ''
+    numbers = arrays.get(group + band_axis)
+    unit = text_of(numbers.attrs.get('units', '')) if numbers else ''
+    if not scene.wavelengths_nm and unit.lower().removesuffix('s') in UNITS_NM:
+        values = np.ravel(numbers.read(...)).tolist()
+        scene = scene._replace(wavelengths_nm=values, unit=(unit, f'"{band_axis}"'))
 
     # attributes by the CF conventions, and NEON's
-    notes = []
-
-    def number(*names):
-        found = [text_of(attrs[name]) for name in names if name in attrs]
-        return read_number(found[0], notes) if found else None
-    factor, offset = number('scale_factor'), number('add_offset')
-    if number('Scale_Factor'):
-        factor = 1 / number('Scale_Factor')
-    if factor or offset:
-        scene = scene._replace(scale=(factor or 1.0, offset or 0.0))
-    nodata = number('_FillValue', 'missing_value', 'Data_Ignore_Value', 'nodata')
-    return say(scene._replace(nodata=nodata, geotags=h5_place(arrays, key)), *notes)
+    scale = attrs.get('scale_factor'), attrs.get('add_offset')
+    if 'Scale_Factor' in attrs:
+        scale = 1 / float(attrs['Scale_Factor']), 0
+    names = ('_FillValue', 'missing_value', 'Data_Ignore_Value', 'nodata')
+    nodata = next((attrs[fact] for fact in names if fact in attrs), None)
+    if any(other.endswith('glt_x') for other in arrays):
+        scene = say(scene, 'in the geometry of the sensor: its look-up table to the map (glt) is '
+                    'not applied')
+    return scene._replace(scale=scale, nodata=nodata, geotags=h5_place(arrays, key))
 
 
 def h5_place(arrays, key):
     """GeoTIFF tags of an array: NEON's Map_Info, or GeoTransform as GDAL writes it for CF"""
     group = key[:key.rfind('/') + 1]
 
-    def text(name):
-        stored = arrays.get(f'{group}Metadata/Coordinate_System/{name}')
-        return text_of(stored.read(...)) if stored else ''
-    if text('Map_Info'):
-        return envi_geotags(text('Map_Info').split(','), text('Coordinate_System_String'))
+    info, wkt = (arrays.get(f'{group}Metadata/Coordinate_System/{name}')
+                 for name in ('Map_Info', 'Coordinate_System_String'))
+    if info:
+        wkt = text_of(wkt.read(...)) if wkt else ''
+        return envi_geotags(text_of(info.read(...)).split(','), wkt)
     mapping = arrays.get(group + text_of(arrays[key].attrs.get('grid_mapping', '')))
     attrs = mapping.attrs if mapping else {}
-    numbers = [read_number(word, []) for word in text_of(attrs.get('GeoTransform', '')).split()]
-    if len(numbers) != 6 or None in numbers:
+    numbers = [float(word) for word in text_of(attrs.get('GeoTransform', '')).split()]
+    if len(numbers) != 6:
         return ()
-    wkt = text_of(attrs.get('crs_wkt', attrs.get('spatial_ref', '')))
-    epsg = epsg_of(wkt)
-    return place_tags(numbers, epsg, degrees=in_degrees(wkt, epsg))
-
-
-def read_emit(path, arrays):
-    """EMIT L1B and L2A: one cube (rows, columns, bands) in the geometry of the sensor"""
-    names = [name for name in ('reflectance', 'radiance') if name in arrays]
-    if not names:
-        raise UserError(f'{path}: an EMIT file without reflectance or radiance: give the RFL or '
-                        'the RAD file')
-    parameters = {name.split('/')[1]: stored.read(...).tolist() for name, stored in arrays.items()
-                  if name.startswith('sensor_band_parameters/')}
-    only = {name: arrays[name] for name in names[:1]}
-    scene = named_scene(path, only, '', '', 'hwc')
-    nm, text = to_nm(parameters['wavelengths'], 'nm', 'sensor_band_parameters')
-    good = parameters.get('good_wavelengths', [1] * len(nm))
-    notes = (scene.notes[0], text, 'EMIT, in the geometry of the sensor: its look-up table to the '
-             'map (glt) is not applied')
-    return scene._replace(
-        wavelengths_nm=nm, fwhm_nm=parameters.get('fwhm'), notes=notes,
-        bands=[band for band in range(len(good)) if good[band] == 1],
-        nodata=float(text_of(only[names[0]].attrs.get('_FillValue', -9999))))
+    return place_tags(numbers, text_of(attrs.get('crs_wkt', attrs.get('spatial_ref', ''))))
 
 
 def read_prisma(path, arrays):
-    """PRISMA L1 and L2: the cubes (rows, bands, columns) of two detectors -> bands in the order of
-    their wavelengths, in physical units, NaN where all bands hold 0"""
+    """PRISMA L1 and L2: the cubes (rows, bands, columns) of two detectors, which are brought to the
+    order of their wavelengths"""
     import h5py
     with h5py.File(path, 'r') as file:
         attrs = dict(file.attrs)
-    names = ('Vnir', 'Swir')
     fields = next(key for key in arrays if key.endswith('_HCO/Data Fields/VNIR_Cube'))[:-9]
-    cubes = [arrays[f'{fields}{name.upper()}_Cube'] for name in names]
+    cubes = {name: arrays[f'{fields}{name.upper()}_Cube'] for name in ('Vnir', 'Swir')}
+    H, _, W = cubes['Vnir'].shape
     level = fields.split('PRS_')[1].split('_')[0]
 
     def stated(pattern):
         """One value for each band of both detectors, of lists or of single numbers"""
-        values = [np.ravel(attrs[pattern.format(name)]).astype(float) for name in names]
-        return np.concatenate([np.broadcast_to(one, cube.shape[1])
-                               for one, cube in zip(values, cubes)])
+        return np.concatenate([np.broadcast_to(np.ravel(attrs[pattern.format(name)]).astype(float),
+                                               cube.shape[1]) for name, cube in cubes.items()])
     nm = stated('List_Cw_{}')
     recorded = (nm > 0) & (stated('List_Cw_{}_Flags') > 0)
     order = [band for band in np.argsort(nm, kind='stable') if recorded[band]]
     if level == 'L1':
-        kind, factor, offset = 'radiance', 1 / stated('ScaleFactor_{}'), -stated('Offset_{}')
+        gains, offsets = 1 / stated('ScaleFactor_{}'), -stated('Offset_{}')
     else:
-        kind, offset = 'reflectance', stated('L2Scale{}Min')
-        factor = (stated('L2Scale{}Max') - offset) / 65535
-    factor, offset = (side[order, None, None].astype(np.float32) for side in (factor, offset))
+        offsets = stated('L2Scale{}Min')
+        gains = (stated('L2Scale{}Max') - offsets) / 65535
 
     def read(rows, cols):
-        blocks = [cube.read((rows, slice(None), cols)) for cube in cubes]
+        blocks = [cube.read((rows, slice(None), cols)) for cube in cubes.values()]
         return np.concatenate(blocks, 1)[:, order].transpose(1, 0, 2)
+    cube = Lazy((len(order), H, W), cubes['Vnir'].dtype, read)
+    words = f'PRISMA {level}, {"radiance" if level == "L1" else "reflectance"} of two detectors'
+    notes, bands = [shape_note(cube, words)], None
 
-    def physical(numbers, rows, cols):
-        values = numbers * factor + offset
-        values[:, (numbers == 0).all(0)] = np.nan
-        return values
-    H, _, W = cubes[0].shape
-    numbers = Lazy((len(order), H, W), cubes[0].dtype, read)
-    cube = when_read(numbers, physical, np.float32)
-    nm, text = to_nm(nm[order], 'nm', 'List_Cw_Vnir and List_Cw_Swir')
-    notes = [shape_note(cube, f'PRISMA {level}, two detectors in the order of wavelengths'), text,
-             f'values brought to {kind} by the scale of each detector']
-
-    # 0 in a band of level 2 is a retrieval that failed; where most did, in the bands of water
-    # vapour, the band is bad
-    bands = None
+    # outside of the image all bands are 0; a 0 of level 2 inside is a retrieval that failed, and
+    # a band where most did, as in those of water vapour, is bad
+    mask, values = np.zeros((H, W), bool), 0
+    for strip in strips(cube):
+        stored = cube[:, strip] != 0
+        mask[strip] = stored.any(0)
+        values += stored.sum((1, 2))
     if level != 'L1':
-        failed, pixels = np.zeros(len(order), int), 0
-        for strip in strips(numbers):
-            block = numbers[:, strip]
-            inside = (block != 0).any(0)
-            failed += (block[:, inside] == 0).sum(1)
-            pixels += inside.sum()
-        bands = np.flatnonzero(failed <= pixels / 2).tolist()
-        if failed[bands].any():
-            share = failed[bands].sum() / (pixels * len(bands))
-            notes.append(f'{share:.2%} of the values are 0, where the retrieval failed: kept as 0')
-    geotags = prisma_place(attrs, H, W) if level == 'L2D' else ()
-    return Scene(cube, None, nm, None, None, geotags, bands=bands, notes=tuple(notes),
-                 fwhm_nm=stated('List_Fwhm_{}')[order].tolist())
+        bands = np.flatnonzero(values >= mask.sum() / 2).tolist()
+        share = 1 - values[bands].sum() / max(mask.sum() * len(bands), 1)
+        notes.append(f'{share:.2%} of the values are 0, where the retrieval failed: kept as 0')
 
-
-def prisma_place(attrs, H, W):
-    """GeoTIFF tags of PRISMA L2D, which states the centres of its corner pixels"""
-    left, top, right, bottom = (float(attrs[f'Product_{corner}']) for corner in (
-        'ULcorner_easting', 'ULcorner_northing', 'LRcorner_easting', 'LRcorner_northing'))
-    width, height = (right - left) / max(W - 1, 1), (top - bottom) / max(H - 1, 1)
-    if not 0.98 * height < width < 1.02 * height:
-        return ()  # these corners are not those of this image
-    matrix = (left - width / 2, width, 0.0, top + height / 2, 0.0, -height)
-    return place_tags(matrix, int(attrs['Epsg_Code']))
-
-
-# ============ GeoTIFF with METADATA.XML: EnMAP, DESIS ============
-
-def product_metadata(path, scene):
-    """-> the scene of NAME-SPECTRAL_IMAGE.TIF with what NAME-METADATA.XML states of its bands"""
-    match = re.fullmatch(r'(.*)-SPECTRAL_IMAGE(_VNIR|_SWIR|)(_COG)?\.TIFF?', path, re.I | re.S)
-    if not match:
-        return scene
-    found = files_beside(match[1], ['-METADATA.xml', '-METADATA.XML'])
-    if not found:
-        return say(scene, f'{match[1]}-METADATA.XML is not there: nothing is known of the bands')
-    try:
-        root = ElementTree.parse(found[0]).getroot()
-    except ElementTree.ParseError as error:
-        raise UserError(f'{found[0]}: cannot be read ({one_line(error)}): copy it again') from None
-
-    # EnMAP: <bandID number="1"> with FWHMOfBand; DESIS: <band> with bandNumber
-    bands = []
-    for section in root.iterfind('.//{*}bandCharacterisation'):
-        for band in section:
-            stated = {child.tag.rpartition('}')[2].lower(): child.text for child in band}
-            stated |= {name.lower(): value for name, value in band.attrib.items()}
-            bands.append([float(stated.get(name) or stated[other]) for name, other in (
-                ('number', 'bandnumber'), ('wavelengthcenterofband', ''),
-                ('fwhmofband', 'wavelengthwidthofband'), ('gainofband', ''),
-                ('offsetofband', ''))])
-    bands.sort()
-    C = len(scene.cube)
-    if match[2] and len(bands) > C:  # the detectors of EnMAP L1B have a file each
-        bands = bands[:C] if match[2].upper() == '_VNIR' else bands[-C:]
-    if len(bands) != C:
-        raise UserError(f'{found[0]}: describes {len(bands)} bands, {path} has {C}: they do not '
-                        'belong together')
-    _, centres, fwhm, gains, offsets = (list(column) for column in zip(*bands))
-    nm, text = to_nm(centres, 'nm', os.path.basename(found[0]))
-    notes = [note for note in scene.notes if note != NO_WAVELENGTHS]
-    background = root.findtext('.//{*}backgroundValue')
-    nodata = scene.nodata
-    if nodata is None and (background or scene.cube.dtype == np.int16):
-        nodata = float(background or -32768)
-        where = 'from METADATA.XML' if background else 'stated nowhere, but usual there'
-        text += f'; nodata {nodata:g} ({where})'
-    return scene._replace(wavelengths_nm=nm, fwhm_nm=fwhm, scale=(gains, offsets), nodata=nodata,
-                          notes=(*notes, text))
-
-
-# ============ scales and orders that differ from band to band ============
-
-def one_scale(scene):
-    """A reader's lists of gains and offsets: equal ones become one scale, which is not applied;
-    others are, for bands of different units could not be mixed -> float32, NaN = missing"""
-    if not scene.scale or np.ndim(scene.scale[0]) == 0:
-        return scene
-    C = max(len(scene.cube), *map(len, scene.scale))
-    kept = scene.bands or list(range(len(scene.cube)))
-    gains, offsets = (np.broadcast_to(side, C)[kept] for side in scene.scale)
-    if np.ptp(gains) == 0 and np.ptp(offsets) == 0:
-        return scene._replace(scale=(float(gains[0]), float(offsets[0])))
-    gains, offsets = (side[:, None, None].astype(np.float32) for side in (gains, offsets))
-
-    def physical(values, rows, cols):
-        scaled = values * gains + offsets
-        scaled[:, ~valid_pixels(values, scene.nodata)] = np.nan
-        return scaled
-    cube = when_read(scene.cube, physical, np.float32)
-    return say(scene._replace(cube=cube, nodata=None, scale=None), 'gains and offsets differ from '
-               'band to band: values brought to physical units, float32')
-
-
-def in_order(scene):
-    """Bands of detectors that overlap, one behind the other in the file -> sorted by wavelength"""
-    nm = scene.wavelengths_nm
-    starts = [0, *np.flatnonzero(np.diff(nm) <= 0) + 1, len(nm)] if nm else []
-    lengths = np.diff(starts)  # of the detectors
-    if not 1 < len(lengths) < 9 or lengths.min() < 3 or not np.isfinite(nm).all():
-        return scene  # in order, or in one that someone chose
-    order = np.argsort(nm, kind='stable').tolist()
-    kept = scene.bands or range(len(nm))
-    scene = scene._replace(
-        cube=take_bands(scene.cube, order), bands=[kept[band] for band in order],
-        wavelengths_nm=[nm[band] for band in order],
-        fwhm_nm=scene.fwhm_nm and [scene.fwhm_nm[band] for band in order])
-    return say(scene, f'the wavelengths of {len(lengths)} detectors overlap: the bands are put in '
-               'the order of their wavelengths')
+    # L2D states the centres of its corner pixels
+    geotags = ()
+    if level == 'L2D':
+        left, top, right, bottom = (float(attrs[f'Product_{corner}']) for corner in (
+            'ULcorner_easting', 'ULcorner_northing', 'LRcorner_easting', 'LRcorner_northing'))
+        width, height = (right - left) / max(W - 1, 1), (top - bottom) / max(H - 1, 1)
+        matrix = (left - width / 2, width, 0.0, top + height / 2, 0.0, -height)
+        if 0.98 * height < width < 1.02 * height:  # else they are those of another image
+            geotags = place_tags(matrix, epsg=int(attrs['Epsg_Code']))
+    return Scene(cube, None, nm[order].tolist(), None, None, notes=tuple(notes), mask=mask,
+                 geotags=geotags, fwhm_nm=stated('List_Fwhm_{}')[order].tolist(),
+                 scale=(gains[order], offsets[order]), bands=bands,
+                 unit=('nm', 'List_Cw_Vnir and List_Cw_Swir'))
 
 
 # ============ the readers by the ending of a name ============

@@ -2,8 +2,8 @@
 
 Makes small scenes of every format, damages them (bit flips, cut ends, zeroed and swapped stretches, damage in the header), and reads them.
 Each must give a scene or one UserError that names the file: no other exception, no crash, no hang, and no more than 4 GB of memory. Where only
-pixels are damaged, so that the header says the same as before, a scene has the sound file's values everywhere else; where a checksum or a cut end
-gives the damage away, there is no scene.
+pixels are damaged, or what of an ENVI header nobody reads, so that the file says the same as before, a scene has the sound file's values everywhere
+else; where a checksum or a cut end gives the damage away, there is no scene.
 """
 import os
 import resource
@@ -19,12 +19,15 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from scenes import UserError, read_scene
 
 
+def make_cube():
+    return np.random.default_rng(0).integers(1, 4000, (24, 20, 5)).astype(np.uint16)
+
+
 def make_files(folder):
     """-> paths of small valid scenes, one of each format and kind"""
     import tifffile
     from scipy.io import savemat
-    rng = np.random.default_rng(0)
-    cube = rng.integers(1, 4000, (24, 20, 5)).astype(np.uint16)
+    rng, cube = np.random.default_rng(1), make_cube()
     bands = np.moveaxis(cube, 2, 0)
     labels = rng.integers(0, 4, (24, 20)).astype(np.uint8)
     path = lambda name: os.path.join(folder, name)
@@ -75,10 +78,60 @@ def pixel_ranges(path):
             member = file.getinfo('cube.npy')
             start = member.header_offset + 30 + len('cube.npy') + 20  # 20: the extra field
             return [(start + 128, start + member.compress_size)], True
+    content = open(path, 'rb').read()
+    if path.endswith('.bsq'):
+        return [(0, len(content))], False
+    if path.endswith('.mat') and b'MATLAB 5.0' in content[:128]:
+        if path.endswith('e.mat'):
+            return [(136, len(content))], True
+        import test_formats
+        ranges = [(content.find(cube.tobytes('F')), cube.nbytes) for cube in (make_cube(), test_formats.HWC)]
+        return [(at, at + size) for at, size in ranges if at > 0], False
+    if b'\x89HDF\r\n\x1a\n' in content[:1024]:
+        return hdf5_ranges(path, content)
     return [], False
 
 
-def check_values(sound, scene, before, after, ranges, packed):
+def hdf5_ranges(path, content):
+    """-> as pixel_ranges(), of all arrays of three axes"""
+    import h5py
+    ranges, packed = [], False
+
+    def collect(name, array):
+        nonlocal packed
+        if getattr(array, 'ndim', 0) != 3:
+            return
+        if array.chunks:
+            packed = True
+            infos = [array.id.get_chunk_info(number) for number in range(array.id.get_num_chunks())]
+            ranges.extend((info.byte_offset, info.byte_offset + info.size) for info in infos)
+        else:
+            at = content.find(array[()].tobytes())
+            assert at > 0, name
+            ranges.append((at, at + array.nbytes))
+    with h5py.File(path, 'r') as file:
+        file.visititems(collect)
+    assert ranges, path
+    return ranges, packed
+
+
+def same_header(before, after):
+    """Says a damaged ENVI header the same as the sound one, by another program's reader?"""
+    from spectral.io.envi import read_envi_header
+    told = []
+    for content in (before, after):
+        with tempfile.NamedTemporaryFile(suffix='.hdr') as file:
+            file.write(content)
+            file.flush()
+            try:
+                warnings.simplefilter('ignore')
+                told.append({name: value for name, value in read_envi_header(file.name).items() if name not in ('file type', 'class names', 'class lookup')})
+            except Exception:
+                return False
+    return told[0] == told[1]
+
+
+def check_values(source, sound, scene, before, after, ranges, packed):
     """Where only pixels were damaged, the scene has the sound one's values elsewhere"""
     size = max(len(before), len(after))
     old, new = (np.frombuffer(content.ljust(size, b'\0'), np.uint8) for content in (before, after))
@@ -86,13 +139,17 @@ def check_values(sound, scene, before, after, ranges, packed):
     inside = np.zeros(size, bool)
     for start, end in ranges:
         inside[start:end] = True
-    if not ranges or not inside[changed].all():
+    same = source.endswith('.hdr') and same_header(before, after)
+    if not same and not (ranges and inside[changed].all()):
+        return False
+    if scene.bands != sound.bands and not (packed or same):  # a band that became 0 everywhere is left out
         return False
     differ = np.inf
     if scene.cube.shape == sound.cube.shape:
         pixels = ~np.isclose(np.asarray(sound.cube), np.asarray(scene.cube), rtol=0, atol=0, equal_nan=True).all(0)
         differ = np.count_nonzero(pixels)
-    assert len(before) == len(after) and differ <= (0 if packed else len(changed)), f'{differ} pixels differ after {len(changed)} bytes were damaged'
+    cut = len(before) != len(after) and not same
+    assert not cut and differ <= (0 if packed or same else len(changed)), f'{differ} pixels differ after {len(changed)} bytes were damaged'
     return True
 
 
@@ -122,14 +179,15 @@ def more_files(folder):
     return pairs + [(path, path) for path in files]
 
 
-def damage(content, rng):
-    """bytes -> damaged bytes"""
-    data = bytearray(content)
-    kind, reach = rng.integers(6), len(data) if rng.random() < 0.5 else min(len(data), 400)  # half of the time in the header
+def damage(content, rng, ranges):
+    """bytes -> damaged bytes: a third of the time anywhere, in the first 400 bytes, or in pixels"""
+    data, kind = bytearray(content), rng.integers(6)
     if kind == 0:
         return bytes(data[:rng.integers(len(data))])
+    areas = [[(0, len(data))], [(0, min(len(data), 400))], ranges or [(0, len(data))]][rng.integers(3)]
     for _ in range(int(rng.integers(1, 9))):
-        at, length = int(rng.integers(reach)), int(rng.integers(1, 40))
+        start, stop = areas[rng.integers(len(areas))]
+        at, other, length = int(rng.integers(start, stop)), int(rng.integers(start, stop)), int(rng.integers(1, 40))
         if kind == 1:
             data[at] ^= 1 << int(rng.integers(8))
         elif kind == 2:
@@ -139,20 +197,22 @@ def damage(content, rng):
         elif kind == 4:
             data[at:at + length] = b'\xff' * len(data[at:at + length])
         else:
-            other = int(rng.integers(reach))
             data[at:at + length], data[other:other + length] = data[other:other + length], data[at:at + length]
     return bytes(data)
 
 
 def fuzz(folder, count, seed):
-    """Read `count` damaged files -> how many gave a scene, how many a sentence, how many scenes were compared. Anything else is raised."""
-    rng, read, compared = np.random.default_rng(seed), 0, 0
+    """Read `count` damaged files -> ending -> how many were damaged, gave a scene, and were compared. Anything but a scene or a sentence is raised
+    at the end."""
+    rng, failures, numbers = np.random.default_rng(seed), [], {}
     files = [(path, path) for path in make_files(folder)] + more_files(folder)
     sound = {source: (open(source, 'rb').read(), read_scene(path), *pixel_ranges(source)) for source, path in files}
     for i in range(count):
         source, path = files[i % len(files)]
+        row = numbers.setdefault(os.path.splitext(source)[1].lower(), [0, 0, 0])
+        row[0] += 1
         before, sound_scene, ranges, packed = sound[source]
-        content = damage(before, rng)
+        content = damage(before, rng, ranges)
         open(source, 'wb').write(content)
         signal.alarm(20)  # a hang ends the process
         try:
@@ -162,22 +222,28 @@ def fuzz(folder, count, seed):
             np.asarray(scene.cube)  # what stays on disk can be read
             assert scene.cube.ndim == 3 and scene.cube.dtype.kind in 'iuf' and (scene.labels is None or scene.labels.dtype == np.uint8)
             assert scene.notes and all(isinstance(note, str) and '\n' not in note for note in scene.notes), scene.notes
-            compared += check_values(sound_scene, scene, before, content, ranges, packed)
-            read += 1
-        except UserError as error:
-            assert any(os.path.splitext(name)[0] in str(error) for name in (path, source)) and '\n' not in str(error), f'{i}: {error}'
-        except BaseException as error:
-            open(os.path.join(tempfile.gettempdir(), 'fuzz_failure' + os.path.splitext(source)[1]), 'wb').write(content)
-            raise AssertionError(f'file {i} of seed {seed}, made of {os.path.basename(source)}: {type(error).__name__}: {error}') from error
+            row[2] += check_values(source, sound_scene, scene, before, content, ranges, packed)
+            row[1] += 1
+        except Exception as error:
+            text = str(error)
+            told = isinstance(error, UserError) and '\n' not in text and any(os.path.splitext(name)[0] in text for name in (path, source))
+            if not told:
+                kept = os.path.join(tempfile.gettempdir(), f'fuzz_{seed}_{i}_{os.path.basename(source)}')
+                open(kept, 'wb').write(content)
+                failures.append(f'file {i} of seed {seed}, kept as {kept}: {type(error).__name__}: {text}')
+                print(failures[-1], flush=True)
         finally:
             signal.alarm(0)
             open(source, 'wb').write(before)
-    return read, count - read, compared
+    assert not failures, f'{len(failures)} failures: ' + '\n'.join(failures)
+    return numbers
 
 
 if __name__ == '__main__':
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     count, seed = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 300), (2, 0)))
     with tempfile.TemporaryDirectory() as folder:
-        read, refused, compared = fuzz(folder, count, seed)
-    print(f'{count} damaged files: {read} read ({compared} of them compared with the sound file), {refused} refused in a sentence, none did anything else')
+        numbers = fuzz(folder, count, seed)
+    for ending, (damaged, read, compared) in sorted(numbers.items()):
+        print(f'{ending}: {damaged} damaged, {read} read ({compared} of them compared with the sound file), {damaged - read} refused in a sentence')
+    print(f'{count} damaged files: none did anything else')

@@ -27,21 +27,22 @@ SAMPLE_PIXELS = 50_000  # drawn from all tiles: what is said about values comes 
 class Facts(NamedTuple):
     counts: dict  # split -> (256,) pixels of each label
     unseen: dict  # split -> labels on missing pixels
-    sums: np.ndarray  # (3, K + 1, C) of tr, by label: pixels, their values, values squared
+    sums: np.ndarray  # (2, K + 1, C) of tr, by label: pixels, their values
     extremes: np.ndarray  # (2, C) the lowest and the highest value of each band
     sample: np.ndarray  # (C, n) float64, pixels drawn from all tiles; NaN = no value
     sample_scene: np.ndarray  # (n,) the numbers of their scenes
-    grey_levels: np.ndarray  # (C,) different values in the sample
     same_images: int  # tiles that repeat one of another split
     shared_labels: int  # pixels labelled in both
 
 
 def read_facts(tiles):
-    """tiles: dict split -> Tiles. Looks at every tile once."""
+    """tiles: dict split -> Tiles. Looks at every tile once; where tiles overlap, a pixel's label
+    counts once."""
     meta = tiles['tr'].meta
+    size = meta['tile_size']
     counts = {split: np.zeros(256, np.int64) for split in tiles}
     unseen = dict.fromkeys(tiles, 0)
-    sums = np.zeros((3, meta['num_classes'] + 1, meta['num_bands']))
+    sums = np.zeros((2, meta['num_classes'] + 1, meta['num_bands']))
     lowest = np.full(meta['num_bands'], np.inf)
     highest = -lowest
     rng = np.random.default_rng(0)
@@ -50,14 +51,22 @@ def read_facts(tiles):
     first_seen = {}  # fingerprint of an image -> split and labels of the first tile that has it
     same_images = shared_labels = 0
     for split in tiles:
+        places = np.array(meta['tiles'][split])  # scene, row, column
+        scene_of_counted = -1
         for i in tqdm(range(len(tiles[split])), desc=f'reading {split}', leave=False):
             image = np.asarray(tiles[split].images[i])
             labels = np.zeros(image.shape[1:], np.uint8)
             if tiles[split].labels is not None:
                 labels = np.asarray(tiles[split].labels[i])
             valid = valid_pixels(image, meta['nodata'])
-            counts[split] += np.bincount(labels.ravel(), minlength=256)
-            unseen[split] += np.count_nonzero(labels[~valid])
+            scene, row, col = places[i]
+            if scene != scene_of_counted:  # tiles of a scene follow each other
+                counted = np.zeros(places[:, 1:].max(0) + size, bool)
+                scene_of_counted = scene
+            fresh = ~counted[row:row + size, col:col + size]
+            counted[row:row + size, col:col + size] = True
+            counts[split] += np.bincount(labels[fresh], minlength=256)
+            unseen[split] += np.count_nonzero(labels[fresh & ~valid])
 
             # is it in another split too?
             fingerprint = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
@@ -76,18 +85,16 @@ def read_facts(tiles):
                 gone = ~np.isfinite(drawn) | (drawn == meta['nodata'])
                 gone &= ~valid_pixels(drawn, meta['nodata'], 0)
                 sample.append(np.where(gone, np.nan, drawn))
-                sample_scene += [meta['tiles'][split][i][0]] * drawn.shape[1]
+                sample_scene += [scene] * drawn.shape[1]
 
             # the spectra of the classes
             if split == 'tr':
                 for k in np.unique(labels[valid]):
                     if k <= meta['num_classes']:
                         x = image[:, valid & (labels == k)].astype(np.float64)  # (C, n)
-                        sums[:, k] += [np.full(len(x), x.shape[1]), x.sum(1), (x ** 2).sum(1)]
-    sample = np.concatenate(sample, 1)
-    grey_levels = [len(np.unique(values[~np.isnan(values)])) for values in sample]
-    return Facts(counts, unseen, sums, np.stack([lowest, highest]), sample, np.array(sample_scene),
-                 np.array(grey_levels), same_images, shared_labels)
+                        sums[:, k] += [np.full(len(x), x.shape[1]), x.sum(1)]
+    return Facts(counts, unseen, sums, np.stack([lowest, highest]), np.concatenate(sample, 1),
+                 np.array(sample_scene), same_images, shared_labels)
 
 
 def print_facts(facts, meta, directory):
@@ -96,11 +103,10 @@ def print_facts(facts, meta, directory):
     print(f'{directory}: {meta["num_bands"]} bands of {meta["dtype"]}, tiles of '
           f'{meta["tile_size"]} px; patches of {", ".join(patches)} px divide them')
     print(f'tiles {number_of_tiles}; split: {meta["split"]}')
-    print(f'{100 * meta["nodata_share"]:.1f} % of the pixels are missing; different values of a '
-          f'band in a sample: {min(facts.grey_levels)} to {max(facts.grey_levels)}')
-    by_design = ', as is meant: with blocks the splits share the image, each has its own labels'
+    print(f'{100 * meta["nodata_share"]:.1f} % of the pixels are missing')
+    meant = ', as is meant: with blocks the splits share the image'
     print(f'{facts.same_images} tiles have the image of a tile of another split'
-          f'{by_design if meta["split"].startswith("blocks") else ""}')
+          f'{meant if meta["split"].startswith("blocks") else ""}')
     print(f'{"class":28s}' + ''.join(f'{split:>12s}' for split in facts.counts))
     for k, name in enumerate(meta['class_names'], 1):
         pixels = ''.join(f'{count[k]:12d}' for count in facts.counts.values())
@@ -146,8 +152,8 @@ def faults_of_labels(facts, meta, labels):
     elif 0 < 2 * len(used) < K and meta['class_names'][0] == 'class 1':
         yield f'only {len(used)} of {K} classes have labels: number the classes 1, 2, ...'
     if labels is not None and are_measured(labels):
-        yield (f'{len(used)} label values, neighbours often 1 or 2 apart, look like heights or '
-               'another measured quantity: give class numbers')
+        yield (f'{len(used)} label values, neighbours often 1 or 2 apart, look like heights: '
+               'give class numbers')
 
 
 def are_measured(labels):
@@ -169,10 +175,12 @@ def faults_of_values(facts, meta):
     flat = np.flatnonzero(~(np.array(meta['std']) > 0))
     if len(flat):
         yield f'{in_file(flat, meta)}: one value only: --drop_bands leaves bands out'
-    coarse = np.setdiff1d(np.flatnonzero(facts.grey_levels < 16), flat)
+    known = [values[~np.isnan(values)] for values in facts.sample]
+    few = [band for band, values in enumerate(known) if len(np.unique(values)) < 16]
+    coarse = np.setdiff1d(few, flat).astype(int)
     if len(coarse):
-        yield (f'{in_file(coarse, meta)}: fewer than 16 different values: use the sensor\'s own '
-               'values if the scene was quantised, else --drop_bands leaves bands out')
+        yield (f'{in_file(coarse, meta)}: fewer than 16 different values: use the own values of a '
+               'quantised scene, else --drop_bands leaves bands out')
     gone = np.isnan(facts.sample)
     lost = gone.any(0) & ~gone.all(0)
     if lost.mean() > 0.01:
@@ -189,42 +197,22 @@ def faults_of_values(facts, meta):
     black = (valid == 0).all(0).mean() if valid.size else 0
     if black > 0.01 and 0 not in fillers:
         yield 'pixels that are 0 in all bands: if this means "no data", tile with --nodata=0'
-    if not fillers:
-        yield from other_units(facts, meta)
 
-    # of tiles that an older tiler or another program has made
-    n, total, squares = facts.sums.sum(1)
-    mean = total / n.clip(1)
-    std = np.sqrt((squares / n.clip(1) - mean ** 2).clip(0))
-    stated = np.array(meta['std'])
-    off = np.abs(mean - meta['mean']) > 0.5 * stated
-    off |= (std > 2 * stated) | (std < stated / 2)
-    off[flat] = False
-    if off.any():
-        yield (f'{in_file(np.flatnonzero(off), meta)}: mean or std in meta.json are not those of '
-               'the tiles: tile again')
+    # no ground explains such a factor: snow is some 30 times as bright as water
+    scene_of = facts.sample_scene[~gone.any(0)]
+    levels = {scene: np.sqrt(np.square(valid[:, scene_of == scene]).mean())
+              for scene in np.unique(scene_of)}
+    dark, bright = (end(levels, key=levels.get, default=0) for end in (min, max))
+    if levels and not fillers and levels[bright] > 80 * levels[dark]:
+        yield (f'{meta["scenes"][bright]} has values of about {levels[bright]:.2g}, '
+               f'{meta["scenes"][dark]} of about {levels[dark]:.2g}: if their units differ, tile '
+               'with --normalize=scene')
 
 
 def in_file(bands, meta):
     """'bands 3, 5-9' for numbers of bands in the tiles: as the scene's file counts them"""
     numbers = meta.get('bands') or range(meta['num_bands'])
     return name_bands([numbers[band] for band in bands], None)
-
-
-def other_units(facts, meta):
-    """Scenes whose values differ by a factor that no ground explains: snow is some 30 times as
-    bright as water"""
-    valid = ~np.isnan(facts.sample).any(0)
-    scenes = np.unique(facts.sample_scene[valid])
-    levels = []
-    for scene in scenes:
-        x = facts.sample[:, valid & (facts.sample_scene == scene)]
-        levels.append(np.sqrt(np.square(x).mean()))
-    if max(levels, default=0) > 80 * min(levels, default=0):
-        dark, bright = np.argmin(levels), np.argmax(levels)
-        yield (f'{meta["scenes"][scenes[bright]]} has values of about {levels[bright]:.2g}, '
-               f'{meta["scenes"][scenes[dark]]} of about {levels[dark]:.2g}: if their units '
-               'differ, tile with --normalize=scene')
 
 
 # ============ the picture ============
@@ -251,7 +239,7 @@ def save_picture(path, train, sums):
     nm = np.array(meta['wavelengths_nm'] or range(1, meta['num_bands'] + 1), float)
     order = np.argsort(nm)
     colors = class_colors(names) / 255
-    pixels, total, _ = sums[:, :, order]  # (K + 1, C)
+    pixels, total = sums[:, :, order]  # (K + 1, C)
     for k in range(0 if train.labels is None else 1, len(names) + 1):
         if pixels[k, 0]:
             axes['spectra'].plot(nm[order], total[k] / pixels[k], color=colors[k])
@@ -285,7 +273,7 @@ if __name__ == '__main__':
         print(f'\nfloors on {last} (%): what a network must beat')
         print_scores(floors(directory, last))
         if not os.path.exists(os.path.join(directory, 'floors.json')):
-            print('floors.json cannot be written there: every script computes the floors anew')
+            print('floors.json cannot be written there')
 
     path = os.path.join(directory, 'check.png')
     try:

@@ -70,9 +70,10 @@ def open_scene(flags, meta):
     print('\n  '.join([f'{flags.scene}:', *scene.notes]))
     # nodata: as the file states it, else as the training data had it, in files of the same type
     settings = meta.get('settings', {})
+    per_scene = settings.get('normalize') == 'scene'
     asked = settings.get('nodata')
     usual = asked if meta['nodata'] is None else meta['nodata']
-    changed = settings.get('bands') or settings.get('pca') or settings.get('normalize') == 'scene'
+    changed = settings.get('bands') or settings.get('pca') or per_scene
     same_type = changed or scene.cube.dtype.name == meta.get('dtype')  # theirs is not known then
     if scene.nodata is None and usual is not None and same_type:
         scene = scene._replace(nodata=usual)
@@ -81,24 +82,20 @@ def open_scene(flags, meta):
         print(f'  WARNING: it states nodata {scene.nodata:g}, the training data were tiled with '
               f'--nodata={asked:g}: pass that here if it is the same kind of file')
     scene = match_bands(scene, meta, flags.scene)
-    factor, shift = 1, 0
-    if scene.scale and meta.get('scale'):
-        factor = float(scene.scale[0] / meta['scale'][0])
-        shift = float((scene.scale[1] - meta['scale'][1]) / meta['scale'][0])
-    if (factor, shift) != (1, 0):
+    own, theirs = scene.scale, meta.get('scale')
+    factor, shift = 1.0, 0.0
+    if own and theirs and tuple(own) != tuple(theirs):
+        factor, shift = own[0] / theirs[0], (own[1] - theirs[1]) / theirs[0]
         print(f'  {factor:g} * value + {shift:g} brings it to the units of the training data, as '
               'both state their scale')
-
     nodata = scene.nodata
 
     def values(x, rows, cols):
-        converted = x.astype(np.float32)
-        if (factor, shift) != (1, 0):
-            converted = factor * converted + shift
+        converted = factor * x.astype(np.float32) + shift
         converted[:, ~valid_pixels(x, nodata)] = np.nan
         return converted
     scene = scene._replace(cube=when_read(scene.cube, values, np.float32), nodata=None)
-    if meta.get('settings', {}).get('normalize') == 'scene':
+    if per_scene:
         scene = normalized(scene)
     if meta.get('components'):
         scene = mix_bands(scene, meta['components'])
