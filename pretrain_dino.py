@@ -48,9 +48,8 @@ from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by,
                   demo_if_missing, draw_crops, draw_probe, epoch_ids, kept_meta, lock_directory,
                   next_command, plain_errors, probe, probe_floors, probe_splits, read_flags,
                   save_figure, standardization, standardize, standardize_rows)
-from models import (SIZES, DINOHead, ViT, check_bands, dense_features,
-                    encoder_shape, load_encoder, native_bfloat16, parameter_groups, resume_from,
-                    save_checkpoint, start_from)
+from models import (SIZES, DINOHead, ViT, check_bands, dense_features, encoder_shape, load_encoder,
+                    native_bfloat16, parameter_groups, resume_from, save_checkpoint, start_from)
 
 # Each line `name = value  # help` is a flag: --name=other replaces the value. Functions read them.
 # ---- data
@@ -210,19 +209,16 @@ def stream_loss(student_out, teacher_out, mask, masked_ids, temp):
 
     mask (2B, N), masked_ids (M,): what was masked. temp: the teacher's temperature.
     """
-    dino = dino_loss(student_out, sinkhorn_knopp(teacher_out.global_logits, temp))
-    loss = dino
-    terms = {'dino': dino.detach()}
+    terms = {'dino': dino_loss(student_out, sinkhorn_knopp(teacher_out.global_logits, temp))}
+    loss = terms['dino']
     if ibot_weight:
         target = sinkhorn_knopp(teacher_out.masked_logits, temp)
-        ibot = ibot_loss(student_out, target, mask, masked_ids)
-        loss = loss + ibot_weight * ibot
-        terms['ibot'] = ibot.detach()
+        terms['ibot'] = ibot_loss(student_out, target, mask, masked_ids)
+        loss = loss + ibot_weight * terms['ibot']
     if koleo_weight:
         first, second = student_out.cls_features.chunk(2)  # two crops of a tile should be near
-        koleo = koleo_loss(first) + koleo_loss(second)
-        loss = loss + koleo_weight * koleo
-        terms['koleo'] = koleo.detach()
+        terms['koleo'] = koleo_loss(first) + koleo_loss(second)
+        loss = loss + koleo_weight * terms['koleo']
     return loss, terms
 
 
@@ -326,8 +322,7 @@ class Batch(NamedTuple):
     raw: torch.Tensor  # (B, C, S, S) windows as stored
     boxes: torch.Tensor  # (B, V, 4) the crops in each: top, left, height, width
     flips: torch.Tensor  # (B, V, 3) flip rows, flip columns, transpose
-    softness: torch.Tensor  # (B, V) 1 = sharp, 2 = a resize filter twice as wide
-    draws: torch.Tensor  # (B, V, 11) uniform numbers for augment_spectra
+    draws: torch.Tensor  # (B, V, 13) uniform numbers: two for the blur, then the light
     mask: torch.Tensor  # (2B, N) True = masked; all first global crops, then all second
     masked_ids: torch.Tensor  # (M,) masked tokens among all 2B * N; none at ibot_weight=0
 
@@ -349,7 +344,6 @@ def get_batch(tiles, step, rank=0, world=1):
     boxes = torch.cat([crop.boxes.reshape(batch_size, -1, 4) for crop in (big, small)], dim=1)
     flips = torch.cat([crop.flips.reshape(batch_size, -1, 3) for crop in (big, small)], dim=1)
     draws = torch.rand(*boxes.shape[:2], 13, generator=generator)
-    softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
     h = img_size // patch_size
     rng = np.random.default_rng([seed, step, 1])
     mask = block_masks(2 * batch_size, h, h, rng)
@@ -357,8 +351,7 @@ def get_batch(tiles, step, rank=0, world=1):
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
     tiles.read_ahead(tile_ids(tiles, step + 1)[here], img_size)
-    return Batch(raw, boxes[here], flips[here], softness[here], draws[here, :, 2:],
-                 *masks_of_rank(mask, here))
+    return Batch(raw, boxes[here], flips[here], draws[here], *masks_of_rank(mask, here))
 
 
 def masks_of_rank(mask, here):
@@ -400,10 +393,12 @@ def make_crops(batch, statistics, nodata, step):
     x = standardize_rows(batch.raw, statistics.mean, statistics.matrix, nodata)
 
     def crop(views, side):
-        boxes, flips, softness, draws = (t[:, views] for t in batch[1:5])
+        boxes, flips, draws = (t[:, views] for t in batch[1:4])
+        # 1 is sharp, 2 a resize filter twice as wide
+        softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
         rows, cols = crop_weights(boxes, flips, img_size, img_size, side, softness)
         crops = crop_by(x, rows, cols, flips[..., 2])  # (views * B, C + 1, side, side)
-        draws = draws.transpose(0, 1).flatten(0, 1)
+        draws = draws[..., 2:].transpose(0, 1).flatten(0, 1)
         return augment_spectra(crops, draws, noise_field, statistics, light)
 
     return crop(slice(0, 2), img_size), crop(slice(2, None), local_crops_size)
@@ -608,7 +603,7 @@ if __name__ == '__main__':
         return dense_features(model.teacher.encoder, prepare(raw))
 
     def watch():
-        """The teacher as it is now: probe, features, curves."""
+        """The teacher as it is now: probe, curves."""
         model.eval()
         if labelled:
             with autocast:

@@ -6,21 +6,19 @@ all crops of a tile the same embedding.
 
 What keeps all tiles from getting the same one ("collapse"): the embeddings of a batch are pulled
 towards a standard normal distribution, whose points lie apart (SIGReg). There is no teacher, no
-running average, no head, no temperature: one weight, lambda, stands between the two terms. Labels
-are used by the probe only, which watches.
+head, no temperature: one weight, lambda, stands between the two terms. Labels are used by the probe
+only, which watches.
 
     python pretrain_lejepa.py                                  # demo data, minutes on a CPU
     python pretrain_lejepa.py --size=base --data=data/mine --out_dir=runs/mine     # on one GPU
-    torchrun --nproc_per_node=4 pretrain_lejepa.py --size=base --data=data/mine \\
-        --out_dir=runs/mine
+    torchrun --nproc_per_node=4 pretrain_lejepa.py ...                             # on four
 
-Writes into out_dir: last.pt (all that a resumed run, or a user of the encoder, needs), log.jsonl,
-curves.png and features.png. The same command again resumes a run that was stopped.
+Writes into out_dir: last.pt (all that a resumed run, or a user of the encoder, needs), log.jsonl
+and curves.png. The same command again resumes a run that was stopped.
 
-Where to start: "one step" in the training loop says how a step goes, invariance() and sigreg()
-what is learned, get_batch() what is cropped. Blocks headed `shell` are the same text in every
-script: skip them at first. What a checkpoint holds stands at the last of them. What DINOv2 needs
-beyond this is what `diff pretrain_lejepa.py pretrain_dino.py` shows.
+Where to start: "one step" in the training loop, invariance(), sigreg(), get_batch(). Blocks headed
+`shell` are the same in every script: skip them at first. What is in a checkpoint stands at the last
+of them. What DINOv2 needs beyond this shows `diff pretrain_lejepa.py pretrain_dino.py`.
 
 Shapes: B tiles, C bands, S side of a global and s of a local crop, V views (crops) of a tile,
 L local crops of a tile, D width, M directions.
@@ -178,8 +176,7 @@ class Batch(NamedTuple):
     raw: torch.Tensor  # (B, C, S, S) windows as stored
     boxes: torch.Tensor  # (B, V, 4) the crops in each: top, left, height, width
     flips: torch.Tensor  # (B, V, 3) flip rows, flip columns, transpose
-    softness: torch.Tensor  # (B, V) 1 = sharp, 2 = a resize filter twice as wide
-    draws: torch.Tensor  # (B, V, 11) uniform numbers for augment_spectra
+    draws: torch.Tensor  # (B, V, 13) uniform numbers: two for the blur, then the light
 
 
 def get_batch(tiles, step, rank=0, world=1):
@@ -199,12 +196,11 @@ def get_batch(tiles, step, rank=0, world=1):
     boxes = torch.cat([crop.boxes.reshape(batch_size, -1, 4) for crop in (big, small)], dim=1)
     flips = torch.cat([crop.flips.reshape(batch_size, -1, 3) for crop in (big, small)], dim=1)
     draws = torch.rand(*boxes.shape[:2], 13, generator=generator)
-    softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
     tiles.read_ahead(tile_ids(tiles, step + 1)[here], img_size)
-    return Batch(raw, boxes[here], flips[here], softness[here], draws[here, :, 2:])
+    return Batch(raw, boxes[here], flips[here], draws[here])
 
 
 def tile_ids(tiles, step):
@@ -228,10 +224,12 @@ def make_crops(batch, statistics, nodata, step):
     x = standardize_rows(batch.raw, statistics.mean, statistics.matrix, nodata)
 
     def crop(views, side):
-        boxes, flips, softness, draws = (t[:, views] for t in batch[1:5])
+        boxes, flips, draws = (t[:, views] for t in batch[1:4])
+        # 1 is sharp, 2 a resize filter twice as wide
+        softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
         rows, cols = crop_weights(boxes, flips, img_size, img_size, side, softness)
         crops = crop_by(x, rows, cols, flips[..., 2])  # (views * B, C + 1, side, side)
-        draws = draws.transpose(0, 1).flatten(0, 1)
+        draws = draws[..., 2:].transpose(0, 1).flatten(0, 1)
         return augment_spectra(crops, draws, noise_field, statistics, light)
 
     return crop(slice(0, 2), img_size), crop(slice(2, None), local_crops_size)
@@ -400,7 +398,7 @@ if __name__ == '__main__':
         return dense_features(model.encoder, prepare(raw))
 
     def watch():
-        """The encoder as it is now: probe, features, curves."""
+        """The encoder as it is now: probe, curves."""
         model.eval()
         if labelled:
             with autocast:

@@ -432,7 +432,7 @@ def test_ranks_share_one_batch(script, constants, scene_data):
     tiles = Tiles(scene_data, 'tr')
     whole = batch_of(script, tiles)
     halves = [batch_of(script, tiles, rank=rank, world=2) for rank in range(2)]
-    for name in ('raw', 'boxes', 'flips', 'softness', 'draws'):
+    for name in ('raw', 'boxes', 'flips', 'draws'):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves])), name
     for mask, rows in (('mask', 'masked_ids'), ('band_mask', 'masked_band_ids'))[:1 + (script is pretrain_dino_hsi)]:
         crop_by_crop = [getattr(half, mask).unflatten(0, (2, -1)) for half in halves]
@@ -483,7 +483,7 @@ def test_all_crops_of_a_tile_lie_in_one_window(script, constants, tmp_path):
     constants(script, **SMALL_BATCH | dict(blur=0.0, local_crops_size=8, gain=0.0, offset=0.0, noise=0.0, band_dropout=0.0))
     batch = batch_of(script, tiles)
     raw = batch.raw
-    assert raw.shape[-1] == 16 and (batch.softness == 1).all()
+    assert raw.shape[-1] == 16
     assert len({tuple(window[:, 0, 0].tolist()) for window in raw}) > 4  # and the windows move over the tile
     mean, matrix = standardization(tiles.meta)
     big, small = script.make_crops(batch, Statistics(mean, 1 / matrix, matrix), None, 3)
