@@ -482,7 +482,7 @@ def check_constants(meta):
     sides = local_crops_size, img_size, meta['tile_size']
     if list(sides) != sorted(sides) or any(side % patch_size for side in sides):
         raise UserError(f'--local_crops_size={sides[0]}, --img_size={sides[1]}, tiles of {sides[2]}'
-                        ' px: choose multiples of --patch_size, none larger than the next')
+                        f' px: choose multiples of --patch_size={patch_size}, in rising order')
     if img_size == patch_size:
         raise UserError(f'--img_size={img_size}: a global crop has two patches at least in a row')
     if fusion == 'token' and local_crops_size * 2 != img_size:

@@ -248,7 +248,7 @@ def learning_rate(step):
 
 
 def build_model(meta):
-    """-> the model, and the arguments that build its encoder again"""
+    """-> the model for the bands of the data, and the arguments that build its encoder again"""
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
                         **SIZES[size])
     encoder_args.update(encoder_shape(init_from))  # that of the weights to start from
@@ -260,7 +260,7 @@ def check_constants(meta):
     sides = local_crops_size, img_size, meta['tile_size']
     if list(sides) != sorted(sides) or any(side % patch_size for side in sides):
         raise UserError(f'--local_crops_size={sides[0]}, --img_size={sides[1]}, tiles of {sides[2]}'
-                        ' px: choose multiples of --patch_size, none larger than the next')
+                        f' px: choose multiples of --patch_size={patch_size}, in rising order')
     if img_size == patch_size:
         raise UserError(f'--img_size={img_size}: a global crop has two patches at least in a row')
     if batch_size < 2:

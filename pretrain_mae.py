@@ -131,8 +131,8 @@ def learning_rate(step):
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_model(num_bands):
-    """-> the autoencoder, and the arguments that build its encoder again"""
+def build_model(meta):
+    """-> the autoencoder for the data's bands, and the arguments that build its encoder again"""
     decoder_sizes = {'tiny': (96, 2, 4), 'small': (256, 4, 8), 'base': (512, 8, 16)}
     decoder_dim, decoder_depth, decoder_heads = decoder_sizes[size]
     shape = SIZES[size]
@@ -142,7 +142,7 @@ def build_model(num_bands):
         if extras != [0, 0.0, 'mlp']:
             raise UserError(f'{init_from}: has registers, LayerScale or SwiGLU, which a masked '
                             'autoencoder has not: start pretrain_dino.py from it')
-    encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=num_bands,
+    encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
                         dropout=dropout, **shape)
     model = MaskedAutoencoder(**encoder_args, decoder_embed_dim=decoder_dim,
                               decoder_depth=decoder_depth, decoder_num_heads=decoder_heads,
@@ -264,7 +264,7 @@ if __name__ == '__main__':
         return torch.einsum('kc,bchw->bkhw', back, x) + mean[:, None, None]
 
     # ---- model and optimizer
-    model, encoder_args = build_model(meta['num_bands'])
+    model, encoder_args = build_model(meta)
     model.to(device)
     if init_from:
         check_bands(load_encoder(init_from), meta, init_from)

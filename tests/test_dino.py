@@ -453,7 +453,7 @@ def test_without_ibot_masks_only_augment_and_without_masks_the_student_sees_all(
 
 
 MISTAKES = [
-    (dict(img_size=128), 'tiles of 64 px: .* none larger'), (dict(local_crops_size=32), '--local_crops_size=32, .* none larger'), (dict(patch_size=5), 'multiples of --patch_size'),
+    (dict(img_size=128), 'tiles of 64 px: .* rising'), (dict(local_crops_size=32), '--local_crops_size=32, .* rising'), (dict(patch_size=5), 'multiples of --patch_size=5'),
     (dict(patch_size=16, local_crops_size=16), 'two patches'), (dict(batch_size=1), '--koleo_weight=0'),
     (dict(ibot_weight=1.0, mask_probability=0.0), '--ibot_weight'), (dict(mask_probability=0.001), '--mask_probability=0.001: none of'),
     (dict(steps=10, freeze_last_layer=0.97), 'the prototypes would not learn'), (dict(patch_size=7, img_size=21, local_crops_size=7), 'tiles of 64 px'),
