@@ -59,7 +59,7 @@ local_crops_size = 8  # side of the local crops, px
 local_crops_number = 2  # local crops of a tile
 global_scale_min = 0.7  # smallest global crop, share of the window read (0.32 in DINOv2)
 local_scale_min = 0.3  # smallest local crop, likewise a share (0.05 in DINOv2)
-local_scale_max = 0.4  # largest share: a local crop should see less than the teacher does
+local_scale_max = 0.4  # largest share: it should see less than the teacher does
 whiten = 16  # ZCA-whiten the bands by so many principal components; 0: standardise each band
 blur = 0.3  # probability that a crop is blurred
 gain = 0.02  # all bands times a factor of 1 +- this: illumination
@@ -73,7 +73,7 @@ size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESET
 patch_size = 4  # side of a patch, px
 ffn = 'swiglu'  # swiglu | mlp: layers between attentions (DINOv2 has swiglu)
 drop_path_rate = 0.1  # probability that a sample skips a residual branch
-init_from = ''  # last.pt to start from (or tools/convert_weights.py's): sets the encoder's size
+init_from = ''  # last.pt to start from; it sets the encoder's size
 # ---- method
 out_dim = 256  # prototypes K; 65,536 in DINOv2, for 100 million images
 ibot_weight = 0.0  # weight of the loss on masked tokens; use 1 for many different scenes
@@ -82,7 +82,7 @@ mask_probability = 0.8  # share of global crops the student sees masked, also wi
 mask_ratio_min = 0.3  # smallest share of masked tokens in such a crop
 mask_ratio_max = 0.7  # largest share of masked patches
 teacher_temp = 0.05  # temperature of the teacher's softmax, rising from 0.04
-momentum_teacher = 0.98  # share of itself that the teacher keeps, rising to 1 by a cosine
+momentum_teacher = 0.98  # share of itself the teacher keeps, rising to 1 by a cosine
 # ---- optimizer
 steps = 400  # length of the run
 warmup = 0.1  # share of the steps in which the learning rate rises
@@ -334,7 +334,8 @@ def get_batch(tiles, step, rank=0, world=1):
     the same crops, and a resumed run needs no generator's state.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    ids = tile_ids(tiles, step)
+    windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
+    ids = epoch_ids(windows, batch_size, step, seed) % len(tiles)
     # a window of img_size, in which all crops of a tile lie
     window = draw_crops(batch_size, tiles.meta['tile_size'], img_size, 1.0, 1.0, generator, False)
     corners = window.corners + window.boxes[:, :2]
@@ -350,7 +351,8 @@ def get_batch(tiles, step, rank=0, world=1):
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
-    tiles.read_ahead(tile_ids(tiles, step + 1)[here], img_size)
+    next_ids = epoch_ids(windows, batch_size, step + 1, seed) % len(tiles)
+    tiles.read_ahead(next_ids[here], img_size)
     return Batch(raw, boxes[here], flips[here], draws[here], *masks_of_rank(mask, here))
 
 
@@ -370,11 +372,6 @@ def to_device(batch, device):
     # the number of masked tokens changes: torch.compile is told, or it would compile anew
     torch._dynamo.maybe_mark_dynamic(batch.masked_ids, 0)
     return batch
-
-
-def tile_ids(tiles, step):
-    """The tile of each crop of a step; a large tile is met several times in an epoch."""
-    return epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
 
 
 def crops_per_epoch(tiles):
@@ -457,7 +454,7 @@ def check_constants(meta):
         raise UserError(f'--local_crops_size={sides[0]}, --img_size={sides[1]}, tiles of {sides[2]}'
                         f' px: choose multiples of --patch_size={patch_size}, in rising order')
     if img_size == patch_size:
-        raise UserError(f'--img_size={img_size}: a global crop has two patches at least in a row')
+        raise UserError(f'--img_size={img_size}: a global crop needs two patches in a row')
     if koleo_weight and batch_size < 2:
         raise UserError('KoLeo needs two tiles: a larger --batch_size or --koleo_weight=0')
     if local_scale_min > local_scale_max or mask_ratio_min > mask_ratio_max:

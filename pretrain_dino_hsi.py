@@ -64,7 +64,7 @@ local_crops_size = 8  # side of the local crops, px
 local_crops_number = 2  # local crops of a tile
 global_scale_min = 0.7  # smallest global crop, share of the window read (0.32 in DINOv2)
 local_scale_min = 0.3  # smallest local crop, likewise a share (0.05 in DINOv2)
-local_scale_max = 0.4  # largest share: a local crop should see less than the teacher does
+local_scale_max = 0.4  # largest share: it should see less than the teacher does
 whiten = 16  # ZCA-whiten the bands by so many principal components; 0: standardise each band
 blur = 0.3  # probability that a crop is blurred
 gain = 0.02  # all bands times a factor of 1 +- this: illumination
@@ -77,10 +77,10 @@ solarize = 0.0  # probability that values above the mean are mirrored; dissertat
 size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)
 patch_size = 4  # side of a patch, px
 ffn = 'swiglu'  # swiglu | mlp: layers between attentions (DINOv2 has swiglu)
-spectral_patch_size = 2  # bands in a spectral token; 8 or more for 200 bands, to have few tokens
-fusion = 'channel'  # channel | token: what the fusion of the streams mixes (token: dissertation)
+spectral_patch_size = 2  # bands in a spectral token; 8 or more for 200 bands
+fusion = 'channel'  # channel | token: what fusion mixes (token: dissertation)
 drop_path_rate = 0.1  # probability that a sample skips a residual branch
-init_from = ''  # last.pt to start from (or tools/convert_weights.py's): sets the encoder's size
+init_from = ''  # last.pt to start from; it sets the encoder's size
 # ---- method
 out_dim = 256  # prototypes K; 65,536 in DINOv2, for 100 million images
 ibot_weight = 0.0  # weight of the loss on masked tokens; use 1 for many different scenes
@@ -91,7 +91,7 @@ mask_ratio_min = 0.3  # smallest share of masked tokens in such a crop
 mask_ratio_max = 0.7  # largest share of masked patches
 spectral_mask_ratio_max = 0.6  # largest share of masked band groups
 teacher_temp = 0.05  # temperature of the teacher's softmax, rising from 0.04
-momentum_teacher = 0.98  # share of itself that the teacher keeps, rising to 1 by a cosine
+momentum_teacher = 0.98  # share of itself the teacher keeps, rising to 1 by a cosine
 # ---- optimizer
 steps = 480  # length of the run
 warmup = 0.1  # share of the steps in which the learning rate rises
@@ -354,7 +354,8 @@ def get_batch(tiles, step, rank=0, world=1):
     the same crops, and a resumed run needs no generator's state.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    ids = tile_ids(tiles, step)
+    windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
+    ids = epoch_ids(windows, batch_size, step, seed) % len(tiles)
     # a window of img_size, in which all crops of a tile lie
     window = draw_crops(batch_size, tiles.meta['tile_size'], img_size, 1.0, 1.0, generator, False)
     corners = window.corners + window.boxes[:, :2]
@@ -373,7 +374,8 @@ def get_batch(tiles, step, rank=0, world=1):
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
-    tiles.read_ahead(tile_ids(tiles, step + 1)[here], img_size)
+    next_ids = epoch_ids(windows, batch_size, step + 1, seed) % len(tiles)
+    tiles.read_ahead(next_ids[here], img_size)
     return Batch(raw, boxes[here], flips[here], draws[here], *masks_of_rank(mask, here),
                  *masks_of_rank(band_mask, here))
 
@@ -395,11 +397,6 @@ def to_device(batch, device):
     torch._dynamo.maybe_mark_dynamic(batch.masked_ids, 0)
     torch._dynamo.maybe_mark_dynamic(batch.masked_band_ids, 0)
     return batch
-
-
-def tile_ids(tiles, step):
-    """The tile of each crop of a step; a large tile is met several times in an epoch."""
-    return epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
 
 
 def crops_per_epoch(tiles):
@@ -484,7 +481,7 @@ def check_constants(meta):
         raise UserError(f'--local_crops_size={sides[0]}, --img_size={sides[1]}, tiles of {sides[2]}'
                         f' px: choose multiples of --patch_size={patch_size}, in rising order')
     if img_size == patch_size:
-        raise UserError(f'--img_size={img_size}: a global crop has two patches at least in a row')
+        raise UserError(f'--img_size={img_size}: a global crop needs two patches in a row')
     if fusion == 'token' and local_crops_size * 2 != img_size:
         raise UserError('--fusion=token needs local crops of half the global ones: pass '
                         f'--local_crops_size={img_size // 2} or --fusion=channel')

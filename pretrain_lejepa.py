@@ -65,7 +65,7 @@ band_dropout = 0.3  # probability that a crop lacks a run of neighbouring bands
 # ---- model
 size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)
 patch_size = 4  # side of a patch, px
-init_from = ''  # last.pt to start from (or tools/convert_weights.py's): sets the encoder's size
+init_from = ''  # last.pt to start from; it sets the encoder's size
 # ---- method
 sigreg_weight = 0.2  # lambda, the share of SIGReg in the loss; the invariance has the rest
 num_directions = 256  # directions in which a step looks at the embeddings
@@ -186,7 +186,8 @@ def get_batch(tiles, step, rank=0, world=1):
     the same crops, and a resumed run needs no generator's state.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    ids = tile_ids(tiles, step)
+    windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
+    ids = epoch_ids(windows, batch_size, step, seed) % len(tiles)
     # a window of img_size, in which all crops of a tile lie
     window = draw_crops(batch_size, tiles.meta['tile_size'], img_size, 1.0, 1.0, generator, False)
     corners = window.corners + window.boxes[:, :2]
@@ -199,13 +200,9 @@ def get_batch(tiles, step, rank=0, world=1):
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
-    tiles.read_ahead(tile_ids(tiles, step + 1)[here], img_size)
+    next_ids = epoch_ids(windows, batch_size, step + 1, seed) % len(tiles)
+    tiles.read_ahead(next_ids[here], img_size)
     return Batch(raw, boxes[here], flips[here], draws[here])
-
-
-def tile_ids(tiles, step):
-    """The tile of each crop of a step; a large tile is met several times in an epoch."""
-    return epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
 
 
 def crops_per_epoch(tiles):
@@ -262,7 +259,7 @@ def check_constants(meta):
         raise UserError(f'--local_crops_size={sides[0]}, --img_size={sides[1]}, tiles of {sides[2]}'
                         f' px: choose multiples of --patch_size={patch_size}, in rising order')
     if img_size == patch_size:
-        raise UserError(f'--img_size={img_size}: a global crop has two patches at least in a row')
+        raise UserError(f'--img_size={img_size}: a global crop needs two patches in a row')
     if batch_size < 2:
         raise UserError('--batch_size=1: a distribution needs two tiles')
     if local_scale_min > local_scale_max:

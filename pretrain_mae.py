@@ -52,7 +52,7 @@ patch_size = 4  # side of a patch, px
 dropout = 0.0  # probability that a unit is dropped; 0 in MAE, 0.1 in the dissertation
 mask_ratio = 0.75  # share of the patches that is hidden (MAE, Table 1a)
 norm_pix_loss = False  # targets of mean 0 and std 1 in each patch (MAE, Table 1d)
-init_from = ''  # last.pt to start from (or tools/convert_weights.py's): sets the encoder's size
+init_from = ''  # last.pt to start from; it sets the encoder's size
 freeze_encoder = False  # only the decoder learns (the dissertation's proof of concept)
 # ---- optimizer
 steps = 400  # length of the run
@@ -99,7 +99,8 @@ def get_batch(tiles, step, rank=0, world=1):
     needs no generator's state.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    ids = tile_ids(tiles, step)
+    windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
+    ids = epoch_ids(windows, batch_size, step, seed) % len(tiles)
     corners, side, boxes, flips = draw_crops(batch_size, tiles.meta['tile_size'], img_size,
                                              scale_min, 1.0, generator)
     num_patches = (img_size // patch_size) ** 2
@@ -107,13 +108,9 @@ def get_batch(tiles, step, rank=0, world=1):
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], side, reuse=True)
-    tiles.read_ahead(tile_ids(tiles, step + 1)[here], side)
+    next_ids = epoch_ids(windows, batch_size, step + 1, seed) % len(tiles)
+    tiles.read_ahead(next_ids[here], side)
     return Batch(raw, boxes[here], flips[here], mask_noise[here])
-
-
-def tile_ids(tiles, step):
-    """The tile of each crop of a step; a large tile is met several times in an epoch."""
-    return epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
 
 
 def crops_per_epoch(tiles):
