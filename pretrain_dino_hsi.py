@@ -12,7 +12,7 @@ distribution: of the other crop as a whole (DINO), and of each masked token (iBO
 
 What keeps all images from getting the same output ("collapse"): Sinkhorn-Knopp spreads the
 teacher's targets over all prototypes, KoLeo pushes the features of different tiles apart, and no
-gradient reaches the teacher. Labels are used by the probe only, which watches.
+gradient reaches the teacher. Labels are used by the probe only, a linear classifier that watches.
 
     python pretrain_dino_hsi.py                                     # demo data, minutes on a CPU
     python pretrain_dino_hsi.py --size=base --data=data/mine --out_dir=runs/mine        # on one GPU
@@ -56,7 +56,7 @@ from models import (SIZES, DINOHead, SpatialSpectralViT, check_bands, dense_feat
                     encoder_shape, load_encoder, native_bfloat16, parameter_groups, resume_from,
                     save_checkpoint, start_from)
 
-# Each line `name = value  # help` is a flag: --name=other replaces the value. Functions read them.
+# Each line `name = value  # help` is a flag, --name=other. data.read_flags checks it by its help.
 # ---- data
 data = 'data/demo'  # tile directory (python data.py tile); the demo is made on first use
 img_size = 16  # side of the global crops, px

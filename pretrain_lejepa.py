@@ -7,7 +7,7 @@ all crops of a tile the same embedding.
 What keeps all tiles from getting the same one ("collapse"): the embeddings of a batch are pulled
 towards a standard normal distribution, whose points lie apart (SIGReg). There is no teacher, no
 head, no temperature: one weight, lambda, stands between the two terms. Labels are used by the probe
-only, which watches.
+only, a linear classifier that watches.
 
     python pretrain_lejepa.py                                  # demo data, minutes on a CPU
     python pretrain_lejepa.py --size=base --data=data/mine --out_dir=runs/mine     # on one GPU
@@ -47,7 +47,7 @@ from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by,
 from models import (SIZES, ViT, check_bands, dense_features, encoder_shape, load_encoder,
                     native_bfloat16, parameter_groups, resume_from, save_checkpoint, start_from)
 
-# Each line `name = value  # help` is a flag: --name=other replaces the value. Functions read them.
+# Each line `name = value  # help` is a flag, --name=other. data.read_flags checks it by its help.
 # ---- data
 data = 'data/demo'  # tile directory (python data.py tile); the demo is made on first use
 img_size = 16  # side of the global crops, px

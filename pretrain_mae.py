@@ -1,9 +1,10 @@
 """Masked autoencoder (He et al. 2021, arXiv 2111.06377), pre-trained on hyperspectral tiles.
 
 Three quarters of a crop's patches are hidden. A Vision Transformer (ViT) encodes the visible ones,
-and a small decoder predicts the pixels of the hidden ones. The target is the crop itself, whitened:
-it comes from the data and not from a network, so that an encoder which says the same of every image
-("collapse") cannot win. Labels are used by the probe only, which watches.
+and a small decoder predicts the pixels of the hidden ones. The target is the crop itself, whitened
+(bands decorrelated): it comes from the data and not from a network, so that an encoder which says
+the same of every image ("collapse") cannot win. Labels are used by the probe only, a linear
+classifier that watches.
 
     python pretrain_mae.py                                     # demo data, minutes on a CPU
     python pretrain_mae.py --size=base --data=data/mine --out_dir=runs/mine        # on one GPU
@@ -40,7 +41,7 @@ from models import (SIZES, MaskedAutoencoder, check_bands, dense_features, encod
                     load_encoder, native_bfloat16, parameter_groups, patchify, resume_from,
                     save_checkpoint, start_from, unpatchify)
 
-# Each line `name = value  # help` is a flag: --name=other replaces the value. Functions read them.
+# Each line `name = value  # help` is a flag, --name=other. data.read_flags checks it by its help.
 # ---- data
 data = 'data/demo'  # tile directory (python data.py tile); the demo is made on first use
 img_size = 16  # side of a crop, px
