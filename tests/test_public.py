@@ -190,6 +190,12 @@ def test_bands_take_the_kernels_nearest_in_wavelength():
     torch.testing.assert_close(spread_bands(kernel, 4, None)[:, :, 0, 0], torch.full((3, 4), 1 / 4))
 
 
+def test_a_converted_file_has_the_kernels_of_its_datas_wavelengths(tmp_path):
+    state, nm = synthetic(tmp_path / 'p.pth', **TINY_MAE), [470.0, 560.0, 660.0, 850.0]
+    model = load_checkpoint(converted(tmp_path / 'p.pth', 4, nm, patch_size=4))['model']
+    assert torch.equal(model['encoder.patch_embed.proj.weight'], spread_bands(resize_kernel(state['patch_embed.proj.weight'], 4), 4, nm))
+
+
 def test_foreign_names_and_shapes_are_an_error_that_names_them(tmp_path):
     path = str(tmp_path / 'public.pth')
     state = synthetic(path, **{**TINY_MAE, 'side': 2})
