@@ -60,7 +60,7 @@ local_crops_number = 2  # local crops of a tile
 global_scale_min = 0.7  # smallest global crop, share of the window read (0.32 in DINOv2)
 local_scale_min = 0.3  # smallest local crop, likewise a share (0.05 in DINOv2)
 local_scale_max = 0.4  # largest share: it should see less than the teacher does
-whiten = 16  # ZCA-whiten the bands by so many principal components; 0: standardise each band
+whiten = 16  # ZCA-whiten by so many principal components; 0: standardise each band
 blur = 0.3  # probability that a crop is blurred
 gain = 0.02  # all bands times a factor of 1 +- this: illumination
 offset = 0.1  # all bands plus +- this many standard deviations: haze
@@ -456,11 +456,11 @@ def check_constants(meta):
     if img_size == patch_size:
         raise UserError(f'--img_size={img_size}: a global crop needs two patches in a row')
     if koleo_weight and batch_size < 2:
-        raise UserError('KoLeo needs two tiles: a larger --batch_size or --koleo_weight=0')
+        raise UserError('KoLeo needs two tiles in a batch: or pass --koleo_weight=0')
     if local_scale_min > local_scale_max or mask_ratio_min > mask_ratio_max:
-        raise UserError('--local_scale_min and --mask_ratio_min are above what is to be largest')
+        raise UserError('--local_scale_min or --mask_ratio_min is above its maximum')
     if round(freeze_last_layer * steps) >= steps:
-        raise UserError(f'--freeze_last_layer={freeze_last_layer}: the prototypes would not learn')
+        raise UserError(f'--freeze_last_layer={freeze_last_layer}: prototypes would not learn')
     if (ibot_weight or mask_probability) and round(2 * batch_size * mask_probability) < 1:
         raise UserError(f'--mask_probability={mask_probability}: none of {2 * batch_size} crops is '
                         'masked: choose a larger one, or 0 with --ibot_weight=0')

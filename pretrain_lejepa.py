@@ -56,7 +56,7 @@ local_crops_number = 2  # local crops of a tile
 global_scale_min = 0.7  # smallest global crop, share of the window read
 local_scale_min = 0.3  # smallest local crop, likewise a share
 local_scale_max = 0.4  # largest local crop, likewise a share
-whiten = 16  # ZCA-whiten the bands by so many principal components; 0: standardise each band
+whiten = 16  # ZCA-whiten by so many principal components; 0: standardise each band
 blur = 0.3  # probability that a crop is blurred
 gain = 0.02  # all bands times a factor of 1 +- this: illumination
 offset = 0.1  # all bands plus +- this many standard deviations: haze
@@ -263,7 +263,7 @@ def check_constants(meta):
     if batch_size < 2:
         raise UserError('--batch_size=1: a distribution needs two tiles')
     if local_scale_min > local_scale_max:
-        raise UserError('--local_scale_min is above what is to be largest')
+        raise UserError('--local_scale_min is above its maximum')
 
 
 # ============ shell: resume and signals ============

@@ -45,7 +45,7 @@ from models import (SIZES, MaskedAutoencoder, check_bands, dense_features, encod
 # ---- data
 data = 'data/demo'  # tile directory (python data.py tile); the demo is made on first use
 img_size = 16  # side of a crop, px
-whiten = 16  # ZCA-whiten the bands by so many principal components; 0: standardise each band
+whiten = 16  # ZCA-whiten by so many principal components; 0: standardise each band
 scale_min = 0.4  # smallest crop, as a share of img_size x img_size (0.2 in MAE)
 # ---- model
 size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)

@@ -456,13 +456,13 @@ MISTAKES = [
     (dict(img_size=128), 'tiles of 64 px: .* rising'), (dict(local_crops_size=32), '--local_crops_size=32, .* rising'), (dict(patch_size=5), 'multiples of --patch_size=5'),
     (dict(patch_size=16, local_crops_size=16), 'two patches'), (dict(batch_size=1), '--koleo_weight=0'),
     (dict(ibot_weight=1.0, mask_probability=0.0), '--ibot_weight'), (dict(mask_probability=0.001), '--mask_probability=0.001: none of'),
-    (dict(steps=10, freeze_last_layer=0.97), 'the prototypes would not learn'), (dict(patch_size=7, img_size=21, local_crops_size=7), 'tiles of 64 px'),
-    (dict(mask_ratio_min=0.8), 'above what is to be largest'), (dict(local_scale_min=0.5), 'above what is to be largest')]
+    (dict(steps=10, freeze_last_layer=0.97), 'prototypes would not learn'), (dict(patch_size=7, img_size=21, local_crops_size=7), 'tiles of 64 px'),
+    (dict(mask_ratio_min=0.8), 'above its maximum'), (dict(local_scale_min=0.5), 'above its maximum')]
 
 
 @pytest.mark.parametrize('script, changes, words', [(script, *mistake) for script in MODULES for mistake in MISTAKES] + [
     (pretrain_dino_hsi, dict(fusion='token', local_crops_size=4), '--local_crops_size=8'),
-    (pretrain_dino_hsi, dict(mask_ratio_min=0.65), 'spectral_mask_ratio_max')])
+    (pretrain_dino_hsi, dict(mask_ratio_min=0.65), 'above its maximum')])
 def test_constants_that_cannot_go_together_are_refused_before_the_first_step(script, changes, words, constants):
     meta = {'tile_size': 64, 'num_bands': 7}
     script.check_constants(meta)

@@ -183,7 +183,7 @@ def test_size_base_is_a_plain_vit_b(constants):
 
 
 MISTAKES = [(dict(local_crops_size=32), '--local_crops_size=32, .* rising'), (dict(patch_size=5), 'multiples of --patch_size=5'), (dict(img_size=128), 'tiles of 64 px'),
-            (dict(batch_size=1), 'needs two tiles'), (dict(local_scale_min=0.5), 'above what is to be largest'), (dict(img_size=4, local_crops_size=4), 'two patches')]
+            (dict(batch_size=1), 'needs two tiles'), (dict(local_scale_min=0.5), 'above its maximum'), (dict(img_size=4, local_crops_size=4), 'two patches')]
 
 
 @pytest.mark.parametrize('changes, words', MISTAKES)
