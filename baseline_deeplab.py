@@ -7,23 +7,18 @@ losses, scores and report are those of segment.py, the network is another.
     python baseline_deeplab.py --size=base --data=data/mine    # the dissertation's, on one GPU
     torchrun --nproc_per_node=4 baseline_deeplab.py --size=base --data=data/mine
 
-Writes out_dir: best.pt (the best state on the validation split), last.pt, log.jsonl, curves.png,
-and of the best state report.json, confusion.png and examples.png. The same command again goes on
-where the last one stopped.
+Writes out_dir: last.pt, log.jsonl, curves.png, and of the best state on the validation split
+best.pt, report.json, confusion.png, examples.png. The same command again resumes a run.
 
-Where to start: the training loop at the end, and models.DeepLabV3Plus for the network. Blocks
-headed `shell` are the same text in other scripts: skip them at first.
-
-Shapes: B crops, C bands, K classes.
+Where to start: the training loop, and models.DeepLabV3Plus. Blocks headed `shell` are the same in
+other scripts: skip them at first. Shapes: B crops, C bands, K classes.
 """
-import argparse
-import datetime
 import json
 import os
-import re
 import signal
 import sys
 import time
+from datetime import timedelta
 from typing import NamedTuple
 
 import numpy as np
@@ -35,8 +30,9 @@ from tqdm import tqdm
 
 from data import (UserError, Tiles, demo_if_missing, draw_crops, epoch_ids, evaluate, floors,
                   kept_meta, label_to_class, lock_directory, next_command, plain_errors,
-                  predict_tile, report, resized_crop, resized_crop_labels, save_confusion,
-                  save_examples, save_figure, scene_of, scores, standardization, standardize)
+                  predict_tile, read_flags, report, resized_crop, resized_crop_labels,
+                  save_confusion, save_examples, save_figure, scene_of, scores, standardization,
+                  standardize)
 from models import (DeepLabV3Plus, load_checkpoint, loss_count, native_bfloat16, parameter_groups,
                     resume_from, save_checkpoint, segmentation_loss, start_from)
 
@@ -52,7 +48,6 @@ width = 16  # channels of the first stage; 64 in ResNet-50
 output_stride = 8  # px between two features of the last stage; 16 suits tiles of 512 px
 stem = 'three'  # three | seven: three 3x3 convolutions (ResNetV1c), or one 7x7 (torchvision's)
 init_from = ''  # last.pt of a run, or of tools/convert_weights.py (resnet50.pth; stem seven)
-auxiliary_weight = 0.4  # of the loss of a second head, on stage 3
 # ---- loss
 criterion = 'ce'  # ce | focal | dice: cross-entropy, focal loss with gamma 2, soft Dice
 class_weights = 'none'  # none | sqrt | inverse: of 1 / (a class's training pixels); not for dice
@@ -60,7 +55,6 @@ class_weights = 'none'  # none | sqrt | inverse: of 1 / (a class's training pixe
 steps = 800  # length of the run
 batch_size = 16  # crops per step, over all processes
 lr = 1e-3  # of AdamW; 1e-4 in the dissertation
-power = 0.9  # of the schedule: lr * (1 - step / steps) ** power
 weight_decay = 0.05  # on matrices only
 clip_grad = 5.0  # longest gradient
 # ---- run
@@ -80,35 +74,11 @@ PRESETS = {
 }
 
 
-# ============ shell: flags and signals ============
+# ============ shell: resume and signals ============
 
 # what a resumed run may have otherwise (of data and encoder, their contents are compared)
 MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
               'wandb_log', 'data', 'encoder')
-
-
-def read_flags():
-    """--name=value replaces a constant above; the comment after it is the help text."""
-    def truth(text):
-        return bool(('false', 'true').index(text.lower()))
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    with open(__file__, encoding='utf-8') as file:
-        constants = re.findall(r'^(\w+) = .*?  # (.*)$', file.read(), re.M)
-    for name, comment in constants:
-        value = globals()[name]
-        words = comment.split(':')[0].split(' | ')
-        kind = dict(type=type(value), choices=words if len(words) > 1 else None)
-        if isinstance(value, bool):
-            kind = dict(type=truth, nargs='?', const=True)
-        parser.add_argument(f'--{name}', default=value, metavar=repr(value),
-                            help=comment.replace('%', '%%'), **kind)
-    size = parser.parse_known_args()[0].size
-    parser.set_defaults(**PRESETS[size])  # what is on the command line wins over the preset
-    config = vars(parser.parse_args())
-    globals().update(config)
-    return config
-
 
 stop_signal = 0
 
@@ -124,7 +94,7 @@ def note_signal(number, frame):
 
 def learning_rate(step):
     """From its peak down to 0, nearly on a straight line (the `poly` schedule)"""
-    return lr * (1 - step / steps) ** power
+    return lr * (1 - step / steps) ** 0.9
 
 
 # ============ shell: batches with labels ============
@@ -170,7 +140,7 @@ def save_curves(path, log):
 
 if __name__ == '__main__':
     plain_errors()
-    config = read_flags()
+    config = read_flags(globals(), PRESETS)  # the constants of this run
 
     # ---- shell: processes and device (torchrun sets these variables, else there is one process)
     rank = int(os.environ.get('RANK', 0))
@@ -185,13 +155,9 @@ if __name__ == '__main__':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 where something stays in float32
     if world > 1:  # a long time-out, since rank 0 alone computes floors and draws pictures
-        hours = datetime.timedelta(hours=6)
-        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=hours)
-    if batch_size < 1 or batch_size % world:
+        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=timedelta(hours=6))
+    if batch_size % world:
         raise UserError(f'--batch_size={batch_size} does not divide over {world} process(es)')
-    if min(steps, log_every, eval_every, save_every) < 1 or min(seed, max_steps) < 0:
-        raise UserError('--steps, --log_every, --eval_every and --save_every start at 1, '
-                        '--seed and --max_steps at 0')
     if dtype == 'auto':
         dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
@@ -206,9 +172,6 @@ if __name__ == '__main__':
         dist.barrier()
 
     # ---- shell: tiles with labels
-    if not 0 < label_share <= 1 or crop_size < 0:
-        raise UserError(f'--label_share={label_share} --crop_size={crop_size}: choose a share '
-                        'above 0 and up to 1, and a side in pixels, or 0 for whole tiles')
     train = Tiles(data, 'tr', on_gpu, label_share, seed)
     test = Tiles(data, 'ts')
     meta = train.meta
@@ -339,11 +302,9 @@ if __name__ == '__main__':
           f'{device}, {dtype}, {world} process(es); {out_dir}')
 
     # ---- shell: compile and DDP
-    net = model
     if compile and on_gpu:
         model.compile()  # in place: names in the checkpoint stay plain
-    if world > 1:
-        net = DistributedDataParallel(model)
+    net = DistributedDataParallel(model) if world > 1 else model
 
     # ---- training loop
     batch = get_batch(train, labelled, step, rank, world)
@@ -373,7 +334,7 @@ if __name__ == '__main__':
         count = count.clamp(min=1e-12) / world  # DDP takes the mean of the ranks' gradients
         main_loss = segmentation_loss(logits, target, weight, criterion)
         auxiliary_loss = segmentation_loss(auxiliary, target, weight, criterion)
-        loss = (main_loss + auxiliary_weight * auxiliary_loss) / count
+        loss = (main_loss + 0.4 * auxiliary_loss) / count
         scaler.scale(loss).backward()
         batch = get_batch(train, labelled, step + 1, rank, world)  # while the GPU is at work
         scaler.unscale_(optimizer)
@@ -390,10 +351,9 @@ if __name__ == '__main__':
         if not torch.isfinite(norm):
             # float16's scaler skips such a step and halves its scale, which is normal at first
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
-                raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g}).'
-                                ' The weights were left as they were. Look for huge values in the '
-                                f'data (python tools/check_data.py --data={data}), lower the '
-                                'learning rate, or pass --dtype=float32')
+                raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g})'
+                                f': look for huge values with tools/check_data.py --data={data}, '
+                                'lower the learning rate, or pass --dtype=float32')
 
         # ---- log
         step += 1

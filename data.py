@@ -1635,13 +1635,6 @@ def scene_of(meta):
     return os.path.join(meta['settings']['root'], split, 'image', file)
 
 
-def check_shares(**shares):
-    """Refuses, by its name, a share or probability that is none."""
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise UserError(f'--{name}={value}: is a share: choose from 0 to 1')
-
-
 def plain_errors():
     """From here on a user's mistake ends the program with its sentence and exit code 1, not with a
     traceback."""
@@ -1655,6 +1648,43 @@ def plain_errors():
         else:
             sys.__excepthook__(kind, error, trace)
     sys.excepthook = hook
+
+
+def read_flags(constants, presets=None):
+    """The globals() of a script, changed as the command line says -> the constants, by name.
+
+    A line `name = value  # comment` makes a flag, the comment its help; `a | b: ` in front of that
+    are choices. `presets` are other values by --size; what is on the command line wins over them.
+    No number is negative. A whole number starts at 1, unless it is 0 or the comment says what
+    `0: ` means, and what the comment calls a share or a probability ends at 1.
+    """
+    parser = argparse.ArgumentParser(description=constants['__doc__'], allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    with open(constants['__file__'], encoding='utf-8') as file:
+        comments = dict(re.findall(r'^(\w+) = .*?  # (.*)$', file.read(), re.M))
+    for name, comment in comments.items():
+        value = constants[name]
+        words = comment.split(':')[0].split(' | ')
+        kind = dict(type=type(value), choices=words if len(words) > 1 else None)
+        if isinstance(value, bool):
+            kind = dict(type=boolean, nargs='?', const=True)
+        parser.add_argument(f'--{name}', default=value, metavar=repr(value),
+                            help=comment.replace('%', '%%'), **kind)
+    if presets:
+        size = parser.parse_known_args()[0].size
+        parser.set_defaults(**presets[size])
+    config = vars(parser.parse_args())
+    for name, value in config.items():
+        default, comment = constants[name], comments[name]
+        if isinstance(default, str) or default < 0:
+            continue
+        share = type(default) is float and re.search('share|probability', comment)
+        lowest = 1 if type(default) is int and default > 0 and '0: ' not in comment else 0
+        if not lowest <= value <= (1 if share else math.inf):
+            span = 'a share, from 0 to 1' if share else f'{lowest} or more'
+            raise UserError(f'--{name}={value}: choose {span}')
+    constants.update(config)
+    return config
 
 
 if __name__ == '__main__':

@@ -8,35 +8,31 @@ distribution: of the other crop as a whole (DINO), and of each masked patch (iBO
 
 What keeps all images from getting the same output ("collapse"): Sinkhorn-Knopp spreads the
 teacher's targets over all prototypes, KoLeo pushes the features of different tiles apart, and no
-gradient reaches the teacher. Labels are used by the probe only, which watches.
+gradient reaches the teacher. Labels are used by the probe only, a linear classifier that watches.
 
     python pretrain_dino.py                                     # demo data, minutes on a CPU
     python pretrain_dino.py --size=base --data=data/mine --out_dir=runs/mine        # on one GPU
-    torchrun --nproc_per_node=4 pretrain_dino.py --size=base --data=data/mine \\
-        --out_dir=runs/mine
+    torchrun --nproc_per_node=4 pretrain_dino.py ...                                # on four
 
-Writes into out_dir: last.pt (all that a resumed run, or a user of the encoder, needs), log.jsonl,
-curves.png and features.png. The same command again resumes a run that was stopped.
+Writes into out_dir: last.pt (all that a resumed run, or a user of the encoder, needs), log.jsonl
+and curves.png. The same command again resumes a run that was stopped.
 
-Where to start: "one step" in the training loop says how a step goes, stream_loss() what is
-learned, get_batch() what is cropped and masked. Blocks headed `shell` are the same text in every
-script: skip them at first. What a checkpoint holds stands at the last of them. The second stream
-is what `diff pretrain_dino.py pretrain_dino_hsi.py` shows.
+Where to start: "one step" in the training loop, stream_loss(), get_batch(). Blocks headed `shell`
+are the same in every script: skip them at first. What is in a checkpoint stands at the last of
+them. The second stream is what `diff pretrain_dino.py pretrain_dino_hsi.py` shows.
 
 Shapes: B tiles, C bands, S side of a global and s of a local crop, V views (crops) of a tile,
 L local crops of a tile, N patches of a global crop, M masked tokens of a batch, T tokens of a
 crop, D width, K prototypes.
 """
-import argparse
 import copy
-import datetime
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
+from datetime import timedelta
 from typing import NamedTuple
 
 import numpy as np
@@ -48,26 +44,23 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Light, Statistics, Tiles, UserError, augment_spectra, check_shares, crop_by,
-                  crop_weights, demo_if_missing, draw_crops, draw_probe, epoch_ids, false_color,
-                  kept_meta, lock_directory, next_command, plain_errors, principal_colors, probe,
-                  probe_floors, probe_splits, save_figure, standardization, standardize,
-                  standardize_rows)
-from models import (SIZES, DINOHead, ViT, check_bands, dense_features,
-                    encoder_shape, load_encoder, native_bfloat16, parameter_groups, resume_from,
-                    save_checkpoint, start_from)
+from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by, crop_weights,
+                  demo_if_missing, draw_crops, draw_probe, epoch_ids, kept_meta, lock_directory,
+                  next_command, plain_errors, probe, probe_floors, probe_splits, read_flags,
+                  save_figure, standardization, standardize, standardize_rows)
+from models import (SIZES, DINOHead, ViT, check_bands, dense_features, encoder_shape, load_encoder,
+                    native_bfloat16, parameter_groups, resume_from, save_checkpoint, start_from)
 
-# Each line `name = value  # help` is a flag: --name=other replaces the value. Functions read them.
+# Each line `name = value  # help` is a flag, --name=other. data.read_flags checks it by its help.
 # ---- data
 data = 'data/demo'  # tile directory (python data.py tile); the demo is made on first use
 img_size = 16  # side of the global crops, px
 local_crops_size = 8  # side of the local crops, px
 local_crops_number = 2  # local crops of a tile
 global_scale_min = 0.7  # smallest global crop, share of the window read (0.32 in DINOv2)
-local_scale_min = 0.3  # smallest local crop (0.05 in DINOv2)
-local_scale_max = 0.4  # largest local crop: it should see less than the teacher does
-whiten = 16  # ZCA-whiten the bands by so many principal components; 0: standardise each band
-turns = True  # random flips and quarter turns
+local_scale_min = 0.3  # smallest local crop, likewise a share (0.05 in DINOv2)
+local_scale_max = 0.4  # largest share: it should see less than the teacher does
+whiten = 16  # ZCA-whiten by so many principal components; 0: standardise each band
 blur = 0.3  # probability that a crop is blurred
 gain = 0.02  # all bands times a factor of 1 +- this: illumination
 offset = 0.1  # all bands plus +- this many standard deviations: haze
@@ -80,7 +73,7 @@ size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESET
 patch_size = 4  # side of a patch, px
 ffn = 'swiglu'  # swiglu | mlp: layers between attentions (DINOv2 has swiglu)
 drop_path_rate = 0.1  # probability that a sample skips a residual branch
-init_from = ''  # last.pt to start from (or tools/convert_weights.py's): sets the encoder's size
+init_from = ''  # last.pt to start from; it sets the encoder's size
 # ---- method
 out_dim = 256  # prototypes K; 65,536 in DINOv2, for 100 million images
 ibot_weight = 0.0  # weight of the loss on masked tokens; use 1 for many different scenes
@@ -89,7 +82,7 @@ mask_probability = 0.8  # share of global crops the student sees masked, also wi
 mask_ratio_min = 0.3  # smallest share of masked tokens in such a crop
 mask_ratio_max = 0.7  # largest share of masked patches
 teacher_temp = 0.05  # temperature of the teacher's softmax, rising from 0.04
-momentum_teacher = 0.98  # of the running average, rising to 1 by a cosine
+momentum_teacher = 0.98  # share of itself the teacher keeps, rising to 1 by a cosine
 # ---- optimizer
 steps = 400  # length of the run
 warmup = 0.1  # share of the steps in which the learning rate rises
@@ -205,11 +198,9 @@ def total_logsumexp(x):
     """log sum exp over the rows of x (B, K), of all processes taken as one -> (1, K)"""
     value = torch.logsumexp(x, dim=0, keepdim=True)
     if dist.is_initialized():
-        highest = value.clone()
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        share = (value - highest).exp()
-        dist.all_reduce(share)
-        value = highest + share.log()
+        everyone = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, value)
+        value = torch.logsumexp(torch.cat(everyone), dim=0, keepdim=True)
     return value
 
 
@@ -218,19 +209,16 @@ def stream_loss(student_out, teacher_out, mask, masked_ids, temp):
 
     mask (2B, N), masked_ids (M,): what was masked. temp: the teacher's temperature.
     """
-    dino = dino_loss(student_out, sinkhorn_knopp(teacher_out.global_logits, temp))
-    loss = dino
-    terms = {'dino': dino.detach()}
+    terms = {'dino': dino_loss(student_out, sinkhorn_knopp(teacher_out.global_logits, temp))}
+    loss = terms['dino']
     if ibot_weight:
         target = sinkhorn_knopp(teacher_out.masked_logits, temp)
-        ibot = ibot_loss(student_out, target, mask, masked_ids)
-        loss = loss + ibot_weight * ibot
-        terms['ibot'] = ibot.detach()
+        terms['ibot'] = ibot_loss(student_out, target, mask, masked_ids)
+        loss = loss + ibot_weight * terms['ibot']
     if koleo_weight:
         first, second = student_out.cls_features.chunk(2)  # two crops of a tile should be near
-        koleo = koleo_loss(first) + koleo_loss(second)
-        loss = loss + koleo_weight * koleo
-        terms['koleo'] = koleo.detach()
+        terms['koleo'] = koleo_loss(first) + koleo_loss(second)
+        loss = loss + koleo_weight * terms['koleo']
     return loss, terms
 
 
@@ -281,18 +269,14 @@ def koleo_loss(features, eps=1e-8):
 
 @torch.no_grad()
 def signs_of_collapse(student_out, teacher_out, temp):
-    """For the log: entropy of targets (ln K: they say nothing), spread of cls features
+    """For the log, 0 to 1: entropy of the targets (1: they say nothing), spread of cls features
     (0: all the same, 1: as random vectors), prototypes that are some crop's first choice"""
-    def entropy(target):
-        return -(target * target.clamp(min=1e-30).log()).sum(1).mean()
     target = sinkhorn_knopp(teacher_out.global_logits, temp)
+    entropy = -(target * target.clamp(min=1e-30).log()).sum(1).mean()
     features = F.normalize(student_out.cls_features.float(), dim=-1)
-    signs = {'teacher_entropy': entropy(target),
-             'feature_std': features.std(0).mean() * math.sqrt(features.shape[1]),
-             'prototypes_used': target.argmax(1).unique().numel()}
-    if ibot_weight:
-        signs['patch_entropy'] = entropy(sinkhorn_knopp(teacher_out.masked_logits, temp))
-    return signs
+    return {'teacher_entropy': entropy / math.log(target.shape[1]),
+            'feature_std': features.std(0).mean() * math.sqrt(features.shape[1]),
+            'prototypes_used': target.argmax(1).unique().numel() / min(target.shape)}
 
 
 # ============ method: crops and masks ============
@@ -338,8 +322,7 @@ class Batch(NamedTuple):
     raw: torch.Tensor  # (B, C, S, S) windows as stored
     boxes: torch.Tensor  # (B, V, 4) the crops in each: top, left, height, width
     flips: torch.Tensor  # (B, V, 3) flip rows, flip columns, transpose
-    softness: torch.Tensor  # (B, V) 1 = sharp, 2 = a resize filter twice as wide
-    draws: torch.Tensor  # (B, V, 11) uniform numbers for augment_spectra
+    draws: torch.Tensor  # (B, V, 13) uniform numbers: two for the blur, then the light
     mask: torch.Tensor  # (2B, N) True = masked; all first global crops, then all second
     masked_ids: torch.Tensor  # (M,) masked tokens among all 2B * N; none at ibot_weight=0
 
@@ -351,27 +334,26 @@ def get_batch(tiles, step, rank=0, world=1):
     the same crops, and a resumed run needs no generator's state.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    tile_size = tiles.meta['tile_size']
-    ids = tile_ids(tiles, step)
+    windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
+    ids = epoch_ids(windows, batch_size, step, seed) % len(tiles)
     # a window of img_size, in which all crops of a tile lie
-    window = draw_crops(batch_size, tile_size, img_size, 1.0, 1.0, generator, False)
+    window = draw_crops(batch_size, tiles.meta['tile_size'], img_size, 1.0, 1.0, generator, False)
     corners = window.corners + window.boxes[:, :2]
-    big = draw_crops(2 * batch_size, img_size, img_size, global_scale_min, 1.0, generator, turns)
+    big = draw_crops(2 * batch_size, img_size, img_size, global_scale_min, 1.0, generator)
     small = draw_crops(local_crops_number * batch_size, img_size, img_size, local_scale_min,
-                       local_scale_max, generator, turns)
+                       local_scale_max, generator)
     boxes = torch.cat([crop.boxes.reshape(batch_size, -1, 4) for crop in (big, small)], dim=1)
     flips = torch.cat([crop.flips.reshape(batch_size, -1, 3) for crop in (big, small)], dim=1)
     draws = torch.rand(*boxes.shape[:2], 13, generator=generator)
-    softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
     h = img_size // patch_size
     rng = np.random.default_rng([seed, step, 1])
     mask = block_masks(2 * batch_size, h, h, rng)
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
-    tiles.read_ahead(tile_ids(tiles, step + 1)[here], img_size)
-    return Batch(raw, boxes[here], flips[here], softness[here], draws[here, :, 2:],
-                 *masks_of_rank(mask, here))
+    next_ids = epoch_ids(windows, batch_size, step + 1, seed) % len(tiles)
+    tiles.read_ahead(next_ids[here], img_size)
+    return Batch(raw, boxes[here], flips[here], draws[here], *masks_of_rank(mask, here))
 
 
 def masks_of_rank(mask, here):
@@ -385,19 +367,11 @@ def masks_of_rank(mask, here):
 
 
 def to_device(batch, device):
-    """Batch -> the same on the device
-
-    The number of masked tokens changes from step to step. torch.compile is told in advance, or it
-    would compile everything again at the second step.
-    """
+    """Batch -> the same on the device"""
     batch = Batch(*(t.to(device, non_blocking=True) for t in batch))
+    # the number of masked tokens changes: torch.compile is told, or it would compile anew
     torch._dynamo.maybe_mark_dynamic(batch.masked_ids, 0)
     return batch
-
-
-def tile_ids(tiles, step):
-    """The tile of each crop of a step; a large tile is met several times in an epoch."""
-    return epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
 
 
 def crops_per_epoch(tiles):
@@ -416,10 +390,12 @@ def make_crops(batch, statistics, nodata, step):
     x = standardize_rows(batch.raw, statistics.mean, statistics.matrix, nodata)
 
     def crop(views, side):
-        boxes, flips, softness, draws = (t[:, views] for t in batch[1:5])
+        boxes, flips, draws = (t[:, views] for t in batch[1:4])
+        # 1 is sharp, 2 a resize filter twice as wide
+        softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
         rows, cols = crop_weights(boxes, flips, img_size, img_size, side, softness)
         crops = crop_by(x, rows, cols, flips[..., 2])  # (views * B, C + 1, side, side)
-        draws = draws.transpose(0, 1).flatten(0, 1)
+        draws = draws[..., 2:].transpose(0, 1).flatten(0, 1)
         return augment_spectra(crops, draws, noise_field, statistics, light)
 
     return crop(slice(0, 2), img_size), crop(slice(2, None), local_crops_size)
@@ -473,72 +449,28 @@ def build_model(meta):
 
 def check_constants(meta):
     """Constants that cannot go together are told before the first step."""
-    check_shares(global_scale_min=global_scale_min, local_scale_min=local_scale_min,
-                 local_scale_max=local_scale_max, blur=blur, band_dropout=band_dropout,
-                 solarize=solarize, drop_path_rate=drop_path_rate, mask_ratio_min=mask_ratio_min,
-                 mask_ratio_max=mask_ratio_max, mask_probability=mask_probability,
-                 warmup=warmup, teacher_temp_warmup=teacher_temp_warmup,
-                 freeze_last_layer=freeze_last_layer, momentum_teacher=momentum_teacher)
-    tile_size = meta['tile_size']
-    sides = f'--img_size={img_size} and --local_crops_size={local_crops_size}'
-    if not 0 < local_crops_size <= img_size <= tile_size:
-        raise UserError(f'{sides}: local crops can be no larger than global ones, '
-                        f'and these than the tiles of {data}, {tile_size} px')
-    if patch_size < 1 or img_size % patch_size or local_crops_size % patch_size:
-        raise UserError(f'{sides}: choose multiples of --patch_size={patch_size}')
-    if tile_size % patch_size:
-        raise UserError(f'the tiles of {data} have {tile_size} px: choose a --patch_size that '
-                        f'divides this, or tile again (here it is {patch_size})')
+    sides = local_crops_size, img_size, meta['tile_size']
+    if list(sides) != sorted(sides) or any(side % patch_size for side in sides):
+        raise UserError(f'--local_crops_size={sides[0]}, --img_size={sides[1]}, tiles of {sides[2]}'
+                        f' px: choose multiples of --patch_size={patch_size}, in rising order')
     if img_size == patch_size:
-        raise UserError(f'{sides}: a global crop needs two patches at least along a side')
-    if local_crops_number < 1:
-        raise UserError('--local_crops_number is at least 1')
+        raise UserError(f'--img_size={img_size}: a global crop needs two patches in a row')
     if koleo_weight and batch_size < 2:
-        raise UserError('KoLeo needs two tiles: a larger --batch_size or --koleo_weight=0')
+        raise UserError('KoLeo needs two tiles in a batch: or pass --koleo_weight=0')
     if local_scale_min > local_scale_max or mask_ratio_min > mask_ratio_max:
-        raise UserError('--local_scale_min and --mask_ratio_min are above what is to be largest')
-    if max(warmup, drop_path_rate) == 1 or min(base_lr, weight_decay, probe_tiles - 1) < 0:
-        raise UserError('--warmup and --drop_path_rate stay below 1; --base_lr and '
-                        '--weight_decay start at 0, --probe_tiles at 1')
-    if teacher_temp <= 0 or out_dim < 2:
-        raise UserError('--teacher_temp is above 0, and --out_dim is 2 at least')
+        raise UserError('--local_scale_min or --mask_ratio_min is above its maximum')
     if round(freeze_last_layer * steps) >= steps:
-        raise UserError(f'--freeze_last_layer={freeze_last_layer}: the prototypes would not learn '
-                        'in this run: choose a smaller share')
+        raise UserError(f'--freeze_last_layer={freeze_last_layer}: prototypes would not learn')
     if (ibot_weight or mask_probability) and round(2 * batch_size * mask_probability) < 1:
         raise UserError(f'--mask_probability={mask_probability}: none of {2 * batch_size} crops is '
                         'masked: choose a larger one, or 0 with --ibot_weight=0')
 
 
-# ============ shell: flags and signals ============
+# ============ shell: resume and signals ============
 
 # what a resumed run may have otherwise (of data and encoder, their contents are compared)
 MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
               'wandb_log', 'data', 'encoder')
-
-
-def read_flags():
-    """--name=value replaces a constant above; the comment after it is the help text."""
-    def truth(text):
-        return bool(('false', 'true').index(text.lower()))
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    with open(__file__, encoding='utf-8') as file:
-        constants = re.findall(r'^(\w+) = .*?  # (.*)$', file.read(), re.M)
-    for name, comment in constants:
-        value = globals()[name]
-        words = comment.split(':')[0].split(' | ')
-        kind = dict(type=type(value), choices=words if len(words) > 1 else None)
-        if isinstance(value, bool):
-            kind = dict(type=truth, nargs='?', const=True)
-        parser.add_argument(f'--{name}', default=value, metavar=repr(value),
-                            help=comment.replace('%', '%%'), **kind)
-    size = parser.parse_known_args()[0].size
-    parser.set_defaults(**PRESETS[size])  # what is on the command line wins over the preset
-    config = vars(parser.parse_args())
-    globals().update(config)
-    return config
-
 
 stop_signal = 0
 
@@ -552,40 +484,20 @@ def note_signal(number, frame):
 
 # ============ what is watched ============
 
-@torch.no_grad()
-def save_features(path, encoder, raw, prepare, meta):
-    """Four tiles in false colour, and three components of the teacher's features"""
-    maps = dense_features(encoder, prepare(raw), n=1)  # (4, D, h, w)
-    colors = principal_colors(maps.permute(0, 2, 3, 1))  # (4, h, w, 3)
-    figure = Figure(figsize=(2.4 * len(maps), 5), layout='constrained')
-    axes = figure.subplots(2, len(maps), squeeze=False)
-    for i in range(len(maps)):
-        axes[0, i].imshow(false_color(raw[i].numpy(), meta), interpolation='nearest')
-        axes[1, i].imshow(colors[i], interpolation='nearest')
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    axes[0, 0].set_ylabel('false colour')
-    axes[1, 0].set_ylabel('features')
-    save_figure(figure, path)
-
-
 def save_curves(path, log):
     """Losses, signs of collapse, and the probe, over the steps"""
     figure = Figure(figsize=(12, 4), layout='constrained')
     left, middle, right = figure.subplots(1, 3)
     trained = [entry for entry in log if 'loss' in entry]
     at = [entry['step'] for entry in trained]
-    ln_k = math.log(out_dim)
-    for axis, name, highest in (
-            (left, 'dino', 1), (left, 'ibot', 1),
-            (middle, 'teacher_entropy', ln_k), (middle, 'patch_entropy', ln_k),
-            (middle, 'feature_std', 1), (middle, 'prototypes_used', min(out_dim, 2 * batch_size))):
+    for name in ('dino', 'ibot'):
         if trained and name in trained[0]:
-            axis.plot(at, [entry[name] / highest for entry in trained], label=name)
-    left.axhline(ln_k, color='gray', linestyle=':', label='ln K: nothing learned')
+            left.plot(at, [entry[name] for entry in trained], label=name)
+    left.axhline(math.log(out_dim), color='gray', linestyle=':', label='ln K: nothing learned')
     left.set(xlabel='step', ylabel='cross-entropy')
-    middle.axhline(1, color='gray', linestyle=':', label='the highest there is')
-    middle.set(xlabel='step', ylabel='signs of collapse, as shares', ylim=(0, None))
+    for name in ('teacher_entropy', 'feature_std', 'prototypes_used'):
+        middle.plot(at, [entry[name] for entry in trained], label=name)
+    middle.set(xlabel='step', ylabel='signs of collapse', ylim=(0, 1.05))
     left.legend(fontsize=8)
     middle.legend(fontsize=8)
     draw_probe(right, log, init_from)
@@ -594,7 +506,7 @@ def save_curves(path, log):
 
 if __name__ == '__main__':
     plain_errors()
-    config = read_flags()
+    config = read_flags(globals(), PRESETS)  # the constants of this run
 
     # ---- shell: processes and device (torchrun sets these variables, else there is one process)
     rank = int(os.environ.get('RANK', 0))
@@ -609,13 +521,9 @@ if __name__ == '__main__':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 where something stays in float32
     if world > 1:  # a long time-out, since rank 0 alone computes floors and draws pictures
-        hours = datetime.timedelta(hours=6)
-        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=hours)
-    if batch_size < 1 or batch_size % world:
+        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=timedelta(hours=6))
+    if batch_size % world:
         raise UserError(f'--batch_size={batch_size} does not divide over {world} process(es)')
-    if min(steps, log_every, eval_every, save_every) < 1 or min(seed, max_steps) < 0:
-        raise UserError('--steps, --log_every, --eval_every and --save_every start at 1, '
-                        '--seed and --max_steps at 0')
     if dtype == 'auto':
         dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
@@ -633,7 +541,6 @@ if __name__ == '__main__':
     train = Tiles(data, 'tr', pin_memory=on_gpu)
     meta = train.meta
     check_constants(meta)
-    num_patches = (img_size // patch_size) ** 2
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
     std = torch.tensor(meta['std'], dtype=torch.float32, device=device)
     statistics = Statistics(mean, std, matrix)
@@ -680,7 +587,7 @@ if __name__ == '__main__':
     # ---- what this run is
     epochs = steps * batch_size / crops_per_epoch(train)
     print(f'{sum(p.numel() for p in model.parameters()):,} parameters; '
-          f'{meta["num_bands"]} bands, {num_patches} patches of {patch_size} px a crop; '
+          f'{meta["num_bands"]} bands, crops of {img_size} px, patches of {patch_size} px; '
           f'steps {step} to {last_step} of {steps} ({epochs:.1f} epochs); '
           f'{device}, {dtype}, {world} process(es); {out_dir}')
 
@@ -693,25 +600,20 @@ if __name__ == '__main__':
         return dense_features(model.teacher.encoder, prepare(raw))
 
     def watch():
-        """The teacher as it is now: probe, features, curves."""
+        """The teacher as it is now: probe, curves."""
         model.eval()
         if labelled:
             with autocast:
                 miou = probe(features, labelled, probe_tiles, device)
             record({'step': step, 'probe_miou': miou, **floors})
             tqdm.write(f'step {step}: probe mIoU {100 * miou:.1f} %')
-        raw = torch.from_numpy(train.images[:4].copy())
-        features_path = os.path.join(out_dir, 'features.png')
-        save_features(features_path, model.teacher.encoder, raw, prepare, meta)
         save_curves(os.path.join(out_dir, 'curves.png'), log)
         model.train()
 
     # ---- shell: compile and DDP
-    net = model
     if compile and on_gpu:
         model.compile()  # in place: names in the checkpoint stay plain
-    if world > 1:
-        net = DistributedDataParallel(model)
+    net = DistributedDataParallel(model) if world > 1 else model
 
     # ---- training loop
     if compile and on_gpu:
@@ -719,7 +621,6 @@ if __name__ == '__main__':
     batch = get_batch(train, step, rank, world)
     bar = tqdm(total=last_step, initial=step, disable=not main_process)
     started = time.time()
-    warned = False
     if main_process and step == 0:
         watch()
     while step < last_step:
@@ -757,10 +658,9 @@ if __name__ == '__main__':
         if not torch.isfinite(norm):
             # float16's scaler skips such a step and halves its scale, which is normal at first
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
-                raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g}).'
-                                ' The weights were left as they were. Look for huge values in the '
-                                f'data (python tools/check_data.py --data={data}), lower the '
-                                'learning rate, or pass --dtype=float32')
+                raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g})'
+                                f': look for huge values with tools/check_data.py --data={data}, '
+                                'lower the learning rate, or pass --dtype=float32')
 
         # ---- log
         step += 1
@@ -774,13 +674,10 @@ if __name__ == '__main__':
                     'grad_norm': norm.item(), 'seconds': time.time() - started,
                     **{name: float(value) for name, value in terms.items()}})
             bar.set_postfix(loss=f'{mean_loss.item():.4f}')
-            entropy = max(log[-1]['teacher_entropy'], log[-1].get('patch_entropy', 0))
-            collapsing = entropy > 0.99 * math.log(out_dim) or log[-1]['feature_std'] < 0.05
-            if collapsing and step > warmup * steps and not warned:
-                warned = True
-                bar.write(f'step {step}: WARNING: the features are collapsing (see curves.png; '
-                          f'ln K is {math.log(out_dim):.2f}): try a lower --teacher_temp or '
-                          '--base_lr, or more --koleo_weight')
+            collapsing = log[-1]['teacher_entropy'] > 0.99 or log[-1]['feature_std'] < 0.05
+            if collapsing and step > warmup * steps:
+                bar.write(f'step {step}: WARNING: the features are collapsing (see curves.png): '
+                          'try a lower --teacher_temp or --base_lr, or more --koleo_weight')
         if main_process and (step % eval_every == 0 or step == last_step):
             watch()
 

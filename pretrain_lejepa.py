@@ -6,34 +6,30 @@ all crops of a tile the same embedding.
 
 What keeps all tiles from getting the same one ("collapse"): the embeddings of a batch are pulled
 towards a standard normal distribution, whose points lie apart (SIGReg). There is no teacher, no
-running average, no head, no temperature: one weight, lambda, stands between the two terms. Labels
-are used by the probe only, which watches.
+head, no temperature: one weight, lambda, stands between the two terms. Labels are used by the probe
+only, a linear classifier that watches.
 
     python pretrain_lejepa.py                                  # demo data, minutes on a CPU
     python pretrain_lejepa.py --size=base --data=data/mine --out_dir=runs/mine     # on one GPU
-    torchrun --nproc_per_node=4 pretrain_lejepa.py --size=base --data=data/mine \\
-        --out_dir=runs/mine
+    torchrun --nproc_per_node=4 pretrain_lejepa.py ...                             # on four
 
-Writes into out_dir: last.pt (all that a resumed run, or a user of the encoder, needs), log.jsonl,
-curves.png and features.png. The same command again resumes a run that was stopped.
+Writes into out_dir: last.pt (all that a resumed run, or a user of the encoder, needs), log.jsonl
+and curves.png. The same command again resumes a run that was stopped.
 
-Where to start: "one step" in the training loop says how a step goes, invariance() and sigreg()
-what is learned, get_batch() what is cropped. Blocks headed `shell` are the same text in every
-script: skip them at first. What a checkpoint holds stands at the last of them. What DINOv2 needs
-beyond this is what `diff pretrain_lejepa.py pretrain_dino.py` shows.
+Where to start: "one step" in the training loop, invariance(), sigreg(), get_batch(). Blocks headed
+`shell` are the same in every script: skip them at first. What is in a checkpoint stands at the last
+of them. What DINOv2 needs beyond this shows `diff pretrain_lejepa.py pretrain_dino.py`.
 
 Shapes: B tiles, C bands, S side of a global and s of a local crop, V views (crops) of a tile,
 L local crops of a tile, D width, M directions.
 """
-import argparse
-import datetime
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -44,25 +40,23 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Light, Statistics, Tiles, UserError, augment_spectra, check_shares, crop_by,
-                  crop_weights, demo_if_missing, draw_crops, draw_probe, epoch_ids, false_color,
-                  kept_meta, lock_directory, next_command, plain_errors, principal_colors, probe,
-                  probe_floors, probe_splits, save_figure, standardization, standardize,
-                  standardize_rows)
+from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by, crop_weights,
+                  demo_if_missing, draw_crops, draw_probe, epoch_ids, kept_meta, lock_directory,
+                  next_command, plain_errors, probe, probe_floors, probe_splits, read_flags,
+                  save_figure, standardization, standardize, standardize_rows)
 from models import (SIZES, ViT, check_bands, dense_features, encoder_shape, load_encoder,
                     native_bfloat16, parameter_groups, resume_from, save_checkpoint, start_from)
 
-# Each line `name = value  # help` is a flag: --name=other replaces the value. Functions read them.
+# Each line `name = value  # help` is a flag, --name=other. data.read_flags checks it by its help.
 # ---- data
 data = 'data/demo'  # tile directory (python data.py tile); the demo is made on first use
 img_size = 16  # side of the global crops, px
 local_crops_size = 8  # side of the local crops, px
 local_crops_number = 2  # local crops of a tile
 global_scale_min = 0.7  # smallest global crop, share of the window read
-local_scale_min = 0.3  # smallest local crop
-local_scale_max = 0.4  # largest local crop
-whiten = 16  # ZCA-whiten the bands by so many principal components; 0: standardise each band
-turns = True  # random flips and quarter turns
+local_scale_min = 0.3  # smallest local crop, likewise a share
+local_scale_max = 0.4  # largest local crop, likewise a share
+whiten = 16  # ZCA-whiten by so many principal components; 0: standardise each band
 blur = 0.3  # probability that a crop is blurred
 gain = 0.02  # all bands times a factor of 1 +- this: illumination
 offset = 0.1  # all bands plus +- this many standard deviations: haze
@@ -71,9 +65,9 @@ band_dropout = 0.3  # probability that a crop lacks a run of neighbouring bands
 # ---- model
 size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)
 patch_size = 4  # side of a patch, px
-init_from = ''  # last.pt to start from (or tools/convert_weights.py's): sets the encoder's size
+init_from = ''  # last.pt to start from; it sets the encoder's size
 # ---- method
-sigreg_weight = 0.2  # lambda: weight of SIGReg, 1 - lambda that of the invariance
+sigreg_weight = 0.2  # lambda, the share of SIGReg in the loss; the invariance has the rest
 num_directions = 256  # directions in which a step looks at the embeddings
 # ---- optimizer
 steps = 400  # length of the run
@@ -112,16 +106,12 @@ class LeJEPA(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def embed(self, x):
-        """Crops (n, C, h, w) -> the mean of each one's patch tokens (n, D)"""
-        patches = self.encoder(x)[:, self.encoder.num_prefix_tokens:]
-        return patches.float().mean(1)
-
     def forward(self, big, small):
         """Global crops (2B, C, S, S), local (L * B, C, s, s) -> embeddings z (V, B, D): of all
-        first crops, all second crops ..."""
-        z = torch.cat([self.embed(big), self.embed(small)])
-        return z.unflatten(0, (-1, len(big) // 2))
+        first crops, all second crops ... Each is the mean of a crop's patch tokens."""
+        prefix = self.encoder.num_prefix_tokens
+        z = [self.encoder(crops)[:, prefix:].float().mean(1) for crops in (big, small)]
+        return torch.cat(z).unflatten(0, (-1, len(big) // 2))
 
 
 def invariance(z):
@@ -186,8 +176,7 @@ class Batch(NamedTuple):
     raw: torch.Tensor  # (B, C, S, S) windows as stored
     boxes: torch.Tensor  # (B, V, 4) the crops in each: top, left, height, width
     flips: torch.Tensor  # (B, V, 3) flip rows, flip columns, transpose
-    softness: torch.Tensor  # (B, V) 1 = sharp, 2 = a resize filter twice as wide
-    draws: torch.Tensor  # (B, V, 11) uniform numbers for augment_spectra
+    draws: torch.Tensor  # (B, V, 13) uniform numbers: two for the blur, then the light
 
 
 def get_batch(tiles, step, rank=0, world=1):
@@ -197,28 +186,23 @@ def get_batch(tiles, step, rank=0, world=1):
     the same crops, and a resumed run needs no generator's state.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    tile_size = tiles.meta['tile_size']
-    ids = tile_ids(tiles, step)
+    windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
+    ids = epoch_ids(windows, batch_size, step, seed) % len(tiles)
     # a window of img_size, in which all crops of a tile lie
-    window = draw_crops(batch_size, tile_size, img_size, 1.0, 1.0, generator, False)
+    window = draw_crops(batch_size, tiles.meta['tile_size'], img_size, 1.0, 1.0, generator, False)
     corners = window.corners + window.boxes[:, :2]
-    big = draw_crops(2 * batch_size, img_size, img_size, global_scale_min, 1.0, generator, turns)
+    big = draw_crops(2 * batch_size, img_size, img_size, global_scale_min, 1.0, generator)
     small = draw_crops(local_crops_number * batch_size, img_size, img_size, local_scale_min,
-                       local_scale_max, generator, turns)
+                       local_scale_max, generator)
     boxes = torch.cat([crop.boxes.reshape(batch_size, -1, 4) for crop in (big, small)], dim=1)
     flips = torch.cat([crop.flips.reshape(batch_size, -1, 3) for crop in (big, small)], dim=1)
     draws = torch.rand(*boxes.shape[:2], 13, generator=generator)
-    softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
-    tiles.read_ahead(tile_ids(tiles, step + 1)[here], img_size)
-    return Batch(raw, boxes[here], flips[here], softness[here], draws[here, :, 2:])
-
-
-def tile_ids(tiles, step):
-    """The tile of each crop of a step; a large tile is met several times in an epoch."""
-    return epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
+    next_ids = epoch_ids(windows, batch_size, step + 1, seed) % len(tiles)
+    tiles.read_ahead(next_ids[here], img_size)
+    return Batch(raw, boxes[here], flips[here], draws[here])
 
 
 def crops_per_epoch(tiles):
@@ -237,10 +221,12 @@ def make_crops(batch, statistics, nodata, step):
     x = standardize_rows(batch.raw, statistics.mean, statistics.matrix, nodata)
 
     def crop(views, side):
-        boxes, flips, softness, draws = (t[:, views] for t in batch[1:5])
+        boxes, flips, draws = (t[:, views] for t in batch[1:4])
+        # 1 is sharp, 2 a resize filter twice as wide
+        softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
         rows, cols = crop_weights(boxes, flips, img_size, img_size, side, softness)
         crops = crop_by(x, rows, cols, flips[..., 2])  # (views * B, C + 1, side, side)
-        draws = draws.transpose(0, 1).flatten(0, 1)
+        draws = draws[..., 2:].transpose(0, 1).flatten(0, 1)
         return augment_spectra(crops, draws, noise_field, statistics, light)
 
     return crop(slice(0, 2), img_size), crop(slice(2, None), local_crops_size)
@@ -259,7 +245,7 @@ def learning_rate(step):
 
 
 def build_model(meta):
-    """-> the model, and the arguments that build its encoder again"""
+    """-> the model for the bands of the data, and the arguments that build its encoder again"""
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
                         **SIZES[size])
     encoder_args.update(encoder_shape(init_from))  # that of the weights to start from
@@ -268,62 +254,23 @@ def build_model(meta):
 
 def check_constants(meta):
     """Constants that cannot go together are told before the first step."""
-    check_shares(global_scale_min=global_scale_min, local_scale_min=local_scale_min,
-                 local_scale_max=local_scale_max, blur=blur, band_dropout=band_dropout,
-                 sigreg_weight=sigreg_weight, warmup=warmup)
-    tile_size = meta['tile_size']
-    sides = f'--img_size={img_size} and --local_crops_size={local_crops_size}'
-    if not 0 < local_crops_size <= img_size <= tile_size:
-        raise UserError(f'{sides}: local crops can be no larger than global ones, '
-                        f'and these than the tiles of {data}, {tile_size} px')
-    if patch_size < 1 or img_size % patch_size or local_crops_size % patch_size:
-        raise UserError(f'{sides}: choose multiples of --patch_size={patch_size}')
-    if tile_size % patch_size:
-        raise UserError(f'the tiles of {data} have {tile_size} px: choose a --patch_size that '
-                        f'divides this, or tile again (here it is {patch_size})')
+    sides = local_crops_size, img_size, meta['tile_size']
+    if list(sides) != sorted(sides) or any(side % patch_size for side in sides):
+        raise UserError(f'--local_crops_size={sides[0]}, --img_size={sides[1]}, tiles of {sides[2]}'
+                        f' px: choose multiples of --patch_size={patch_size}, in rising order')
     if img_size == patch_size:
-        raise UserError(f'{sides}: a global crop needs two patches at least along a side')
-    if local_crops_number < 1:
-        raise UserError('--local_crops_number is at least 1')
-    if batch_size < 2 or num_directions < 1:
-        raise UserError('a distribution needs two tiles: --batch_size starts at 2, '
-                        '--num_directions at 1')
+        raise UserError(f'--img_size={img_size}: a global crop needs two patches in a row')
+    if batch_size < 2:
+        raise UserError('--batch_size=1: a distribution needs two tiles')
     if local_scale_min > local_scale_max:
-        raise UserError('--local_scale_min is above what is to be largest')
-    if warmup == 1 or min(base_lr, weight_decay, probe_tiles - 1) < 0:
-        raise UserError('--warmup stays below 1; --base_lr and --weight_decay start at 0, '
-                        '--probe_tiles at 1')
+        raise UserError('--local_scale_min is above its maximum')
 
 
-# ============ shell: flags and signals ============
+# ============ shell: resume and signals ============
 
 # what a resumed run may have otherwise (of data and encoder, their contents are compared)
 MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
               'wandb_log', 'data', 'encoder')
-
-
-def read_flags():
-    """--name=value replaces a constant above; the comment after it is the help text."""
-    def truth(text):
-        return bool(('false', 'true').index(text.lower()))
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    with open(__file__, encoding='utf-8') as file:
-        constants = re.findall(r'^(\w+) = .*?  # (.*)$', file.read(), re.M)
-    for name, comment in constants:
-        value = globals()[name]
-        words = comment.split(':')[0].split(' | ')
-        kind = dict(type=type(value), choices=words if len(words) > 1 else None)
-        if isinstance(value, bool):
-            kind = dict(type=truth, nargs='?', const=True)
-        parser.add_argument(f'--{name}', default=value, metavar=repr(value),
-                            help=comment.replace('%', '%%'), **kind)
-    size = parser.parse_known_args()[0].size
-    parser.set_defaults(**PRESETS[size])  # what is on the command line wins over the preset
-    config = vars(parser.parse_args())
-    globals().update(config)
-    return config
-
 
 stop_signal = 0
 
@@ -336,23 +283,6 @@ def note_signal(number, frame):
 
 
 # ============ what is watched ============
-
-@torch.no_grad()
-def save_features(path, encoder, raw, prepare, meta):
-    """Four tiles in false colour, and three components of the encoder's features"""
-    maps = dense_features(encoder, prepare(raw), n=1)  # (4, D, h, w)
-    colors = principal_colors(maps.permute(0, 2, 3, 1))  # (4, h, w, 3)
-    figure = Figure(figsize=(2.4 * len(maps), 5), layout='constrained')
-    axes = figure.subplots(2, len(maps), squeeze=False)
-    for i in range(len(maps)):
-        axes[0, i].imshow(false_color(raw[i].numpy(), meta), interpolation='nearest')
-        axes[1, i].imshow(colors[i], interpolation='nearest')
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    axes[0, 0].set_ylabel('false colour')
-    axes[1, 0].set_ylabel('features')
-    save_figure(figure, path)
-
 
 def save_curves(path, log):
     """The two terms of the loss, the sign of collapse, and the probe, over the steps"""
@@ -371,7 +301,7 @@ def save_curves(path, log):
 
 if __name__ == '__main__':
     plain_errors()
-    config = read_flags()
+    config = read_flags(globals(), PRESETS)  # the constants of this run
 
     # ---- shell: processes and device (torchrun sets these variables, else there is one process)
     rank = int(os.environ.get('RANK', 0))
@@ -386,13 +316,9 @@ if __name__ == '__main__':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 where something stays in float32
     if world > 1:  # a long time-out, since rank 0 alone computes floors and draws pictures
-        hours = datetime.timedelta(hours=6)
-        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=hours)
-    if batch_size < 1 or batch_size % world:
+        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=timedelta(hours=6))
+    if batch_size % world:
         raise UserError(f'--batch_size={batch_size} does not divide over {world} process(es)')
-    if min(steps, log_every, eval_every, save_every) < 1 or min(seed, max_steps) < 0:
-        raise UserError('--steps, --log_every, --eval_every and --save_every start at 1, '
-                        '--seed and --max_steps at 0')
     if dtype == 'auto':
         dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
@@ -469,31 +395,25 @@ if __name__ == '__main__':
         return dense_features(model.encoder, prepare(raw))
 
     def watch():
-        """The encoder as it is now: probe, features, curves."""
+        """The encoder as it is now: probe, curves."""
         model.eval()
         if labelled:
             with autocast:
                 miou = probe(features, labelled, probe_tiles, device)
             record({'step': step, 'probe_miou': miou, **floors})
             tqdm.write(f'step {step}: probe mIoU {100 * miou:.1f} %')
-        raw = torch.from_numpy(train.images[:4].copy())
-        features_path = os.path.join(out_dir, 'features.png')
-        save_features(features_path, model.encoder, raw, prepare, meta)
         save_curves(os.path.join(out_dir, 'curves.png'), log)
         model.train()
 
     # ---- shell: compile and DDP
-    net = model
     if compile and on_gpu:
         model.compile()  # in place: names in the checkpoint stay plain
-    if world > 1:
-        net = DistributedDataParallel(model)
+    net = DistributedDataParallel(model) if world > 1 else model
 
     # ---- training loop
     batch = get_batch(train, step, rank, world)
     bar = tqdm(total=last_step, initial=step, disable=not main_process)
     started = time.time()
-    warned = False
     if main_process and step == 0:
         watch()
     while step < last_step:
@@ -525,10 +445,9 @@ if __name__ == '__main__':
         if not torch.isfinite(norm):
             # float16's scaler skips such a step and halves its scale, which is normal at first
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
-                raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g}).'
-                                ' The weights were left as they were. Look for huge values in the '
-                                f'data (python tools/check_data.py --data={data}), lower the '
-                                'learning rate, or pass --dtype=float32')
+                raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g})'
+                                f': look for huge values with tools/check_data.py --data={data}, '
+                                'lower the learning rate, or pass --dtype=float32')
 
         # ---- log
         step += 1
@@ -542,8 +461,7 @@ if __name__ == '__main__':
                     'invariance': same.item(), 'sigreg': normal.item(),
                     'feature_std': feature_std(z.detach().flatten(0, 1)).item()})
             bar.set_postfix(loss=f'{mean_loss.item():.4f}')
-            if log[-1]['feature_std'] < 0.1 and step > warmup * steps and not warned:
-                warned = True
+            if log[-1]['feature_std'] < 0.1 and step > warmup * steps:
                 bar.write(f'step {step}: WARNING: the features are collapsing (see curves.png): '
                           'try a larger --sigreg_weight or a lower --base_lr')
         if main_process and (step % eval_every == 0 or step == last_step):

@@ -1,64 +1,59 @@
-"""Masked-autoencoder pre-training (He et al. 2021, arXiv 2111.06377) on hyperspectral tiles.
+"""Masked autoencoder (He et al. 2021, arXiv 2111.06377), pre-trained on hyperspectral tiles.
 
 Three quarters of a crop's patches are hidden. A Vision Transformer (ViT) encodes the visible ones,
-and a small decoder predicts the pixels of the hidden ones. The target is the crop itself, whitened:
-it comes from the data and not from a network, so the encoder cannot win by saying the same of every
-image ("collapse"). Labels are used by the probe only, which watches.
+and a small decoder predicts the pixels of the hidden ones. The target is the crop itself, whitened
+(bands decorrelated): it comes from the data and not from a network, so that an encoder which says
+the same of every image ("collapse") cannot win. Labels are used by the probe only, a linear
+classifier that watches.
 
     python pretrain_mae.py                                     # demo data, minutes on a CPU
     python pretrain_mae.py --size=base --data=data/mine --out_dir=runs/mine        # on one GPU
-    torchrun --nproc_per_node=4 pretrain_mae.py --size=base --data=data/mine --out_dir=runs/mine
+    torchrun --nproc_per_node=4 pretrain_mae.py ...                                # on four
 
 Writes into out_dir: last.pt (all that a resumed run, or a user of the encoder, needs), log.jsonl,
 curves.png and reconstruction.png. The same command again resumes a run that was stopped.
 
-Where to start: get_batch() says what is cropped and hidden, "one step" in the training loop what
-happens with it, models.MaskedAutoencoder.forward_loss() is the loss. Blocks headed `shell` are the
-same text in every script: skip them at first. What a checkpoint holds stands at the last of them.
-pretrain_dino.py learns in another way with the same shell.
+Where to start: "one step" in the training loop, get_batch(), models.MaskedAutoencoder. Blocks
+headed `shell` are the same in every script: skip them at first. What is in a checkpoint stands at
+the last of them. pretrain_lejepa.py and pretrain_dino.py learn without a decoder.
 
 Shapes: B crops, C bands, H W pixels of a window, N patches of a crop.
 """
-import argparse
-import datetime
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
+from datetime import timedelta
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Tiles, UserError, check_shares, demo_if_missing, draw_crops, draw_probe,
-                  epoch_ids, false_color, kept_meta, lock_directory, next_command, plain_errors,
-                  probe, probe_floors, probe_splits, resized_crop, save_figure, standardization,
-                  standardize)
+from data import (Tiles, UserError, demo_if_missing, draw_crops, draw_probe, epoch_ids, false_color,
+                  kept_meta, lock_directory, next_command, plain_errors, probe, probe_floors,
+                  probe_splits, read_flags, resized_crop, save_figure, standardization, standardize)
 from models import (SIZES, MaskedAutoencoder, check_bands, dense_features, encoder_shape,
                     load_encoder, native_bfloat16, parameter_groups, patchify, resume_from,
                     save_checkpoint, start_from, unpatchify)
 
-# Each line `name = value  # help` is a flag: --name=other replaces the value. Functions read them.
+# Each line `name = value  # help` is a flag, --name=other. data.read_flags checks it by its help.
 # ---- data
 data = 'data/demo'  # tile directory (python data.py tile); the demo is made on first use
 img_size = 16  # side of a crop, px
-whiten = 16  # ZCA-whiten the bands by so many principal components; 0: standardise each band
+whiten = 16  # ZCA-whiten by so many principal components; 0: standardise each band
 scale_min = 0.4  # smallest crop, as a share of img_size x img_size (0.2 in MAE)
-turns = True  # random flips and quarter turns
 # ---- model
 size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)
 patch_size = 4  # side of a patch, px
-dropout = 0.0  # 0 in MAE, 0.1 in the dissertation (README)
+dropout = 0.0  # probability that a unit is dropped; 0 in MAE, 0.1 in the dissertation
 mask_ratio = 0.75  # share of the patches that is hidden (MAE, Table 1a)
 norm_pix_loss = False  # targets of mean 0 and std 1 in each patch (MAE, Table 1d)
-init_from = ''  # last.pt to start from (or tools/convert_weights.py's): sets the encoder's size
+init_from = ''  # last.pt to start from; it sets the encoder's size
 freeze_encoder = False  # only the decoder learns (the dissertation's proof of concept)
 # ---- optimizer
 steps = 400  # length of the run
@@ -66,7 +61,6 @@ warmup = 0.1  # share of the steps in which the learning rate rises
 batch_size = 64  # crops per step, over all processes
 base_lr = 6e-3  # per 256 crops: lr = base_lr * batch_size / 256
 weight_decay = 0.05  # not on biases, norms and tokens
-beta2 = 0.95  # of AdamW (MAE; AdamW's usual 0.999 forgets more slowly)
 # ---- run
 out_dir = 'runs/mae'  # one directory a run
 max_steps = 0  # stop at this step, to resume later; 0: run to the end
@@ -106,22 +100,18 @@ def get_batch(tiles, step, rank=0, world=1):
     needs no generator's state.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    tile_size = tiles.meta['tile_size']
-    ids = tile_ids(tiles, step)
-    corners, side, boxes, flips = draw_crops(batch_size, tile_size, img_size, scale_min, 1.0,
-                                             generator, turns)
+    windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
+    ids = epoch_ids(windows, batch_size, step, seed) % len(tiles)
+    corners, side, boxes, flips = draw_crops(batch_size, tiles.meta['tile_size'], img_size,
+                                             scale_min, 1.0, generator)
     num_patches = (img_size // patch_size) ** 2
     mask_noise = torch.rand(batch_size, num_patches, generator=generator)
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], side, reuse=True)
-    tiles.read_ahead(tile_ids(tiles, step + 1)[here], side)
+    next_ids = epoch_ids(windows, batch_size, step + 1, seed) % len(tiles)
+    tiles.read_ahead(next_ids[here], side)
     return Batch(raw, boxes[here], flips[here], mask_noise[here])
-
-
-def tile_ids(tiles, step):
-    """The tile of each crop of a step; a large tile is met several times in an epoch."""
-    return epoch_ids(crops_per_epoch(tiles), batch_size, step, seed) % len(tiles)
 
 
 def crops_per_epoch(tiles):
@@ -139,8 +129,8 @@ def learning_rate(step):
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_model(num_bands):
-    """-> the autoencoder, and the arguments that build its encoder again"""
+def build_model(meta):
+    """-> the autoencoder for the data's bands, and the arguments that build its encoder again"""
     decoder_sizes = {'tiny': (96, 2, 4), 'small': (256, 4, 8), 'base': (512, 8, 16)}
     decoder_dim, decoder_depth, decoder_heads = decoder_sizes[size]
     shape = SIZES[size]
@@ -150,7 +140,7 @@ def build_model(num_bands):
         if extras != [0, 0.0, 'mlp']:
             raise UserError(f'{init_from}: has registers, LayerScale or SwiGLU, which a masked '
                             'autoencoder has not: start pretrain_dino.py from it')
-    encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=num_bands,
+    encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
                         dropout=dropout, **shape)
     model = MaskedAutoencoder(**encoder_args, decoder_embed_dim=decoder_dim,
                               decoder_depth=decoder_depth, decoder_num_heads=decoder_heads,
@@ -160,52 +150,21 @@ def build_model(num_bands):
 
 def check_constants(meta):
     """Constants that cannot go together are told before the first step."""
-    check_shares(scale_min=scale_min, mask_ratio=mask_ratio, warmup=warmup, dropout=dropout)
     tile_size = meta['tile_size']
-    if img_size > tile_size:
-        raise UserError(f'--img_size={img_size}: the tiles of {data} have {tile_size} px: choose '
-                        'at most that')
-    if patch_size < 1 or img_size % patch_size or tile_size % patch_size:
-        raise UserError(f'crops of --img_size={img_size} and tiles of {tile_size} px must divide '
-                        f'into patches of --patch_size={patch_size} px: choose another of these')
+    if img_size > tile_size or img_size % patch_size or tile_size % patch_size:
+        raise UserError(f'--img_size={img_size}, tiles of {tile_size} px: crops are no larger than '
+                        f'tiles, and both are multiples of --patch_size={patch_size}')
     num_patches = (img_size // patch_size) ** 2
     if not 0 < round(num_patches * mask_ratio) < num_patches:
         raise UserError(f'--mask_ratio={mask_ratio} of {num_patches} patches: hide one at least, '
                         'and leave one')
-    if max(warmup, dropout) == 1 or min(base_lr, weight_decay, probe_tiles - 1) < 0:
-        raise UserError('--warmup and --dropout stay below 1; --base_lr and --weight_decay start '
-                        'at 0, --probe_tiles at 1')
 
 
-# ============ shell: flags and signals ============
+# ============ shell: resume and signals ============
 
 # what a resumed run may have otherwise (of data and encoder, their contents are compared)
 MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
               'wandb_log', 'data', 'encoder')
-
-
-def read_flags():
-    """--name=value replaces a constant above; the comment after it is the help text."""
-    def truth(text):
-        return bool(('false', 'true').index(text.lower()))
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    with open(__file__, encoding='utf-8') as file:
-        constants = re.findall(r'^(\w+) = .*?  # (.*)$', file.read(), re.M)
-    for name, comment in constants:
-        value = globals()[name]
-        words = comment.split(':')[0].split(' | ')
-        kind = dict(type=type(value), choices=words if len(words) > 1 else None)
-        if isinstance(value, bool):
-            kind = dict(type=truth, nargs='?', const=True)
-        parser.add_argument(f'--{name}', default=value, metavar=repr(value),
-                            help=comment.replace('%', '%%'), **kind)
-    size = parser.parse_known_args()[0].size
-    parser.set_defaults(**PRESETS[size])  # what is on the command line wins over the preset
-    config = vars(parser.parse_args())
-    globals().update(config)
-    return config
-
 
 stop_signal = 0
 
@@ -221,7 +180,7 @@ def note_signal(number, frame):
 
 @torch.no_grad()
 def save_reconstruction(path, model, x, to_raw, meta):
-    """False colour of four crops: the input, what the encoder saw, what the decoder made of it"""
+    """False colour of some crops: the input, what the encoder saw, what the decoder made of it"""
     h = img_size // patch_size
     noise = torch.rand(len(x), h * h, generator=torch.Generator().manual_seed(0))
     # forward() is never compiled: model(...) would compile again for a batch of this size
@@ -235,13 +194,11 @@ def save_reconstruction(path, model, x, to_raw, meta):
                'with predictions': torch.where(hidden, pred.float(), patches)}
     figure = Figure(figsize=(7, 2.4 * len(x)), layout='constrained')
     axes = figure.subplots(len(x), 3, squeeze=False)
-    for column, (title, tokens) in enumerate(columns.items()):
-        axes[0, column].set_title(title)
-        for row, image in enumerate(to_raw(unpatchify(tokens, patch_size, h, h)).cpu().numpy()):
-            unseen = np.isnan(image[0])[..., None]
-            rgb = np.where(unseen, 0.5, false_color(image, meta))
-            axes[row, column].imshow(rgb, interpolation='nearest')
-            axes[row, column].set(xticks=[], yticks=[])
+    for column, (title, tokens) in zip(axes.T, columns.items()):
+        column[0].set_title(title)
+        for axis, image in zip(column, to_raw(unpatchify(tokens, patch_size, h, h)).cpu()):
+            axis.imshow(false_color(image, meta), interpolation='nearest')
+            axis.set(xticks=[], yticks=[])
     save_figure(figure, path)
 
 
@@ -258,7 +215,7 @@ def save_curves(path, log):
 
 if __name__ == '__main__':
     plain_errors()
-    config = read_flags()
+    config = read_flags(globals(), PRESETS)  # the constants of this run
 
     # ---- shell: processes and device (torchrun sets these variables, else there is one process)
     rank = int(os.environ.get('RANK', 0))
@@ -273,13 +230,9 @@ if __name__ == '__main__':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 where something stays in float32
     if world > 1:  # a long time-out, since rank 0 alone computes floors and draws pictures
-        hours = datetime.timedelta(hours=6)
-        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=hours)
-    if batch_size < 1 or batch_size % world:
+        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=timedelta(hours=6))
+    if batch_size % world:
         raise UserError(f'--batch_size={batch_size} does not divide over {world} process(es)')
-    if min(steps, log_every, eval_every, save_every) < 1 or min(seed, max_steps) < 0:
-        raise UserError('--steps, --log_every, --eval_every and --save_every start at 1, '
-                        '--seed and --max_steps at 0')
     if dtype == 'auto':
         dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
@@ -309,13 +262,13 @@ if __name__ == '__main__':
         return torch.einsum('kc,bchw->bkhw', back, x) + mean[:, None, None]
 
     # ---- model and optimizer
-    model, encoder_args = build_model(meta['num_bands'])
+    model, encoder_args = build_model(meta)
     model.to(device)
     if init_from:
         check_bands(load_encoder(init_from), meta, init_from)
         print(start_from(init_from, model, __file__, whiten))
     groups = parameter_groups(model, weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
     # ---- shell: resume
     step, log = 0, []
@@ -372,11 +325,9 @@ if __name__ == '__main__':
         model.train()
 
     # ---- shell: compile and DDP
-    net = model
     if compile and on_gpu:
         model.compile()  # in place: names in the checkpoint stay plain
-    if world > 1:
-        net = DistributedDataParallel(model)
+    net = DistributedDataParallel(model) if world > 1 else model
 
     # ---- training loop
     batch = get_batch(train, step, rank, world)
@@ -411,10 +362,9 @@ if __name__ == '__main__':
         if not torch.isfinite(norm):
             # float16's scaler skips such a step and halves its scale, which is normal at first
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
-                raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g}).'
-                                ' The weights were left as they were. Look for huge values in the '
-                                f'data (python tools/check_data.py --data={data}), lower the '
-                                'learning rate, or pass --dtype=float32')
+                raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g})'
+                                f': look for huge values with tools/check_data.py --data={data}, '
+                                'lower the learning rate, or pass --dtype=float32')
 
         # ---- log
         step += 1

@@ -12,25 +12,22 @@ without the features. Compare with a random encoder as well.
         --freeze=false --out_dir=runs/mae_tuned                # the encoder learns too
 
 Writes out_dir: best.pt (decoder and encoder), report.json, confusion.png, examples.png. A trained
-decoder has last.pt, log.jsonl and curves.png as well; the same command again goes on where the last
-one stopped, and the best state on the validation split is scored.
+decoder has last.pt, log.jsonl and curves.png as well; the same command again resumes it, and the
+best state on the validation split is scored.
 
 Where to start: the block `a solved decoder` is all that happens by default, the training loop is
-for the other decoders, models.Segmenter holds the network. Blocks headed `shell` are the same text
-in other scripts: skip them at first.
+for the other decoders. Blocks headed `shell` are the same in other scripts: skip them at first.
 
 Shapes: B tiles or crops, C bands, D width of the encoder, h w its grid of patches, K classes.
 """
-import argparse
-import datetime
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
 import zlib
+from datetime import timedelta
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +40,7 @@ from tqdm import tqdm
 
 from data import (UserError, Tiles, demo_if_missing, draw_crops, epoch_ids, evaluate, fit_logistic,
                   floors, kept_meta, label_to_class, labelled_pixels, lock_directory, next_command,
-                  plain_errors, predict_tile, report, resized_crop, resized_crop_labels,
+                  plain_errors, predict_tile, read_flags, report, resized_crop, resized_crop_labels,
                   save_confusion, save_examples, save_figure, scene_of, scores, standardization,
                   standardize)
 from models import (SIZES, ViT, build_segmenter, calibrate_norm, check_bands, load_checkpoint,
@@ -73,7 +70,6 @@ steps = 1000  # length of the run; the dissertation stopped after 500 to 5,000
 batch_size = 16  # tiles or crops per step, over all processes
 lr = 0.0  # of AdamW; 0: 1e-2 for a linear decoder on a frozen encoder, else 1e-3
 layer_decay = 0.75  # fine-tuning: learning rate of a block over that of the block above it
-power = 0.9  # of the schedule: lr * (1 - step / steps) ** power
 weight_decay = 0.01  # on matrices only
 # ---- run
 out_dir = 'runs/segment'  # one directory a run
@@ -93,35 +89,11 @@ METHODS = {'pretrain_mae.py': 'MAE', 'pretrain_dino.py': 'DINOv2',
            'segment.py': 'fine-tuned ViT'}
 
 
-# ============ shell: flags and signals ============
+# ============ shell: resume and signals ============
 
 # what a resumed run may have otherwise (of data and encoder, their contents are compared)
 MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
               'wandb_log', 'data', 'encoder')
-
-
-def read_flags():
-    """--name=value replaces a constant above; the comment after it is the help text."""
-    def truth(text):
-        return bool(('false', 'true').index(text.lower()))
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    with open(__file__, encoding='utf-8') as file:
-        constants = re.findall(r'^(\w+) = .*?  # (.*)$', file.read(), re.M)
-    for name, comment in constants:
-        value = globals()[name]
-        words = comment.split(':')[0].split(' | ')
-        kind = dict(type=type(value), choices=words if len(words) > 1 else None)
-        if isinstance(value, bool):
-            kind = dict(type=truth, nargs='?', const=True)
-        parser.add_argument(f'--{name}', default=value, metavar=repr(value),
-                            help=comment.replace('%', '%%'), **kind)
-    size = parser.parse_known_args()[0].size
-    parser.set_defaults(**PRESETS[size])  # what is on the command line wins over the preset
-    config = vars(parser.parse_args())
-    globals().update(config)
-    return config
-
 
 stop_signal = 0
 
@@ -171,7 +143,7 @@ def fill_decoder(model, solved):
 def learning_rate(step):
     """From its peak down to 0, nearly on a straight line (the `poly` schedule)"""
     peak = lr or (1e-2 if freeze and decoder == 'linear' else 1e-3)
-    return peak * (1 - step / steps) ** power
+    return peak * (1 - step / steps) ** 0.9
 
 
 # ============ shell: batches with labels ============
@@ -217,7 +189,7 @@ def save_curves(path, log):
 
 if __name__ == '__main__':
     plain_errors()
-    config = read_flags()
+    config = read_flags(globals(), PRESETS)  # the constants of this run
     if untrained and not encoder:
         raise UserError('--untrained: the architecture of which encoder? Pass --encoder= as well')
     if not data:  # where the encoder learned
@@ -237,13 +209,9 @@ if __name__ == '__main__':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 where something stays in float32
     if world > 1:  # a long time-out, since rank 0 alone computes floors and draws pictures
-        hours = datetime.timedelta(hours=6)
-        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=hours)
-    if batch_size < 1 or batch_size % world:
+        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=timedelta(hours=6))
+    if batch_size % world:
         raise UserError(f'--batch_size={batch_size} does not divide over {world} process(es)')
-    if min(steps, log_every, eval_every, save_every) < 1 or min(seed, max_steps) < 0:
-        raise UserError('--steps, --log_every, --eval_every and --save_every start at 1, '
-                        '--seed and --max_steps at 0')
     if dtype == 'auto':
         dtype = 'bfloat16' if native_bfloat16(device) else 'float32'
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
@@ -258,9 +226,6 @@ if __name__ == '__main__':
         dist.barrier()
 
     # ---- shell: tiles with labels
-    if not 0 < label_share <= 1 or crop_size < 0:
-        raise UserError(f'--label_share={label_share} --crop_size={crop_size}: choose a share '
-                        'above 0 and up to 1, and a side in pixels, or 0 for whole tiles')
     train = Tiles(data, 'tr', on_gpu, label_share, seed)
     test = Tiles(data, 'ts')
     meta = train.meta
@@ -449,11 +414,9 @@ if __name__ == '__main__':
     print(f'steps {step} to {last_step} of {steps} ({epochs:.1f} epochs)')
 
     # ---- shell: compile and DDP
-    net = model
     if compile and on_gpu:
         model.compile()  # in place: names in the checkpoint stay plain
-    if world > 1:
-        net = DistributedDataParallel(model)
+    net = DistributedDataParallel(model) if world > 1 else model
 
     # ---- training loop
     batch = get_batch(train, labelled, step, rank, world)
@@ -501,10 +464,9 @@ if __name__ == '__main__':
         if not torch.isfinite(norm):
             # float16's scaler skips such a step and halves its scale, which is normal at first
             if not scaler.is_enabled() or not torch.isfinite(loss) or scaler.get_scale() < 1:
-                raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g}).'
-                                ' The weights were left as they were. Look for huge values in the '
-                                f'data (python tools/check_data.py --data={data}), lower the '
-                                'learning rate, or pass --dtype=float32')
+                raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g})'
+                                f': look for huge values with tools/check_data.py --data={data}, '
+                                'lower the learning rate, or pass --dtype=float32')
 
         # ---- log
         step += 1

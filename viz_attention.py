@@ -1,10 +1,9 @@
 """What encoders look at: attention of the cls token and of a chosen patch, features as colours.
 
-An image gives one picture, each encoder a row in it (the dissertation's Fig. 5.5). Attention is
-softmax(q k' / sqrt(hd)) of one block: the row of the cls token, or of the patch at --query,
-without the columns of cls and registers. Colours are three principal components of the patch
-tokens (DINOv2, arXiv 2304.07193, Fig. 1). A spatial-spectral encoder also shows what its spectral
-stream takes from each group of bands.
+An image gives one picture, each encoder a row in it. Attention is softmax(q k' / sqrt(hd)) of one
+block: the row of the cls token, or of the patch at --query, without the columns of cls and
+registers. Colours are three principal components of the patch tokens (DINOv2, arXiv 2304.07193,
+Fig. 1). A spatial-spectral encoder also shows what its cls token takes from each group of bands.
 
     python viz_attention.py --encoders=runs/mae/last.pt
     python viz_attention.py --encoders=runs/mae/last.pt,runs/dino/last.pt --tiles=3,17
@@ -15,7 +14,6 @@ Writes out_dir/attention_*.png. Where to start: capture() takes the attention ou
 Shapes: C bands, H x W pixels, P side of a patch, h x w patches, nh heads, D width, T tokens [cls,
 registers, patches], S spectral tokens [cls, registers, groups of bands].
 """
-import argparse
 import os
 import re
 
@@ -26,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from data import (UserError, Tiles, demo_if_missing, false_color, plain_errors, principal_colors,
-                  read_scene, save_figure, valid_pixels)
+                  read_flags, read_scene, save_figure, valid_pixels)
 from models import check_bands, load_encoder
 
 encoders = 'runs/mae/last.pt'  # last.pt of one or several runs, separated by commas: a row each
@@ -34,26 +32,11 @@ data = ''  # tile directory; '' is the one that the first encoder was trained on
 split = 'tr'  # tr | val | ts: which of its tiles
 tiles = '0,1'  # numbers of tiles, separated by commas: a picture each
 image = ''  # a scene file instead of tiles, of the same bands
-max_side = 256  # an image is cut to so many px (attention grows with the square of the patches)
-window = 0  # cut the middle of so many px out of each tile, for instance img_size; 0: whole tiles
+window = 256  # the middle of so many px is looked at; 0: all of it, at the cost of its square
 block = -1  # whose attention is taken: 0 is the first block, -1 the last
-heads = 4  # so many heads at most have a column of their own
+heads = 4  # so many heads at most have a column of their own; 0: none
 query = ''  # pixel whose patch asks: row,column; '' is the middle of the image
 out_dir = 'runs/attention'  # where the pictures go
-
-
-def read_flags():
-    """--name=value replaces a constant above; the comment behind it is the help text."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    with open(__file__, encoding='utf-8') as file:
-        constants = re.findall(r'^(\w+) = .*?  # (.*)$', file.read(), re.M)
-    for name, comment in constants:
-        value = globals()[name]
-        words = comment.split(':')[0].split(' | ')
-        parser.add_argument(f'--{name}', default=value, type=type(value), metavar=repr(value),
-                            choices=words if len(words) > 1 else None, help=comment)
-    globals().update(vars(parser.parse_args()))
 
 
 # ============ method ============
@@ -169,16 +152,15 @@ def draw_spectrum(axis, raw, meta, encoder, attention):
 
 # ============ the images ============
 
-def read_images(encoder):
-    """-> raw images (C, H, W) by name, missing pixels NaN, and the meta of their data. What a scene
-    at --image does not tell is as in the data of `encoder`."""
+def read_images(encoder, unit):
+    """-> images by name, as cut_middle() gives them, and the meta of their data. What a scene at
+    --image does not tell is as in the data of `encoder`."""
     if image:
         scene = read_scene(image)
         meta = {**encoder.meta, 'num_bands': len(scene.cube), 'components': None}
         meta['wavelengths_nm'] = scene.wavelengths_nm or meta['wavelengths_nm']
         meta['nodata'] = meta['nodata'] if scene.nodata is None else scene.nodata
-        name = os.path.splitext(os.path.basename(image))[0]
-        images = {name: scene.cube[:, :max_side, :max_side]}
+        cubes = {os.path.splitext(os.path.basename(image))[0]: scene.cube}
     else:
         directory = data or encoder.config['data']
         demo_if_missing(directory)
@@ -188,11 +170,20 @@ def read_images(encoder):
         if max(ids) >= len(chosen):
             raise UserError(f'--tiles={tiles}: {directory} has tiles 0 to {len(chosen) - 1} in '
                             f'{split}')
-        images = {f'tile{i}': chosen.images[i] for i in ids}
-    for name, raw in images.items():
-        valid = valid_pixels(raw, meta['nodata'])
-        images[name] = np.where(valid, raw, np.nan).astype(np.float32)
-    return images, meta
+        cubes = {f'tile{i}': chosen.images[i] for i in ids}
+    return {name: cut_middle(name, cubes[name], meta['nodata'], unit) for name in cubes}, meta
+
+
+def cut_middle(name, cube, nodata, unit):
+    """cube (C, H, W) -> its middle, of --window px at most, sides a multiple of `unit` px; missing
+    pixels are NaN"""
+    H, W = [min(side, window or side) for side in cube.shape[1:]]
+    if min(H, W) < unit:
+        raise UserError(f'{name}: {H} x {W} pixels hold no patch of {unit}: give a larger image')
+    H, W = H // unit * unit, W // unit * unit
+    top, left = (cube.shape[1] - H) // 2, (cube.shape[2] - W) // 2
+    raw = cube[:, top:top + H, left:left + W]
+    return np.where(valid_pixels(raw, nodata), raw, np.nan).astype(np.float32)
 
 
 def numbers(flag, text):
@@ -202,23 +193,14 @@ def numbers(flag, text):
     return [int(word) for word in text.split(',')]
 
 
-def cut_middle(name, raw, unit):
-    """raw (C, H, W) -> its middle, of --window px at most, sides a multiple of `unit` px"""
-    H, W = [min(side, window or side) // unit * unit for side in raw.shape[1:]]
-    if H == 0 or W == 0:
-        raise UserError(f'{name}: {raw.shape[1]} x {raw.shape[2]} pixels hold no patch of {unit}: '
-                        'give a larger image')
-    top, left = (raw.shape[1] - H) // 2, (raw.shape[2] - W) // 2
-    return raw[:, top:top + H, left:left + W]
-
-
 if __name__ == '__main__':
     plain_errors()
-    read_flags()
+    read_flags(globals())
     paths = encoders.split(',')
     loaded = [load_encoder(path) for path in paths]
     names = [os.path.basename(os.path.dirname(path)) or path for path in paths]
-    images, meta = read_images(loaded[0])
+    unit = int(np.lcm.reduce([encoder.patch_size for encoder in loaded]))  # whole patches for all
+    images, meta = read_images(loaded[0], unit)
     for path, encoder in zip(paths, loaded):
         check_bands(encoder, meta, path)
         depth = len(encoder.blocks)
@@ -226,9 +208,7 @@ if __name__ == '__main__':
             raise UserError(f'--block={block}: {path} has blocks 0 to {depth - 1}, or -1 for the '
                             'last')
     os.makedirs(out_dir, exist_ok=True)
-    unit = int(np.lcm.reduce([encoder.patch_size for encoder in loaded]))  # whole patches for all
     for name, raw in images.items():
-        raw = cut_middle(name, raw, unit)
         _, H, W = raw.shape
         pixel = numbers('query', query) if query else [H // 2, W // 2]
         if len(pixel) != 2 or pixel[0] >= H or pixel[1] >= W:

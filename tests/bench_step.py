@@ -120,13 +120,13 @@ def augmentation(rounds=5):
     generator = torch.Generator().manual_seed(0)
     crops = [draw_crops(32, 64, 64, *scale, generator) for scale in [(0.4, 1.0)] * 2 + [(0.15, 0.4)] * 8]
     boxes, flips = torch.stack([crop.boxes for crop in crops], 1), torch.stack([crop.flips for crop in crops], 1)
-    draws, softness = torch.rand(32, 10, 11), 1 + torch.rand(32, 10) * (torch.rand(32, 10) < 0.3)
+    draws = torch.rand(32, 10, 13)  # two for the blur, then the light
     gauss = torch.exp(-torch.linspace(-2, 2, 5).square())
     kernel = (gauss[:, None] * gauss / gauss.sum() ** 2).expand(33, 1, 5, 5).contiguous()
     mean, matrix = torch.full((32,), 1500.0), torch.eye(32) / 900
     values = Statistics(mean, torch.full((32,), 900.0), matrix)
     no_mask, no_rows = torch.zeros(64, 64, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
-    batch = pretrain_dino.Batch(raw, boxes, flips, softness, draws, no_mask, no_rows)
+    batch = pretrain_dino.Batch(raw, boxes, flips, draws, no_mask, no_rows)
 
     def batched():
         return pretrain_dino.make_crops(batch, values, None, 0)
@@ -136,12 +136,12 @@ def augmentation(rounds=5):
         for i in range(32):
             for view in range(10):
                 top, left, height, width = boxes[i, view].tolist()
-                size, draw = (64, 32)[view > 1], draws[i, view]
+                size, draw = (64, 32)[view > 1], draws[i, view, 2:]
                 x = raw[i:i + 1, :, top:top + height, left:left + width].float()
                 valid = torch.isfinite(x).all(1, keepdim=True)
                 x = torch.cat([torch.where(valid, x - mean[:, None, None], 0.0), valid.float()], 1)
                 x = F.interpolate(x, size=(size, size), mode='bilinear', antialias=True, align_corners=False)
-                if softness[i, view] > 1:
+                if draws[i, view, 1] < pretrain_dino.blur:
                     x = F.conv2d(F.pad(x, (2, 2, 2, 2), mode='reflect'), kernel, groups=33)
                 if flips[i, view, 0]:
                     x = x.flip(2)

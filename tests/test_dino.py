@@ -152,15 +152,14 @@ def test_koleo_survives_duplicates(script):
 
 
 @each_script
-def test_signs_of_collapse_tell_all_the_same_from_all_different(script, constants):
-    constants(script, ibot_weight=1.0)
-    same = said(script, torch.ones(16, 32), torch.zeros(16, 64), torch.zeros(9, 64))
+def test_signs_of_collapse_tell_all_the_same_from_all_different(script):
+    same = said(script, torch.ones(16, 32), torch.zeros(16, 64))
     signs = script.signs_of_collapse(same, same, 0.05)
-    assert signs['teacher_entropy'] == pytest.approx(math.log(64), rel=1e-4) and signs['patch_entropy'] == pytest.approx(math.log(64), rel=1e-4)
-    assert signs['feature_std'] == pytest.approx(0, abs=1e-5) and signs['prototypes_used'] == 1
-    apart = said(script, torch.randn(16, 32), 5 * torch.eye(16), 5 * torch.eye(16))
+    assert signs['teacher_entropy'] == pytest.approx(1, rel=1e-4)
+    assert signs['feature_std'] == pytest.approx(0, abs=1e-5) and signs['prototypes_used'] == 1 / 16
+    apart = said(script, torch.randn(16, 32), 5 * torch.eye(16))
     signs = script.signs_of_collapse(apart, apart, 0.05)
-    assert signs['teacher_entropy'] < 1 and signs['feature_std'] == pytest.approx(1, abs=0.1) and signs['prototypes_used'] == 16
+    assert signs['teacher_entropy'] < 0.3 and signs['feature_std'] == pytest.approx(1, abs=0.1) and signs['prototypes_used'] == 1
 
 
 WORKER = """
@@ -434,7 +433,7 @@ def test_ranks_share_one_batch(script, constants, scene_data):
     tiles = Tiles(scene_data, 'tr')
     whole = batch_of(script, tiles)
     halves = [batch_of(script, tiles, rank=rank, world=2) for rank in range(2)]
-    for name in ('raw', 'boxes', 'flips', 'softness', 'draws'):
+    for name in ('raw', 'boxes', 'flips', 'draws'):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves])), name
     for mask, rows in (('mask', 'masked_ids'), ('band_mask', 'masked_band_ids'))[:1 + (script is pretrain_dino_hsi)]:
         crop_by_crop = [getattr(half, mask).unflatten(0, (2, -1)) for half in halves]
@@ -455,19 +454,16 @@ def test_without_ibot_masks_only_augment_and_without_masks_the_student_sees_all(
 
 
 MISTAKES = [
-    (dict(img_size=128), 'than the tiles'), (dict(local_crops_size=32), 'no larger than global ones'), (dict(patch_size=5), '--patch_size=5'),
-    (dict(patch_size=16, local_crops_size=16), 'two patches'), (dict(local_crops_number=0), 'at least 1'), (dict(batch_size=1), '--koleo_weight=0'),
-    (dict(mask_ratio_max=1.5), '--mask_ratio_max=1.5: is a share'), (dict(mask_ratio_min=-0.1), 'a share'), (dict(mask_probability=2.0), 'a share'),
+    (dict(img_size=128), 'tiles of 64 px: .* rising'), (dict(local_crops_size=32), '--local_crops_size=32, .* rising'), (dict(patch_size=5), 'multiples of --patch_size=5'),
+    (dict(patch_size=16, local_crops_size=16), 'two patches'), (dict(batch_size=1), '--koleo_weight=0'),
     (dict(ibot_weight=1.0, mask_probability=0.0), '--ibot_weight'), (dict(mask_probability=0.001), '--mask_probability=0.001: none of'),
-    (dict(steps=10, freeze_last_layer=0.97), 'the prototypes would not learn'), (dict(patch_size=7, img_size=21, local_crops_size=7), '64 px: choose a --patch_size'),
-    (dict(mask_ratio_min=0.8), 'above what is to be largest'), (dict(local_scale_min=0.5), 'above what is to be largest'), (dict(teacher_temp=0.0), '--teacher_temp is above 0'),
-    (dict(out_dim=1), '--out_dim is 2'), (dict(drop_path_rate=1.0), 'below 1'), (dict(warmup=1.0), 'below 1'), (dict(base_lr=-1.0), 'start at 0'), (dict(probe_tiles=0), 'at 1'),
-    (dict(momentum_teacher=1.5), '--momentum_teacher=1.5'), (dict(local_scale_max=2.0), '--local_scale_max'), (dict(blur=-1.0), '--blur=-1')]
+    (dict(steps=10, freeze_last_layer=0.97), 'prototypes would not learn'), (dict(patch_size=7, img_size=21, local_crops_size=7), 'tiles of 64 px'),
+    (dict(mask_ratio_min=0.8), 'above its maximum'), (dict(local_scale_min=0.5), 'above its maximum')]
 
 
 @pytest.mark.parametrize('script, changes, words', [(script, *mistake) for script in MODULES for mistake in MISTAKES] + [
-    (pretrain_dino_hsi, dict(fusion='token', local_crops_size=4), '--local_crops_size=8'), (pretrain_dino_hsi, dict(spectral_patch_size=0), 'at least 1'),
-    (pretrain_dino_hsi, dict(mask_ratio_min=0.65), 'spectral_mask_ratio_max')])
+    (pretrain_dino_hsi, dict(fusion='token', local_crops_size=4), '--local_crops_size=8'),
+    (pretrain_dino_hsi, dict(mask_ratio_min=0.65), 'above its maximum')])
 def test_constants_that_cannot_go_together_are_refused_before_the_first_step(script, changes, words, constants):
     meta = {'tile_size': 64, 'num_bands': 7}
     script.check_constants(meta)
@@ -488,7 +484,7 @@ def test_all_crops_of_a_tile_lie_in_one_window(script, constants, tmp_path):
     constants(script, **SMALL_BATCH | dict(blur=0.0, local_crops_size=8, gain=0.0, offset=0.0, noise=0.0, band_dropout=0.0))
     batch = batch_of(script, tiles)
     raw = batch.raw
-    assert raw.shape[-1] == 16 and (batch.softness == 1).all()
+    assert raw.shape[-1] == 16
     assert len({tuple(window[:, 0, 0].tolist()) for window in raw}) > 4  # and the windows move over the tile
     mean, matrix = standardization(tiles.meta)
     big, small = script.make_crops(batch, Statistics(mean, 1 / matrix, matrix), None, 3)

@@ -182,11 +182,8 @@ def test_size_base_is_a_plain_vit_b(constants):
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in ViT(64, 8, 32).parameters()) and encoder_args['img_size'] == 64
 
 
-MISTAKES = [(dict(local_crops_size=32), '--img_size=16 and --local_crops_size=32'), (dict(patch_size=5), 'multiples of --patch_size=5'),
-            (dict(img_size=128), '64 px'), (dict(local_crops_number=0), 'at least 1'), (dict(batch_size=1), 'needs two tiles'),
-            (dict(sigreg_weight=1.5), '--sigreg_weight=1.5: is a share'), (dict(local_scale_min=0.5), 'above what is to be largest'),
-            (dict(num_directions=0), '--num_directions at 1'), (dict(warmup=1.0), 'below 1'), (dict(base_lr=-1.0), 'start at 0'),
-            (dict(probe_tiles=0), 'at 1'), (dict(img_size=4, local_crops_size=4), 'two patches')]
+MISTAKES = [(dict(local_crops_size=32), '--local_crops_size=32, .* rising'), (dict(patch_size=5), 'multiples of --patch_size=5'), (dict(img_size=128), 'tiles of 64 px'),
+            (dict(batch_size=1), 'needs two tiles'), (dict(local_scale_min=0.5), 'above its maximum'), (dict(img_size=4, local_crops_size=4), 'two patches')]
 
 
 @pytest.mark.parametrize('changes, words', MISTAKES)
@@ -221,8 +218,8 @@ def test_two_processes_are_one(scene_data, tmp_path):
 
 
 def test_a_run_holds_what_a_reader_needs_and_its_encoder_is_used(scene_data, whole, tmp_path):
-    assert {'last.pt', 'log.jsonl', 'curves.png', 'features.png'} <= set(os.listdir(whole))
-    assert all((whole / name).stat().st_size > 5000 for name in ('curves.png', 'features.png'))
+    assert {'last.pt', 'log.jsonl', 'curves.png'} <= set(os.listdir(whole))
+    assert (whole / 'curves.png').stat().st_size > 5000
     entries = [entry for entry in load_checkpoint(whole / 'last.pt')['log'] if 'loss' in entry]
     terms = [0.8 * entry['invariance'] + 0.2 * entry['sigreg'] for entry in entries]  # lambda is 0.2
     assert len(terms) == 12 and [entry['loss'] for entry in entries] == pytest.approx(terms, rel=1e-5)
@@ -254,6 +251,6 @@ def test_without_sigreg_the_features_collapse_and_it_is_said(scene_data, tmp_pat
 
 
 def test_mistakes_are_told_in_a_sentence(scene_data, tmp_path):
-    for flags, code, words in ((['--size=huge'], 2, 'invalid choice'), (['--patch_size=5'], 1, '--patch_size=5'), (['--batch_size=1'], 1, 'two tiles')):
+    for flags, code, words in ((['--size=huge'], 2, 'invalid choice'), (['--patch_size=5'], 1, 'multiples of --patch_size'), (['--batch_size=1'], 1, 'two tiles')):
         done = train(scene_data, tmp_path / 'run', *flags, check=False)
         assert done.returncode == code and words in done.stderr and 'Traceback' not in done.stderr, done.stderr

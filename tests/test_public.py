@@ -171,11 +171,10 @@ def test_growing_is_exact_and_undone_by_shrinking():
 
 @pytest.mark.parametrize('nm', [list(np.linspace(466, 940, 32)), list(np.linspace(400, 2450, 200)), [485, 560, 660, 830, 1650, 2215], [800, 900, 1000],
                                 [660, 560, 480], [560], None])
-@pytest.mark.parametrize('how', ['wavelength', 'repeat'])
-def test_a_grey_image_gives_the_same_response_in_any_bands(nm, how):
+def test_a_grey_image_gives_the_same_response_in_any_bands(nm):
     kernel = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     C, grey = len(nm or range(7)), torch.randn(2, 1, 16, 16, dtype=torch.float64)
-    spread = spread_bands(kernel, C, nm, how)
+    spread = spread_bands(kernel, C, nm)
     assert spread.shape == (16, C, 8, 8)
     torch.testing.assert_close(response(grey.expand(-1, C, -1, -1), spread), response(grey.expand(-1, 3, -1, -1), kernel), rtol=1e-5, atol=1e-5)
 
@@ -189,16 +188,12 @@ def test_bands_take_the_kernels_nearest_in_wavelength():
     torch.testing.assert_close(unsorted, torch.eye(3).flip(1))
     assert torch.equal(spread_bands(kernel, 3, None), kernel)  # principal components, or a picture
     torch.testing.assert_close(spread_bands(kernel, 4, None)[:, :, 0, 0], torch.full((3, 4), 1 / 4))
-    torch.testing.assert_close(spread_bands(kernel, 3, None, 'repeat')[:, :, 0, 0], torch.full((3, 3), 1 / 3))
 
 
-def test_fresh_takes_a_random_projection(tmp_path):
-    state = synthetic(tmp_path / 'p.pth', **TINY_MAE)
-    fresh = load_checkpoint(converted(tmp_path / 'p.pth', 7, rgb_kernels='fresh'))['model']
-    expected = 1 / math.sqrt(3 * 8 * 8 * 7)  # of Xavier's uniform numbers, about
-    assert expected / 3 < fresh['encoder.patch_embed.proj.weight'].std() < 3 * expected
-    assert not torch.equal(fresh['encoder.patch_embed.proj.bias'], state['patch_embed.proj.bias'])
-    assert torch.equal(fresh['encoder.norm.bias'], state['norm.bias'])
+def test_a_converted_file_has_the_kernels_of_its_datas_wavelengths(tmp_path):
+    state, nm = synthetic(tmp_path / 'p.pth', **TINY_MAE), [470.0, 560.0, 660.0, 850.0]
+    model = load_checkpoint(converted(tmp_path / 'p.pth', 4, nm, patch_size=4))['model']
+    assert torch.equal(model['encoder.patch_embed.proj.weight'], spread_bands(resize_kernel(state['patch_embed.proj.weight'], 4), 4, nm))
 
 
 def test_foreign_names_and_shapes_are_an_error_that_names_them(tmp_path):

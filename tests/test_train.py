@@ -15,9 +15,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import baseline_deeplab
+import pretrain_dino
+import pretrain_dino_hsi
+import pretrain_lejepa
 import pretrain_mae
+import segment
 from conftest import MAE_TINY, ROOT, made_once, make_scene, run
-from data import UserError, standardize
+from data import UserError, read_flags, standardize
 from models import (LinearHead, MaskedAutoencoder, ViT, dense_features, load_checkpoint, load_encoder, native_bfloat16, parameter_groups,
                     segmentation_loss)
 
@@ -281,11 +286,11 @@ def test_pre_training_needs_no_labels(script, tmp_path):
 
 MISTAKES = [
     (['--no_such_flag=1'], 2, 'unrecognized arguments'), (['--batch_siz=8'], 2, 'unrecognized'), (['--seed=one'], 2, 'invalid int'),
-    (['--size=huge'], 2, 'invalid choice'), (['--data=nowhere'], 1, 'data.py tile'), (['--seed=-1'], 1, 'start at'), (['--log_every=0'], 1, 'start at'),
-    (['--batch_size=0'], 1, 'does not divide'), (['--patch_size=5'], 1, '5'), (['--dtype=int8'], 2, 'invalid choice'), (['--compile=yes'], 2, 'invalid truth value'),
+    (['--size=huge'], 2, 'invalid choice'), (['--data=nowhere'], 1, 'data.py tile'), (['--seed=-1'], 1, '--seed=-1: choose 0'), (['--log_every=0'], 1, '--log_every=0: choose 1'),
+    (['--batch_size=0'], 1, '--batch_size=0: choose 1'), (['--patch_size=5'], 1, '5'), (['--dtype=int8'], 2, 'invalid choice'), (['--compile=yes'], 2, 'invalid boolean value'),
     (['--whiten=-1'], 1, 'choose 0'),
 ]
-DINO_MISTAKES = [(['--size=huge'], 2, 'invalid choice'), (['--patch_size=5'], 1, '--patch_size=5'), (['--local_crops_number=0'], 1, 'at least 1'),
+DINO_MISTAKES = [(['--size=huge'], 2, 'invalid choice'), (['--patch_size=5'], 1, 'multiples of --patch_size'), (['--local_crops_number=0'], 1, 'choose 1 or more'),
                  (['--init_from=nowhere.pt'], 1, 'no such checkpoint'), (['--batch_size=1'], 1, '--koleo_weight=0')]
 
 
@@ -298,6 +303,32 @@ def test_mistakes_are_told_in_a_sentence(script, flags, code, words, scene_data,
         flags = {'--patch_size=5': ['--label_share=5']}.get(flags[0], flags)
     done = train(script, scene_data, tmp_path / 'run', *flags, check=False)
     assert done.returncode == code and words in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+
+RANGES = [(pretrain_mae, '--mask_ratio=1.5', 'a share, from 0 to 1'), (pretrain_mae, '--scale_min=1.5', 'a share'), (pretrain_mae, '--dropout=2', 'a share'),
+          (pretrain_mae, '--base_lr=-1', 'choose 0 or more'), (pretrain_mae, '--base_lr=nan', 'choose 0'), (pretrain_mae, '--probe_tiles=0', 'choose 1 or more'), (pretrain_mae, '--whiten=-1', 'choose 0'),
+          (pretrain_mae, '--max_steps=-1', 'choose 0'), (pretrain_dino, '--mask_ratio_max=1.5', 'a share'), (pretrain_dino, '--mask_ratio_min=-0.1', 'a share'),
+          (pretrain_dino, '--mask_probability=2', 'a share'), (pretrain_dino, '--momentum_teacher=1.5', 'a share'), (pretrain_dino, '--local_scale_max=2', 'a share'),
+          (pretrain_dino, '--blur=-1', 'a share'), (pretrain_dino, '--koleo_weight=-1', 'choose 0'), (pretrain_dino_hsi, '--spectral_patch_size=0', 'choose 1'),
+          (pretrain_lejepa, '--sigreg_weight=1.5', 'a share'), (pretrain_lejepa, '--num_directions=0', 'choose 1'), (segment, '--label_share=1.1', 'a share')]
+
+
+@pytest.mark.parametrize('script, flag, words', RANGES, ids=[flag for _, flag, _ in RANGES])
+def test_numbers_outside_their_range_are_refused_by_their_name(script, flag, words, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['script', flag])
+    with pytest.raises(UserError, match=f'{flag.split("=")[0]}=.*: choose .*{words.removeprefix("choose ")}'):
+        read_flags(dict(vars(script)), script.PRESETS)
+
+
+@pytest.mark.parametrize('script', [pretrain_mae, pretrain_dino, pretrain_dino_hsi, pretrain_lejepa, segment, baseline_deeplab])
+def test_the_defaults_of_every_size_lie_in_their_ranges_and_the_command_line_wins(script, monkeypatch):
+    for size, preset in script.PRESETS.items():
+        constants = dict(vars(script))
+        monkeypatch.setattr(sys, 'argv', ['script', f'--size={size}', '--steps=7', '--seed=0', '--max_steps=0', '--compile=false', '--wandb_log'])
+        config = read_flags(constants, script.PRESETS)
+        expected = {**preset, 'steps': 7}
+        assert {name: config[name] for name in expected} == {name: constants[name] for name in expected} == expected
+        assert config['seed'] == 0 and config['compile'] is False and config['wandb_log'] is True
 
 
 def test_an_encoder_of_another_band_count_is_refused_where_wavelengths_are_not_known(whole, tmp_path):
@@ -371,7 +402,7 @@ def test_names_inside_files_are_never_paths(tmp_path, whole):
 
 
 def test_a_run_directory_holds_what_a_reader_needs(whole):
-    for script, extra in (('pretrain_mae.py', ['reconstruction.png']), ('pretrain_dino.py', ['features.png']), ('pretrain_dino_hsi.py', ['features.png']),
+    for script, extra in (('pretrain_mae.py', ['reconstruction.png']), ('pretrain_dino.py', []), ('pretrain_dino_hsi.py', []),
                           ('segment.py', ['best.pt', 'report.json', 'confusion.png', 'examples.png']),
                           ('baseline_deeplab.py', ['best.pt', 'report.json', 'confusion.png', 'examples.png'])):
         names = os.listdir(whole(script))
@@ -585,7 +616,7 @@ def test_students_and_teachers_are_the_same_on_both_processes(script, scene_data
     assert steps == ('0', '1', '2', '3') and students[0] == teachers[0] and len({*students, *teachers}) == 7  # both move, apart from each other
 
 
-@pytest.mark.parametrize('flags', [['--ffn=mlp', '--turns=false', '--jitter=0.4', '--solarize=0.2'],
+@pytest.mark.parametrize('flags', [['--ffn=mlp', '--jitter=0.4', '--solarize=0.2'],
                                    ['--fusion=token', '--koleo_weight=0', '--dtype=float32', '--ibot_weight=0', '--mask_probability=0']])
 def test_every_option_of_dino_runs_and_its_encoder_is_judged(flags, scene_data, tmp_path):
     train('pretrain_dino_hsi.py', scene_data, tmp_path / 'run', '--max_steps=2', *flags)
@@ -615,7 +646,7 @@ def test_a_last_stage_at_higher_resolution_starts_from_the_weights_of_the_first(
 def test_collapse_is_announced(scene_data, tmp_path):
     done = train('pretrain_dino.py', scene_data, tmp_path / 'run', '--max_steps=4', '--warmup=0', '--teacher_temp=1000', '--teacher_temp_warmup=0',
                  '--base_lr=1e-9')  # a teacher that says the same of everything
-    assert 'the features are collapsing' in done.stdout + done.stderr and 'ln K' in done.stdout + done.stderr
+    assert 'the features are collapsing' in done.stdout + done.stderr
     healthy = train('pretrain_dino.py', scene_data, tmp_path / 'healthy', '--max_steps=4', '--warmup=0')
     assert 'collapsing' not in healthy.stdout + healthy.stderr
 

@@ -282,10 +282,8 @@ def test_a_mask_of_0_and_1_is_no_data_set_of_two_classes(tmp_path):
         assert done.returncode == 1 and 'store a mask of 0 and 1 as 1 and 2' in done.stderr and 'Traceback' not in done.stderr
 
 
-MAE_MISTAKES = [(dict(img_size=128), 'at most that'), (dict(patch_size=16), '--mask_ratio=0.75 of 1 patches'), (dict(mask_ratio=0.01), 'hide one at least'),
-                (dict(mask_ratio=1.0), 'leave one'), (dict(mask_ratio=1.5), '--mask_ratio=1.5: is a share'), (dict(scale_min=1.5), '--scale_min=1.5: is a share'),
-                (dict(dropout=1.0), 'below 1'), (dict(warmup=1.0), 'below 1'), (dict(base_lr=-1.0), 'start at 0'), (dict(patch_size=5), '--patch_size=5'),
-                (dict(probe_tiles=0), '--probe_tiles at 1'), (dict(patch_size=0), '--patch_size=0')]
+MAE_MISTAKES = [(dict(img_size=128), 'tiles of 64 px'), (dict(patch_size=16), '--mask_ratio=0.75 of 1 patches'), (dict(mask_ratio=0.01), 'hide one at least'),
+                (dict(mask_ratio=1.0), 'leave one'), (dict(patch_size=5), '--patch_size=5')]
 
 
 @pytest.mark.parametrize('changes, words', MAE_MISTAKES)

@@ -88,7 +88,7 @@ def test_pictures_of_several_encoders(encoders, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['attention_tile0.png', 'attention_tile2.png']
     assert all((tmp_path / name).stat().st_size > 5000 for name in os.listdir(tmp_path))
     scene = make_scene(tmp_path / 'big.npz', height=45, width=61)
-    done = run(*both, f'--image={scene}', '--block=0', '--heads=2', '--max_side=32')
+    done = run(*both, f'--image={scene}', '--block=0', '--heads=2', '--window=32')
     assert done.stdout == f'{tmp_path}/attention_big.png\n'
     assert (tmp_path / 'attention_big.png').exists()
 
@@ -124,13 +124,12 @@ def test_missing_pixels_are_nan_and_the_middle_is_cut_out(encoders, monkeypatch,
     cube[:4, :9] = 5
     scene = make_scene(tmp_path / 's.npz', 30, 50, cube=cube, nodata=5)
     monkeypatch.setattr(viz_attention, 'image', scene)
-    monkeypatch.setattr(viz_attention, 'max_side', 40)
-    images, meta = viz_attention.read_images(load_encoder(encoders.split(',')[0]))
+    images, meta = viz_attention.read_images(load_encoder(encoders.split(',')[0]), 1)
     raw = images['s']
-    assert raw.shape == (7, 30, 40) and meta['nodata'] == 5
+    assert raw.shape == (7, 30, 50) and meta['nodata'] == 5
     assert np.isnan(raw[:, :4, :9]).all() and np.isnan(raw).sum() == 7 * 4 * 9
-    np.testing.assert_array_equal(raw[:, 4:], np.moveaxis(cube, 2, 0)[:, 4:, :40])
-    middle = viz_attention.cut_middle('s', raw, 4)
-    np.testing.assert_array_equal(middle, raw[:, 1:29])
+    np.testing.assert_array_equal(raw[:, 4:], np.moveaxis(cube, 2, 0)[:, 4:])
+    middle = viz_attention.cut_middle('s', raw, None, 4)
+    np.testing.assert_array_equal(middle, raw[:, 1:29, 1:49])
     monkeypatch.setattr(viz_attention, 'window', 16)
-    np.testing.assert_array_equal(viz_attention.cut_middle('s', raw, 4), raw[:, 7:23, 12:28])
+    np.testing.assert_array_equal(viz_attention.cut_middle('s', raw, None, 4), raw[:, 7:23, 17:33])

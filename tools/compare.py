@@ -5,7 +5,6 @@
 A row of the table is a method: mean and standard deviation (n - 1) over its seeds. Runs are one
 method when they differ only in --seed, --out_dir and the number of the seed in the paths of data
 and encoder (data/ip_0, data/ip_1). Methods of one name are told apart by the flags that differ.
-
 Writes out_dir: curves.png (mIoU over the steps, of pre-training runs the probe's) and
 comparison.png (a map of each method on up to three test tiles of the first run's data).
 """
@@ -21,10 +20,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data import (Tiles, class_colors, most_labelled, plain_errors, predict_tile, read_json,
+from data import (Tiles, UserError, most_labelled, plain_errors, predict_tile, read_json,
                   save_figure, save_maps)
 from models import load_segmenter
-from scenes import UserError
 
 # flags that do not make a method; data sets and label shares have tables of their own
 NOT_THE_METHOD = ('seed', 'out_dir', 'log_every', 'eval_every', 'save_every', 'compile',
@@ -39,6 +37,7 @@ class Run(NamedTuple):
 
 
 def read_run(path):
+    path = os.path.normpath(path)
     log_path = os.path.join(path, 'log.jsonl')
     report_path = os.path.join(path, 'report.json')
     log, report = [], {}
@@ -50,10 +49,6 @@ def read_run(path):
     elif not log:
         raise UserError(f'{path}: holds no report.json and no log.jsonl: give directories of runs')
     return Run(path, log, report, report.get('config', {}))
-
-
-def short_name(run):
-    return os.path.basename(os.path.abspath(run.path))
 
 
 # ============ the table ============
@@ -102,32 +97,29 @@ def row_name(method, methods):
 
 
 def print_table(data, label_share, table):
-    width = max(len(row_name(method, table)) for method in table)
-    width = max(width, len('window floor'))
-    columns = {'OA': 'oa', 'mean acc': 'mean_acc', 'mIoU': 'miou', 'mIoU all': 'miou_all'}
-
-    def print_row(name, scores):
-        line = f'{name:{width}s}'
-        for key in columns.values():
-            values = np.array([100 * score[key] for score in scores])
-            deviation = f'{values.std(ddof=1):4.1f}' if len(values) > 1 else '   -'
-            line += f'{values.mean():6.1f} ± {deviation}'
-        print(f'{line}{len(scores):7d}')
-
-    print(f'\n{data}, {100 * label_share:g} % of the labels')
-    print(' ' * width + ''.join(f'{title:>13s}' for title in columns) + '  seeds')
     rows = {row_name(method, table): [run.report['scores'] for run in runs]
             for method, runs in table.items()}
-    for name in sorted(rows, key=lambda name: -np.mean([score['miou'] for score in rows[name]])):
-        print_row(name, rows[name])
-
+    best_first = sorted(rows, key=lambda name: -np.mean([score['miou'] for score in rows[name]]))
+    rows = {name: rows[name] for name in best_first}
     # floors go with the data, and with the seed where it draws the labels
     floors = {}
     for run in sum(table.values(), []):
         seed = run.config['seed'] if label_share < 1 else ''
         floors[run.config['data'], seed] = run.report['floors']
     for floor in ('window', 'pixel'):
-        print_row(f'{floor} floor', [scores[floor] for scores in floors.values()])
+        rows[f'{floor} floor'] = [scores[floor] for scores in floors.values()]
+
+    columns = {'OA': 'oa', 'mean acc': 'mean_acc', 'mIoU': 'miou', 'mIoU all': 'miou_all'}
+    width = max(map(len, rows))
+    print(f'\n{data}, {100 * label_share:g} % of the labels')
+    print(' ' * width + ''.join(f'{title:>13s}' for title in columns) + '  seeds')
+    for name, scores in rows.items():
+        line = f'{name:{width}s}'
+        for key in columns.values():
+            values = np.array([100 * score[key] for score in scores])
+            deviation = f'{values.std(ddof=1):4.1f}' if len(values) > 1 else '   -'
+            line += f'{values.mean():6.1f} ± {deviation}'
+        print(f'{line}{len(scores):7d}')
 
 
 # ============ the pictures ============
@@ -136,13 +128,12 @@ def save_curves(path, runs):
     """mIoU on val over the steps: of the decoder, or of the probe while pre-training"""
     figure = Figure(figsize=(8, 3.8), layout='constrained')
     axis = figure.subplots()
-    safe_colors = class_colors(['run'] * 8)[[5, 6, 3, 7, 1, 2, 8]] / 255  # for colour-blind eyes
-    axis.set_prop_cycle(color=safe_colors, marker=list('os^Dv*P'))
     for run in runs:
         scored = [entry for entry in run.log if 'val_miou' in entry or 'probe_miou' in entry]
         if scored:  # a solved decoder has no curve
             miou = [100 * entry.get('val_miou', entry.get('probe_miou')) for entry in scored]
-            axis.plot([entry['step'] for entry in scored], miou, label=short_name(run))
+            steps = [entry['step'] for entry in scored]
+            axis.plot(steps, miou, 'o-', label=os.path.basename(run.path))
     axis.set(xlabel='step', ylabel='mIoU on val (of the probe, while pre-training), %')
     if axis.lines:
         axis.legend(fontsize=8)
@@ -161,7 +152,7 @@ def compare_maps(path, runs):
             return network(network.prepare(raw)).softmax(1)
         K = network.meta['num_classes']
         maps = [predict_tile(predict, tiles.batch([i])[0], network.window, K) for i in ids]
-        title = textwrap.fill(short_name(run), 18)
+        title = textwrap.fill(os.path.basename(run.path), 18)
         title += f'\nmIoU {100 * run.report["scores"]["miou"]:.1f}'
         columns.append((title, [one.argmax(1)[0].numpy() + 1 for one in maps]))
     save_maps(path, tiles, ids, columns)
@@ -177,8 +168,7 @@ if __name__ == '__main__':
     runs = [read_run(path) for path in flags.runs]
     judged = [run for run in runs if run.report]
 
-    tables = group_runs(judged)
-    for (data, label_share), table in tables.items():
+    for (data, label_share), table in group_runs(judged).items():
         print_table(data, label_share, table)
     for run in judged:
         if run.report['warning']:
@@ -186,11 +176,11 @@ if __name__ == '__main__':
 
     os.makedirs(flags.out_dir, exist_ok=True)
     save_curves(os.path.join(flags.out_dir, 'curves.png'), runs)
-    side_by_side = []  # one run of each method, on the data of the first
-    for table in tables.values():
-        for seeds in table.values():
-            same_data = [run for run in seeds if run.config['data'] == judged[0].config['data']]
-            side_by_side += same_data[:1]
+    side_by_side = {}  # one run of each method, on the data of the first
+    for run in judged:
+        if run.config['data'] == judged[0].config['data']:
+            method = run.config['label_share'], method_of(run, judged)
+            side_by_side.setdefault(method, run)
     if side_by_side:
-        compare_maps(os.path.join(flags.out_dir, 'comparison.png'), side_by_side)
+        compare_maps(os.path.join(flags.out_dir, 'comparison.png'), list(side_by_side.values()))
     print(f'pictures: {flags.out_dir}')

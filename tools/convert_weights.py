@@ -2,24 +2,15 @@
 
     python tools/convert_weights.py --weights=mae_pretrain_vit_base.pth \\
         --data=data/mine --out=runs/public/last.pt
-    python segment.py --encoder=runs/public/last.pt
-    python pretrain_mae.py --init_from=runs/public/last.pt --data=data/mine
+    python tools/convert_weights.py --weights=resnet50.pth --data=data/mine --out=runs/resnet.pt
+    python tools/convert_weights.py --weights=runs/hsi/last.pt --data=data/b --out=runs/b/last.pt
+    python tools/convert_weights.py --export=runs/mae/last.pt --out=vit.pth --form=timm
 
-    python tools/convert_weights.py --weights=resnet50.pth \\
-        --data=data/mine --out=runs/resnet/last.pt
-    python baseline_deeplab.py --init_from=runs/resnet/last.pt --stem=seven
-
-    python tools/convert_weights.py --weights=runs/hsi/last.pt \\
-        --data=data/other --out=runs/hsi_other/last.pt
-
-    python tools/convert_weights.py --export=runs/mae/last.pt \\
-        --out=vit.pth --form=timm
-
-The first brings a public encoder, of patches of 14 or 16 px and three bands, to
---patch_size and to the bands of --data; the second does so with torchvision's CNN.
-The third brings a spatial-spectral encoder of ours to other bands by their
-wavelengths. The last writes plain tensors that timm or DINOv2 loads, and beside
-them a .npz with the mean and matrix of the input.
+The first brings a public encoder, of patches of 14 or 16 px and three bands, to --patch_size and to
+the bands of --data: for segment.py --encoder, or pretrain_mae.py --init_from. The second does so
+with torchvision's CNN, for baseline_deeplab.py --stem=seven --init_from. The third brings a
+spatial-spectral encoder of ours to other bands by their wavelengths. The last writes plain tensors
+that timm or DINOv2 loads, and beside them a .npz with the mean and matrix of the input.
 """
 import argparse
 import math
@@ -45,8 +36,8 @@ KERNEL = 'patch_embed.proj.weight'
 def read_public(path, weights):
     """Tensors of a public file -> our ViT's arguments, its tensors, a MAE decoder's.
 
-    Nearly all shows in names and shapes. Heads do not: they are 64 channels wide,
-    but for MAE's ViT-H and our tiny. Raises UserError for other networks.
+    Nearly all shows in names and shapes. Heads do not: they are 64 channels wide, but for MAE's
+    ViT-H and our tiny. Raises UserError for other networks.
     """
     ndims = {name: value.ndim for name, value in weights.items()
              if isinstance(value, torch.Tensor)}
@@ -108,14 +99,12 @@ def stretch(n, m):
 
 
 def resize_kernel(kernel, P):
-    """kernel (D, C, p, p) -> (D, C, P, P) that answers to a resized patch as the old
-    one did to the patch (FlexiViT, arXiv 2212.08013).
+    """kernel (D, C, p, p) -> (D, C, P, P) that answers to a resized patch as the old one did to the
+    patch (FlexiViT, arXiv 2212.08013).
 
-    With B the resizing, <x, w> = <B x, w'> for all x is solved by w' = pinv(B') w.
-    B is `stretch` to larger patches and its pseudo-inverse to smaller ones: so
-    w' = stretch' w there, exact for stretched patches. FlexiViT's own B averages: 7
-    to 17 % off with kernels of white noise. Interpolating w would scale answers by
-    the ratio of areas.
+    With B the resizing, <x, w> = <B x, w'> for all x is solved by w' = pinv(B') w. B is `stretch`
+    to larger patches and its pseudo-inverse to smaller ones: so w' = stretch' w there, exact for
+    stretched patches. Interpolating w would scale answers by the ratio of areas.
     """
     p = kernel.shape[-1]
     if P <= p:
@@ -125,18 +114,17 @@ def resize_kernel(kernel, P):
     return (matrix @ kernel.double() @ matrix.T).to(kernel.dtype)
 
 
-def spread_bands(kernel, C, wavelengths_nm=None, how='wavelength'):
-    """kernel (D, c, P, P) -> (D, C, P, P) that answers to a grey image, all bands
-    alike, as the old one did.
+def spread_bands(kernel, C, wavelengths_nm=None):
+    """kernel (D, c, P, P) -> (D, C, P, P) that answers to a grey image, all bands alike, as the old
+    one did.
 
-    'wavelength': a band takes a mixture of the two of the red, green and blue kernel
-    it lies between, or the one at its end, scaled so that each kernel's sum stays.
-    Without `wavelengths_nm` (C,), C = c bands keep their kernels.
-    'repeat', and in all other cases: a band takes the mean kernel times c / C.
+    Of three kernels, a band at a known wavelength takes a mixture of the two it lies between, or
+    the one at its end, scaled so that each kernel's sum stays. Otherwise C = c bands keep their
+    kernels, and others take the mean kernel times c / C.
     """
     c = kernel.shape[1]
     mixture = torch.ones(C, c, dtype=torch.float64)
-    if how == 'wavelength' and c == 3 and wavelengths_nm:
+    if c == 3 and wavelengths_nm:
         nm = torch.tensor(wavelengths_nm, dtype=torch.float64)
         r, g, b = RGB_NM
         red = ((nm - g) / (r - g)).clamp(0, 1)
@@ -145,32 +133,15 @@ def spread_bands(kernel, C, wavelengths_nm=None, how='wavelength'):
         for k in range(3):
             if not mixture[:, k].any():  # a sensor that sees nothing there
                 mixture[(nm - RGB_NM[k]).abs().argmin(), k] = 1
-    elif how == 'wavelength' and C == c:
+    elif C == c:
         mixture = torch.eye(c, dtype=torch.float64)
     mixture = mixture / mixture.sum(0)
     return torch.einsum('dcpq,Cc->dCpq', kernel.double(), mixture).to(kernel.dtype)
 
 
-def convert_vit(encoder, args, wavelengths_nm, rgb_kernels):
-    """Tensors of a public encoder -> those of the ViT of `args`: of another window,
-    patch and bands."""
-    torch.manual_seed(0)
-    random = ViT(**args).state_dict()
-    encoder = resize_positions(encoder, random)
-    if rgb_kernels == 'fresh':
-        encoder[KERNEL] = random[KERNEL]
-        encoder['patch_embed.proj.bias'] = random['patch_embed.proj.bias']
-    else:
-        kernel = resize_kernel(encoder[KERNEL], args['patch_size'])
-        kernel = spread_bands(kernel, args['in_chans'], wavelengths_nm, rgb_kernels)
-        encoder[KERNEL] = kernel
-    return encoder
-
-
 def convert_resnet(weights, bands):
     """torchvision's resnet50 -> tensors for DeepLabV3Plus with stem 'seven'"""
-    kernel = spread_bands(weights['conv1.weight'], bands, how='repeat')
-    taken = {'conv1.weight': kernel}
+    taken = {'conv1.weight': spread_bands(weights['conv1.weight'], bands)}
     for name, value in weights.items():
         if name.startswith(('bn1.', 'layer')):
             taken[name] = value
@@ -181,20 +152,18 @@ def convert_resnet(weights, bands):
 
 
 def at_wavelengths(args, weights, wavelengths_nm):
-    """encoder_args and tensors of a SpatialSpectralViT -> those of one for bands at
-    `wavelengths_nm` (C',) instead of its own C. Images are not resampled.
+    """Arguments and tensors of a SpatialSpectralViT -> those of one for bands at `wavelengths_nm`
+    (C',) instead of its own C. Images are not resampled.
 
-    The spectral stream groups the new bands and codes their wavelengths. A patch
-    kernel is a function of wavelength: with R (C, C') that brings the new bands to
-    the old ones (responses as wide as the old bands' steps), w' = w R answers to a
-    spectrum as w does to the resampled one.
+    The spectral stream groups the new bands and codes their wavelengths. A patch kernel is a
+    function of wavelength: with R (C, C') that brings the new bands to the old ones (responses as
+    wide as the old bands' steps), w' = w R answers to a spectrum as w does to the resampled one.
     """
     own = args.get('wavelengths_nm')
     if args.get('fusion') != 'channel' or not own or not wavelengths_nm:
         raise UserError('other bands by their wavelengths: only for an encoder of '
-                        'pretrain_dino_hsi.py with channel fusion, with known '
-                        'wavelengths on both sides: for others tile the data again '
-                        'with python data.py tile --bands=...')
+                        'pretrain_dino_hsi.py with channel fusion, with known wavelengths on both '
+                        'sides: for others python data.py tile --bands=... tiles the data again')
     own = np.asarray(own, float)
     widths = np.full(len(own), 15.0)
     if len(own) > 1:
@@ -207,18 +176,14 @@ def at_wavelengths(args, weights, wavelengths_nm):
     return args, weights | {KERNEL: kernel}
 
 
-def convert(path, meta, img_size=64, patch_size=8, whiten=0, rgb_kernels='wavelength'):
-    """A file brought to the data of `meta` -> content of a last.pt of ours.
-
-    Where the file is a run of ours, its patch and whitening stay.
-    """
+def convert(path, meta, img_size=64, patch_size=8, whiten=0):
+    """A file brought to the data of `meta` -> content of a last.pt of ours"""
     weights = load_checkpoint(path)
-    bands = meta['num_bands']
-    wavelengths_nm = meta['wavelengths_nm']
+    bands, wavelengths_nm = meta['num_bands'], meta['wavelengths_nm']
     args, encoder, others = {}, {}, {}
     if 'script' in weights:
         run = load_encoder(path)
-        whiten = run.whiten
+        whiten = run.whiten  # its input stays as it is
         args, encoder = at_wavelengths(run.args, run.state_dict(), wavelengths_nm)
         print(f'{path}: a spatial-spectral ViT for {run.in_chans} bands')
     elif 'conv1.weight' in weights and 'fc.weight' in weights:
@@ -235,7 +200,9 @@ def convert(path, meta, img_size=64, patch_size=8, whiten=0, rgb_kernels='wavele
             others = {name: value for name, value in others.items()
                       if not name.startswith('decoder_pred.')}
         args.update(img_size=img_size, patch_size=patch_size, in_chans=bands)
-        encoder = convert_vit(encoder, args, wavelengths_nm, rgb_kernels)
+        kernel = resize_kernel(encoder[KERNEL], patch_size)
+        encoder[KERNEL] = spread_bands(kernel, bands, wavelengths_nm)
+        encoder = resize_positions(encoder, ViT(**args).state_dict())
     encoder = {f'encoder.{name}': value for name, value in encoder.items()}
     return {'model': encoder | others, 'encoder_args': args, 'meta': kept_meta(meta),
             'config': {'whiten': whiten}, 'script': 'convert_weights.py'}
@@ -244,9 +211,9 @@ def convert(path, meta, img_size=64, patch_size=8, whiten=0, rgb_kernels='wavele
 # ============ the way back ============
 
 def export(path, out, form='timm'):
-    """Write an encoder of ours as plain tensors that load with strict=True into timm's
-    ViT ('timm') or DINOv2's ('dinov2') -> the call that makes that network. Beside them
-    a .npz with the mean (C,) and matrix (C, C) of its input."""
+    """Write an encoder of ours as plain tensors that load with strict=True into timm's ViT ('timm')
+    or DINOv2's ('dinov2') -> the call that makes that network. Beside them a .npz with the mean
+    (C,) and matrix (C, C) of its input."""
     encoder = load_encoder(path)
     if isinstance(encoder, SpatialSpectralViT):
         raise UserError(f'{path}: has a second stream, which neither timm nor DINOv2 '
@@ -320,12 +287,7 @@ if __name__ == '__main__':
     parser.add_argument('--img_size', type=int, default=64, help='its window, px')
     parser.add_argument('--patch_size', type=int, default=8, help='its patch, px')
     parser.add_argument('--whiten', type=int, default=0,
-                        help='of its input, as in pretrain_mae.py; 0 is nearest to '
-                             'what a public encoder has seen')
-    parser.add_argument('--rgb_kernels', default='wavelength',
-                        choices=('wavelength', 'repeat', 'fresh'),
-                        help='how 3 kernels reach our bands: as a mixture of the '
-                             'nearest in wavelength, as their mean, not at all')
+                        help='of its input; 0 is nearest to what a public encoder has seen')
     parser.add_argument('--form', default='timm', choices=('timm', 'dinov2'),
                         help='with --export: whose names')
     flags = parser.parse_args()
@@ -337,8 +299,7 @@ if __name__ == '__main__':
         print(usage(call, flags.out, flags.form))
     elif flags.data:
         meta = Tiles(flags.data, 'tr').meta
-        content = convert(flags.weights, meta, flags.img_size, flags.patch_size,
-                          flags.whiten, flags.rgb_kernels)
+        content = convert(flags.weights, meta, flags.img_size, flags.patch_size, flags.whiten)
         content['config']['data'] = flags.data  # what segment.py takes by default
         save_checkpoint(flags.out, content)
         print(f'{flags.out}: for the {meta["num_bands"]} bands of {flags.data}')
