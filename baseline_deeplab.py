@@ -74,11 +74,7 @@ PRESETS = {
 }
 
 
-# ============ shell: resume and signals ============
-
-# what a resumed run may have otherwise (of data and encoder, their contents are compared)
-MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
-              'wandb_log', 'data', 'encoder')
+# ============ shell: signals ============
 
 stop_signal = 0
 
@@ -205,7 +201,7 @@ if __name__ == '__main__':
     # ---- shell: scores
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
     best_path = os.path.join(out_dir, 'best.pt')
-    resume_from(best_path, __file__, config, meta, MAY_CHANGE)  # refuses that of another run
+    resume_from(best_path, __file__, config, meta)  # refuses that of another run
     facts = {'config': config, 'encoder_args': encoder_args, 'window': crop_size,
              'meta': kept_meta(meta), 'script': os.path.basename(__file__)}
 
@@ -271,7 +267,7 @@ if __name__ == '__main__':
     # ---- shell: resume
     step, log = 0, []
     last_path = os.path.join(out_dir, 'last.pt')
-    checkpoint = resume_from(last_path, __file__, config, meta, MAY_CHANGE)
+    checkpoint = resume_from(last_path, __file__, config, meta)
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])

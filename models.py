@@ -1056,9 +1056,14 @@ def load_checkpoint(path):
                         'pass a file written by one of these scripts') from None
 
 
-def resume_from(path, script, config, meta, free):
+# what a resumed run may have otherwise (of data and encoder, their contents are compared)
+MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
+              'wandb_log', 'data', 'encoder')
+
+
+def resume_from(path, script, config, meta):
     """The checkpoint at `path`, or None. Refuses that of another script, of other constants than
-    `config` (but for those named in `free`), and of other data than `meta` tells of."""
+    `config` (but for MAY_CHANGE), and of other data than `meta` tells of."""
     with contextlib.suppress(FileNotFoundError):
         os.remove(path + '.tmp')  # of a save that was cut off
     if not os.path.exists(path):
@@ -1069,7 +1074,7 @@ def resume_from(path, script, config, meta, free):
         raise UserError(f'{path}: was written by {checkpoint["script"]}: {advice}')
     old = checkpoint['config']
     changed = [f'{name} ({old.get(name)} there, {value} now)' for name, value in config.items()
-               if old.get(name) != value and name not in free]
+               if old.get(name) != value and name not in MAY_CHANGE]
     if changed:
         raise UserError(f'{path}: is of a run with other constants: {", ".join(changed)}: {advice}')
     old, now = checkpoint['meta'], kept_meta(meta)

@@ -160,11 +160,7 @@ def check_constants(meta):
                         'and leave one')
 
 
-# ============ shell: resume and signals ============
-
-# what a resumed run may have otherwise (of data and encoder, their contents are compared)
-MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
-              'wandb_log', 'data', 'encoder')
+# ============ shell: signals ============
 
 stop_signal = 0
 
@@ -273,7 +269,7 @@ if __name__ == '__main__':
     # ---- shell: resume
     step, log = 0, []
     last_path = os.path.join(out_dir, 'last.pt')
-    checkpoint = resume_from(last_path, __file__, config, meta, MAY_CHANGE)
+    checkpoint = resume_from(last_path, __file__, config, meta)
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])

@@ -235,18 +235,18 @@ def test_data_of_other_bands_is_refused_with_the_command_that_makes_the_right_on
 
 def test_resume_compares_constants_with_those_in_the_checkpoint(scene_data, tmp_path):
     path = f'{tmp_path}/last.pt'
-    meta, free = Tiles(scene_data, 'tr').meta, ('out_dir', 'data')
+    meta = Tiles(scene_data, 'tr').meta
     open(path + '.tmp', 'w').close()  # of a save that was cut off
-    assert resume_from(path, 'pretrain_dino.py', {'lr': 1}, meta, ()) is None and os.listdir(tmp_path) == []
+    assert resume_from(path, 'pretrain_dino.py', {'lr': 1}, meta) is None and os.listdir(tmp_path) == []
     saved = {**content(ViT(16, 4, 7, 24, 1, 2), {}, meta, script='pretrain_dino.py'), 'config': {'lr': 1, 'out_dir': 'a', 'data': 'd'}, 'step': 5}
     save_checkpoint(path, saved)
-    assert resume_from(path, '/home/pretrain_dino.py', {'lr': 1, 'out_dir': 'b', 'data': 'elsewhere'}, meta, free)['step'] == 5
+    assert resume_from(path, '/home/pretrain_dino.py', {'lr': 1, 'out_dir': 'b', 'data': 'elsewhere'}, meta)['step'] == 5
     with pytest.raises(UserError, match=r'other constants: lr \(1 there, 2 now\), new \(None there, 3 now\): pass another'):
-        resume_from(path, 'pretrain_dino.py', {'lr': 2, 'out_dir': 'a', 'new': 3}, meta, free)
+        resume_from(path, 'pretrain_dino.py', {'lr': 2, 'out_dir': 'a', 'new': 3}, meta)
     with pytest.raises(UserError, match='was written by pretrain_dino.py: pass another'):
-        resume_from(path, 'pretrain_mae.py', {'lr': 1}, meta, free)
+        resume_from(path, 'pretrain_mae.py', {'lr': 1}, meta)
     with pytest.raises(UserError, match='other data: mean and nodata in meta.json of d are not the same: pass another'):
-        resume_from(path, 'pretrain_dino.py', {'lr': 1, 'data': 'd'}, {**meta, 'mean': [0.0] * 7, 'nodata': 5}, free)
+        resume_from(path, 'pretrain_dino.py', {'lr': 1, 'data': 'd'}, {**meta, 'mean': [0.0] * 7, 'nodata': 5})
 
 
 def test_a_run_of_ours_starts_another_of_the_same_network_at_another_size(scene_data, tmp_path):
