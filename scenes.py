@@ -312,7 +312,7 @@ def settle_wavelengths(scene, path):
     nm, sentence = to_nm(values, *scene.unit)
     if nm and widths:
         try:
-            widths = np.array(widths, float) * nm / np.array(values, float)
+            widths = (np.array(widths, float) * nm / np.array(values, float)).round(6)
             widths = np.where(np.isfinite(nm), widths, 0).tolist()  # such a band is left out
         except ValueError:
             widths = None

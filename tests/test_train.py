@@ -85,7 +85,7 @@ def test_12_steps_are_5_and_7_bit_for_bit(script, processes, scene_data, whole, 
 def test_two_processes_are_one(script, scene_data, tmp_path):
     for n in (1, 2):
         train(script, scene_data, tmp_path / str(n), '--max_steps=3', '--dtype=float32', *ONE_STREAM_OF_NOISE[script], processes=n)
-    np.testing.assert_allclose(losses(tmp_path / '1'), losses(tmp_path / '2'), atol=1e-6)
+    np.testing.assert_allclose(losses(tmp_path / '1'), losses(tmp_path / '2'), rtol=1e-6)
     one, two = weights(tmp_path / '1'), weights(tmp_path / '2')
     for name in one:
         if name.endswith('qkv.bias'):  # a key's bias cancels in the softmax: its gradient is rounding noise, which AdamW blows up
@@ -370,7 +370,7 @@ def test_damaged_checkpoints_are_read_or_told_in_a_sentence(tmp_path, whole):
     content, rng, path = open(whole('pretrain_mae.py') / 'last.pt', 'rb').read(), np.random.default_rng(0), tmp_path / 'damaged.pt'
     good, refused = load_encoder(whole('pretrain_mae.py') / 'last.pt').state_dict(), 0
     for i in range(60):
-        path.write_bytes(damage(content, rng))
+        path.write_bytes(damage(content, rng, ranges=[]))
         try:
             assert equal(load_encoder(path).state_dict(), good), i  # between the weights there is room where damage does nothing
         except UserError as error:
