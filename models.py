@@ -1058,7 +1058,7 @@ def load_checkpoint(path):
 
 # what a resumed run may have otherwise (of data and encoder, their contents are compared)
 MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
-              'wandb_log', 'data', 'encoder')
+              'cuda_graphs', 'wandb_log', 'data', 'encoder')
 
 
 def resume_from(path, script, config, meta):

@@ -110,12 +110,13 @@ save_every = 100  # steps between checkpoints
 probe_tiles = 64  # tiles of each split that the probe looks at
 dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 if native, else float32
 compile = True  # torch.compile, on a GPU
+cuda_graphs = False  # no use: masked tokens change in number
 wandb_log = False  # send the log to wandb.ai as well
 
 LARGE = dict(img_size=64, local_crops_size=32, local_crops_number=8, global_scale_min=0.4,
              local_scale_min=0.15, patch_size=8, out_dim=4096, ibot_weight=1.0,
-             koleo_weight=0.02, momentum_teacher=0.992, batch_size=64, base_lr=1e-3, log_every=100,
-             eval_every=2000, save_every=2000)
+             koleo_weight=0.02, momentum_teacher=0.992, batch_size=64, base_lr=1e-3,
+             log_every=100, eval_every=2000, save_every=2000)
 PRESETS = {
     'tiny': {},  # the values above
     'small': {**LARGE, 'steps': 100_000},
@@ -147,7 +148,9 @@ class Branch(nn.Module):
         tokens among all 2B * N, and among all 2B * G: only these go through the head.
         """
         spatial, spectral = self.encoder(big, *masks)
-        local_spatial, local_spectral = (None, None) if small is None else self.encoder(small)
+        local_spatial = local_spectral = None
+        if small is not None:
+            local_spatial, local_spectral = self.encoder(small)
         return [self.project(spatial, masked_ids[0], local_spatial),
                 self.project(spectral, masked_ids[1], local_spectral)]
 
@@ -638,8 +641,8 @@ if __name__ == '__main__':
         model.train()
 
     # ---- shell: compile and DDP
-    if compile and on_gpu:
-        model.compile()  # in place: names in the checkpoint stay plain
+    if compile and on_gpu:  # in place: names in the checkpoint stay plain
+        model.compile(mode='reduce-overhead' if cuda_graphs and world == 1 else 'default')
     net = DistributedDataParallel(model) if world > 1 else model
 
     # ---- training loop

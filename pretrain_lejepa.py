@@ -85,6 +85,7 @@ save_every = 100  # steps between checkpoints
 probe_tiles = 64  # tiles of each split that the probe looks at
 dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 if native, else float32
 compile = True  # torch.compile, on a GPU
+cuda_graphs = True  # of a compiled step, on one GPU: 1.4 times as fast at base (docs/gpu.md)
 wandb_log = False  # send the log to wandb.ai as well
 
 LARGE = dict(img_size=64, local_crops_size=32, local_crops_number=8, global_scale_min=0.4,
@@ -402,8 +403,8 @@ if __name__ == '__main__':
         model.train()
 
     # ---- shell: compile and DDP
-    if compile and on_gpu:
-        model.compile()  # in place: names in the checkpoint stay plain
+    if compile and on_gpu:  # in place: names in the checkpoint stay plain
+        model.compile(mode='reduce-overhead' if cuda_graphs and world == 1 else 'default')
     net = DistributedDataParallel(model) if world > 1 else model
 
     # ---- training loop

@@ -80,6 +80,7 @@ eval_every = 100  # steps between scores on the validation split
 save_every = 100  # steps between checkpoints
 dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 where hardware has it
 compile = True  # torch.compile, on a GPU
+cuda_graphs = False  # of a compiled step, on one GPU: not tried here
 wandb_log = False  # send the log to wandb.ai as well
 
 LARGE = dict(img_size=64, patch_size=8)
@@ -410,8 +411,8 @@ if __name__ == '__main__':
     print(f'steps {step} to {last_step} of {steps} ({epochs:.1f} epochs)')
 
     # ---- shell: compile and DDP
-    if compile and on_gpu:
-        model.compile()  # in place: names in the checkpoint stay plain
+    if compile and on_gpu:  # in place: names in the checkpoint stay plain
+        model.compile(mode='reduce-overhead' if cuda_graphs and world == 1 else 'default')
     net = DistributedDataParallel(model) if world > 1 else model
 
     # ---- training loop

@@ -39,7 +39,7 @@ STILL = {'pretrain_mae': ['--dropout=0'],
          'pretrain_lejepa': ['--noise=0']}
 
 # Runs a script in a process of its own. The environment says what is to be different: how many GB
-# a small card would have, deterministic algorithms, torch.compile's mode, steps that are profiled.
+# a small card would have, deterministic algorithms, steps that are profiled.
 LAUNCH = '''
 import atexit, functools, json, os, runpy, sys, time, torch
 sys.argv = sys.argv[1:]
@@ -53,9 +53,6 @@ if on_gpu:
         torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
 if os.environ.get('DETERMINISTIC'):
     torch.use_deterministic_algorithms(True)
-if os.environ.get('COMPILE_MODE'):
-    torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile,
-                                                      mode=os.environ['COMPILE_MODE'])
 
 wait = torch.cuda.synchronize if on_gpu else lambda: None
 if os.environ.get('PROFILE'):
@@ -246,9 +243,12 @@ def check_numbers():
 def check_resume():
     """12 steps = 7 + 5 steps, in the default precision; SIGTERM"""
     def lengths(steps, place, **environment):
-        return [((script, f'{script}_{place}', *few_steps(f'--max_steps={steps}',
-                                                          '--compile=false')), environment)
-                for script in PRETRAINERS]
+        runs = []
+        for script in PRETRAINERS:  # the first one compiled, with CUDA graphs
+            kind = f'--compile={script == PRETRAINERS[0]}'
+            runs.append(((script, f'{script}_{place}', *few_steps(f'--max_steps={steps}', kind)),
+                         environment))
+        return runs
     endless = few_steps('--steps=100000', '--compile=false')
     whole = side_by_side(lengths(12, '12') + lengths(7, '7_5'))
     resumed = side_by_side(lengths(12, '7_5')
@@ -351,17 +351,9 @@ def check_eager():
 
 
 def check_graphs():
-    """Is it faster to launch a step as a CUDA graph? torch.compile(mode='reduce-overhead')"""
-    scripts = ('pretrain_mae', 'pretrain_lejepa')[rehearse:]
-    short = ['--max_steps=5'] * (not rehearse)
-    side_by_side([((script, f'graph_warm_{script}', *base(BATCH[script], *short)),
-                   {'COMPILE_MODE': 'reduce-overhead'}) for script in scripts])
-    for script in scripts:
-        batch = 2 if rehearse else BATCH[script]
-        long = ['--max_steps=90'] * (not rehearse)
-        facts, log = run(script, f'graph_{script}', *base(batch, *long),
-                         COMPILE_MODE='reduce-overhead')
-        keep(f'{script}, base, as CUDA graphs', {**facts, **speed(log, batch, script)})
+    """The same without CUDA graphs, where a script has them"""
+    for script in ('pretrain_mae', 'pretrain_lejepa')[rehearse:]:
+        timed(script, 'compiled, no CUDA graphs', '--cuda_graphs=false', '--max_steps=90')
 
 
 def timed(script, kind, *flags):
