@@ -3,7 +3,7 @@
 The encoder is frozen. The maps of its last four blocks go through a decoder to one class per pixel,
 and beside them the pixel's spectrum and its means over small windows. By default the decoder is
 linear and solved to its end (logistic regression), so that nothing but its inputs decides. The
-scores stand beside those of floors, which use no network: the window floor sees the same spectra
+scores stand beside those of floors, which use no network: the window floor sees such spectra
 without the features. Compare with a random encoder as well.
 
     python segment.py                                          # a random encoder: minutes on a CPU

@@ -15,7 +15,11 @@ from matplotlib.image import imread
 
 from conftest import ROOT, SERVER, run, run_in_child
 from models import load_checkpoint
+from test_lejepa import TINY
 from test_train import FLAGS, JUDGES, SCRIPTS, equal, losses, weights
+
+FLAGS = {**FLAGS, 'pretrain_lejepa.py': TINY}
+SCRIPTS = [*SCRIPTS, 'pretrain_lejepa.py']
 
 
 def command(script, data, out, steps):
