@@ -22,7 +22,6 @@ import os
 import re
 import shlex
 import sys
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -588,6 +587,9 @@ def read_meta(directory):
     """The content of a tile directory's meta.json"""
     path = os.path.join(directory, 'meta.json')
     if not os.path.exists(path):
+        if os.path.exists(os.path.join(directory, 'tr_images.npy')):
+            raise UserError(f'{directory}: is half-made, its tiling was cut off or still runs: run '
+                            'the same `python data.py tile` command again')
         raise UserError(f'{directory}: no tiles here: make them with `python data.py tile '
                         '--root=SCENES --out=DIRECTORY`, and pass that directory as --data')
     return read_json(path)

@@ -598,6 +598,10 @@ class MaskedAutoencoder(nn.Module):
         """x (B, C, H, W) standardised, mask_noise (B, N) or None -> loss, pred (B, N, P*P*C), mask
         (B, N) with 1 = hidden."""
         patches = patchify(x, self.encoder.patch_size)
+        expected = self.decoder_pos_embed.shape[1] - 1
+        if patches.shape[1] != expected:
+            raise UserError(f'the image has {patches.shape[1]} patches, this autoencoder was built '
+                            f'for {expected}: crop to img_size {self.encoder.img_size}')
         if mask_noise is None:
             mask_noise = torch.rand(patches.shape[:2], device=x.device)
         ids_keep, ids_restore, mask = self.random_masking(mask_noise, mask_ratio)

@@ -206,6 +206,8 @@ def test_the_cnn_comes_back_and_what_is_no_segmentation_is_refused(scene_data, t
         load_encoder(f'{tmp_path}/best.pt')
     vit_args = dict(img_size=16, patch_size=4, in_chans=7, embed_dim=48, depth=1, num_heads=3)
     mae = MaskedAutoencoder(**vit_args, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    with pytest.raises(UserError, match='has 4 patches, this autoencoder was built for 16: crop to img_size 16'):
+        mae(torch.zeros(1, 7, 8, 8))
     save_checkpoint(f'{tmp_path}/last.pt', content(mae, {**vit_args, 'fixed_positions': True}, tiles.meta, script='pretrain_mae.py'))
     with pytest.raises(UserError, match='holds no segmentation'):
         load_segmenter(f'{tmp_path}/last.pt')
