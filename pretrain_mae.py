@@ -71,7 +71,7 @@ save_every = 100  # steps between checkpoints
 probe_tiles = 64  # tiles of each split that the probe looks at
 dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 if native, else float32
 compile = True  # torch.compile, on a GPU
-cuda_graphs = True  # of a compiled step, on one GPU: 3.4 times as fast at base (docs/gpu.md)
+cuda_graphs = True  # of a compiled step, on one GPU: some three times as fast (docs/gpu.md)
 wandb_log = False  # send the log to wandb.ai as well
 
 LARGE = dict(img_size=64, patch_size=8, batch_size=128, base_lr=1.5e-4, log_every=100,

@@ -11,7 +11,7 @@ import pretrain_lejepa
 from conftest import ROOT, run
 from data import UserError
 from models import ViT, load_checkpoint, load_encoder
-from test_train import altered_copy, equal, losses, weights
+from test_train import equal, losses, weights
 
 TINY = ['--batch_size=8', '--steps=90', '--warmup=0.03', '--log_every=1', '--probe_tiles=4', '--whiten=3', '--save_every=4', '--eval_every=12', '--num_directions=32']
 
