@@ -315,12 +315,12 @@ def whu_layout(root, shape, axes, compression, n=1):
 
 def test_whu_ohs_layout_tiles_trains_and_scores(tmp_path):
     for axes, compression, out in (('CYX', 'zlib', 'planar'), ('YXC', None, 'out')):
-        whu_layout(str(tmp_path / 'whu'), (512, 512), axes, compression)
+        whu_layout(str(tmp_path / 'whu'), (256, 256), axes, compression)
         data.tile(tile_args(root=tmp_path / 'whu', out=tmp_path / out, tile_size=64))
     planar, plain = contents(tmp_path / 'planar'), contents(tmp_path / 'out')
     assert all(planar[name] == plain[name] for name in plain if name.endswith('.npy'))  # both axis orders, plain and deflate
     meta = json.load(open(tmp_path / 'out' / 'meta.json'))
-    assert meta['wavelengths_nm'] == list(data.OHS_NM) and meta['class_names'][23] == 'Ocean' and len(meta['tiles']['tr']) == 64
+    assert meta['wavelengths_nm'] == list(data.OHS_NM) and meta['class_names'][23] == 'Ocean' and len(meta['tiles']['tr']) == 16
     data.tile(tile_args(root=tmp_path / 'whu', out=tmp_path / 'narrow', tile_size=64, bands='500,660,860'))  # its files do not say their wavelengths
     assert Tiles(str(tmp_path / 'narrow'), 'ts').meta['class_names'] == meta['class_names'] and Tiles(str(tmp_path / 'narrow'), 'ts').images.shape[1] == 3
     run('pretrain_mae.py', f'--data={tmp_path / "out"}', f'--out_dir={tmp_path / "mae"}', *MAE_TINY, '--img_size=64', '--patch_size=16',
