@@ -152,7 +152,7 @@ def compare_maps(path, runs):
             return network(network.prepare(raw)).softmax(1)
         K = network.meta['num_classes']
         maps = [predict_tile(predict, tiles.batch([i])[0], network.window, K) for i in ids]
-        title = textwrap.fill(os.path.basename(run.path), 18)
+        title = textwrap.fill(os.path.basename(run.path), 14)
         title += f'\nmIoU {100 * run.report["scores"]["miou"]:.1f}'
         columns.append((title, [one.argmax(1)[0].numpy() + 1 for one in maps]))
     save_maps(path, tiles, ids, columns)
