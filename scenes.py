@@ -773,7 +773,7 @@ def place_text(geotags):
         return 'no georeference'
     x, dx, dx_row, y, dy, dy_row = affine
     epsg = keys.get(3072) or keys.get(2048)
-    unit = LENGTHS.get(keys.get(3076), '(unit not stated)')
+    unit = LENGTHS.get(keys.get(3076), '(unit not known)')
     system = f'EPSG:{epsg}' if epsg and epsg < 32767 else 'a system of its own'
     if keys.get(1024) == 2:
         unit = 'degrees'
@@ -799,7 +799,8 @@ def check_same_place(scene, label_tags, path, labels):
              for keys_of in (keys, label_keys)]
     if np.abs(apart).max() > pixel / 2 or all(codes) and codes[0] != codes[1]:
         raise UserError(f'{labels}: the labels lie elsewhere ({place_text(label_tags)}) than '
-                        f'{path} ({place_text(scene.geotags)}): give the labels of this scene')
+                        f'{path} ({place_text(scene.geotags)}): give labels of the '
+                        'same pixels')
 
 
 def place_tags(matrix, wkt='', epsg=None, at=(0.0, 0.0)):
@@ -1131,6 +1132,13 @@ def read_tiff(path, mmap, name, axes):
         facts[0].get('categories'), geotags, fwhm, colors, (of_bands('scale'), of_bands('offset')),
         notes=tuple(notes), unit=unit, bands=good_bands(gdal_list(facts, bands, 'bbl')),
         mask=np.all([mask != 0 for mask in masks if mask.ndim == 2], 0) if masks else None)
+    # ENVI writes what it is told of a TIFF into a header beside it
+    header, beside = {}, envi_header_of(path)
+    if beside:
+        with contextlib.suppress(UserError):  # not one of ENVI's
+            header = envi_header(beside)
+    if 'tif' in header.get('file type', '').lower():
+        scene = envi_facts(scene, header, beside)
     return product_metadata(path, scene)
 
 
@@ -1480,21 +1488,25 @@ def envi_facts(scene, header, path):
 
     def numbers(field, *counts):
         return envi_numbers(header, field, path, counts)
-    scale = (numbers('data gain values', C, 1) or 1, numbers('data offset values', C, 1) or 0)
+    gains, offsets = numbers('data gain values', C, 1), numbers('data offset values', C, 1)
+    scale = (gains or 1, offsets or 0) if gains or offsets else None
     divisor = numbers('reflectance scale factor')
     if any(divisor):
         scale = (1 / divisor[0], 0.0)
+    ignored = numbers('data ignore value', C, 1)
     colors = numbers('class lookup')
-    ignored = numbers('data ignore value', C, 1) or [scene.nodata]
-    geotags = envi_geotags(envi_list(header, 'map info'),
-                           header.get('coordinate system string', '').strip('{}'))
-    return scene._replace(
-        wavelengths_nm=numbers('wavelength', C), fwhm_nm=numbers('fwhm', C),
-        unit=(header.get('wavelength units', ''), 'the header'), scale=scale,
-        bands=good_bands(numbers('bbl', C)), nodata=ignored[0] if len(ignored) == 1 else ignored,
-        class_names=envi_list(header, 'class names'),
-        class_colors=[tuple(map(int, colors[i:i + 3])) for i in range(0, len(colors), 3)] or None,
-        geotags=geotags or scene.geotags)
+    colors = np.reshape(colors[:len(colors) // 3 * 3], (-1, 3)).astype(int)
+    nm = numbers('wavelength', C)
+    stated = {
+        'wavelengths_nm': nm or None, 'fwhm_nm': numbers('fwhm', C) or None,
+        'unit': (header.get('wavelength units', ''), 'the header') if nm else None,
+        'bands': good_bands(numbers('bbl', C)), 'scale': scale, 'nodata': ignored or None,
+        'class_names': envi_list(header, 'class names') or None,
+        'class_colors': [tuple(color) for color in colors.tolist()] or None,
+        'geotags': envi_geotags(envi_list(header, 'map info'),
+                                header.get('coordinate system string', '').strip('{}')) or None}
+    stated = {name: value for name, value in stated.items() if value is not None}
+    return scene._replace(**stated)
 
 
 # ============ arrays with names: MATLAB, HDF5 ============

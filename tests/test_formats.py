@@ -230,7 +230,7 @@ def test_what_kind_of_system_it_is_does_not_follow_from_its_number(kind, epsg, k
     info = ['Projection', 1, 1, 100, 50, 0.5, 0.5, 'China 2000']
     scene = read(write_envi(tmp_path / 'a.img', map_info=info, coordinate_system_string=f'{{{kind}["x",AUTHORITY["EPSG","{epsg}"]]}}'))
     assert tag(scene, 34735)[4:8] == (1024, 0, 1, 2 if key == 2048 else 1) and tag(scene, 34735)[12] == key and tag(scene, 34735)[15] == epsg
-    assert told(scene, f'EPSG:{epsg}, pixels of 0.5 {"degrees" if key == 2048 else "(unit not stated)"}')
+    assert told(scene, f'EPSG:{epsg}, pixels of 0.5 {"degrees" if key == 2048 else "(unit not known)"}')
 
 
 @pytest.mark.parametrize('info, wkt, words', [
@@ -238,7 +238,7 @@ def test_what_kind_of_system_it_is_does_not_follow_from_its_number(kind, epsg, k
     ('State Plane', 'PROJCS["x",GEOGCS["y",UNIT["Degree",0.0174]],UNIT["Foot_US",0.304800609601219],AUTHORITY["EPSG","2263"]]', 'EPSG:2263, pixels of 0.5 US survey ft'),
     ('State Plane', 'PROJCRS["x",LENGTHUNIT["foot",0.3048],ID["EPSG",2222]]', 'EPSG:2222, pixels of 0.5 ft'),
     ('Projection', 'PROJCS["x",UNIT["metre",1.0],AUTHORITY["EPSG","3035"]]', 'EPSG:3035, pixels of 0.5 m'),
-    ('State Plane', '', 'a system of its own, pixels of 0.5 (unit not stated)'), ('Arbitrary', '', 'no georeference')])
+    ('State Plane', '', 'a system of its own, pixels of 0.5 (unit not known)'), ('Arbitrary', '', 'no georeference')])
 def test_the_unit_of_a_place_is_that_of_its_system(info, wkt, words, tmp_path):
     path = write_envi(tmp_path / 'a.img', map_info=[info, 1, 1, 100, 50, 0.5, 0.5, 'x'], coordinate_system_string=f'{{{wkt}}}')
     scene = read(path)
@@ -719,6 +719,21 @@ def test_desis_has_its_bands_from_metadata_xml(tmp_path):
     (tmp_path / 'DESIS-HSI-L2A-DT1-SPECTRAL_IMAGE.hdr').write_text(
         f'ENVI\nsamples = {W}\nlines = {H}\nbands = {C}\ndata type = 2\ninterleave = bip\nfile type = TIFF\nwavelength = {{{", ".join(map(str, NM))}}}\n')
     np.testing.assert_array_equal(read(path.replace('.tif', '.hdr')).cube, cube)
+
+
+def test_what_envi_says_of_a_tiff_in_a_header_beside_it_is_used(tmp_path):
+    path = tiff(tmp_path / 'a.tif', CUBE, -5, geotags=read(write_envi(tmp_path / 'place.img', map_info=UTM)).geotags)
+    text = f'ENVI\nsamples = {W}\nlines = {H}\nbands = {C}\ndata type = 2\ninterleave = bsq\nbbl = {{1, 1, 0, 1, 1, 1}}\nwavelength = {{{", ".join(map(str, NM))}}}\n'
+    for kind, kept in (('file type = TIFF\n', [0, 1, 3, 4, 5]), ('', None)):  # the header of another image of that name
+        (tmp_path / 'a.hdr').write_text(text + kind)
+        scene = read(path)
+        assert scene.bands == kept and bool(scene.wavelengths_nm) == bool(kept) and scene.nodata == -5 and told(scene, 'UTM zone 33N')
+    metadata = ''.join(f'<Item name="wavelength" sample="{band}">{nm}</Item>' for band, nm in enumerate(NM))
+    tiff(tmp_path / 'a.tif', CUBE, -5, [(42112, 's', 0, f'<GDALMetadata>{metadata}</GDALMetadata>')])
+    (tmp_path / 'a.hdr').write_text('ENVI\nfile type = TIFF\nbbl = {1, 1, 0, 1, 1, 1}\n')  # what it does not say is the TIFF's
+    np.testing.assert_allclose(read(path).wavelengths_nm, np.delete(NM, 2))
+    (tmp_path / 'a.hdr').write_text('NROWS 9\nNCOLS 11\n')  # of other programs
+    np.testing.assert_array_equal(read(path).cube, CUBE)
 
 
 def test_axes_that_the_file_states_otherwise_are_refused(tmp_path):
