@@ -663,9 +663,11 @@ def read_png(path):
     from PIL import Image  # comes with matplotlib
     if not os.path.isfile(path):
         raise UserError(f'{path}: there is no such file: check the path')
-    with one_sentence(path), open(path, 'rb') as file, Image.open(file) as picture:
-        file.seek(24)
-        depth, kind = file.read(2)  # bits of a value; 0: grey, 3: paletted
+    with one_sentence(path), Image.open(path) as picture:
+        with Image.open(path) as again:
+            again.verify()  # its checksums, which are not looked at when it is read
+        with open(path, 'rb') as file:
+            depth, kind = file.read(26)[24:]  # bits of a value; 0: grey, 3: paletted
         if kind not in (0, 3):
             raise UserError(f'{path}: a picture in colours, which says nothing of classes: save '
                             'their numbers as a grey or paletted picture, 0 = unlabelled')
