@@ -1263,6 +1263,10 @@ def gdal_wavelengths(facts, bands):
         values = gdal_list(facts, bands, name)
         if values:
             return values, gdal_list(facts, bands, width), (own_unit, where)
+    names = [facts[band].get('description', '') for band in bands]  # 'band 1 (450.5 Nanometers)'
+    found = [re.search(r'([\d.]+) ?(nm|nanomet\w+|um|micromet\w+)\b', name, re.I) for name in names]
+    if all(found) and len({match[2] for match in found}) == 1:
+        return [match[1] for match in found], None, (found[0][2], 'the names of its bands')
     return None, None, ('', where)
 
 
