@@ -407,6 +407,11 @@ def settle_values(scene, path, nodata=None):
     factor, offset = scene.scale or (1, 0)
     factor, offset = of_bands(factor, 1.0, notes), of_bands(offset, 0.0, notes)
 
+    for numbers in (stated, factor, offset):
+        if np.size(numbers) not in (1, len(cube)):
+            raise UserError(f'{path}: states {np.size(numbers)} nodata values, gains or offsets '
+                            f'for {len(cube)} bands: state one, or one for each')
+
     # the type, and the value of missing pixels in it
     small_integers = cube.dtype.kind in 'iu' and cube.dtype.itemsize <= 2
     dtype = cube.dtype.newbyteorder('=') if small_integers else np.dtype(np.float32)
@@ -1326,7 +1331,10 @@ def read_numpy(path, mmap, name, axes):
         others = set(loaded) - {name, 'labels', *NPZ_FACTS}
         if 'labels' in loaded and name != 'labels':
             labels = loaded['labels']
-        facts = {key: loaded[key].tolist() for key in NPZ_FACTS if key in loaded}
+        facts = {key: np.atleast_1d(loaded[key]).tolist() for key in NPZ_FACTS if key in loaded}
+        if len(facts.get('scale', [])) > 2:
+            raise UserError(f'{path}: its "scale" has {len(facts["scale"])} numbers: give factor '
+                            'and offset')
         folder = tempfile.TemporaryDirectory()  # goes with the last one who knows stored()
         unpacked = loaded.zip.extract(f'{name}.npy', folder.name)
 
@@ -1364,8 +1372,9 @@ def read_numpy(path, mmap, name, axes):
             names = ['', *names]
         else:
             notes.append(f'class_names: the first, "{names[0]}", is taken as that of label 0')
+    scale = (*facts['scale'], 0)[:2] if 'scale' in facts else None  # an offset may be left out
     return Scene(cube, labels, nm, facts.get('nodata'), names, (), facts.get('fwhm_nm'),
-                 colors and [(0, 0, 0), *colors], facts.get('scale'), None, tuple(notes),
+                 colors and [(0, 0, 0), *colors], scale, None, tuple(notes),
                  unit=('', 'wavelengths_nm'))
 
 

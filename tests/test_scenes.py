@@ -709,6 +709,17 @@ def test_what_an_npz_states_beside_its_cube(tmp_path):
     np.testing.assert_array_equal(missing_of(scene), LEFT)
 
 
+@pytest.mark.parametrize('facts, words', [(dict(scale=[1, 0, 2]), 'its "scale" has 3 numbers'), (dict(fwhm_nm=10.0), 'has 1 widths for 8 bands'),
+                                          (dict(wavelengths_nm=450.0), 'has 1 wavelengths for 8 bands'), (dict(nodata=[0, 9]), 'states 2 nodata values')])
+def test_wrong_facts_in_an_npz_are_refused(tmp_path, facts, words):
+    refused(words, make_scene(tmp_path / 'a.npz', **dict(cube=np.moveaxis(CUBE, 0, 2), labels=LABELS, wavelengths_nm=NM) | facts))
+
+
+def test_a_scale_may_be_one_number(tmp_path):
+    for scale, expected in ((1e-4, (1e-4, 0)), ([1e-4], (1e-4, 0)), ([1e-4, 2], (1e-4, 2))):
+        assert read_scene(make_scene(tmp_path / 'a.npz', scale=scale)).scale == expected
+
+
 def test_arrays_of_an_npz_that_are_not_used_are_named(tmp_path):
     path = make_scene(tmp_path / 'a.npz', cube=np.moveaxis(CUBE, 0, 2), labels=LABELS, gt=LABELS, wavelengths=NM, wavelengths_nm=NM)
     said(read_scene(path), 'not used: gt, wavelengths (known are labels, wavelengths_nm')
