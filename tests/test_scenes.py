@@ -457,7 +457,6 @@ def test_labels_as_a_grey_or_paletted_png_keep_their_numbers(image, tmp_path):
     refused('type ".png"', tmp_path / 'grey.png')  # a picture is no scene
     (tmp_path / 'cut.png').write_bytes((tmp_path / 'grey.png').read_bytes()[:60])
     refused('cut.png: cannot be read', image, tmp_path / 'cut.png')
-    pictures['grey'].save(tmp_path / 'stored.png', compress_level=0)
     damaged = bytearray((tmp_path / 'wide.png').read_bytes())
     for at in range(41, len(damaged) - 12):  # the packed numbers and their checksum
         damaged[at] ^= 16
