@@ -21,6 +21,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 from typing import NamedTuple
 
@@ -385,6 +386,9 @@ def write_tiles(inputs, args):
             failures.append(str(error))
             skipped.append(item.name)
             continue
+        if args.pca > first['num_bands']:
+            raise UserError(f'--pca={args.pca}: choose from 1 to {first["num_bands"]} components, '
+                            'as many as there are bands')
         say_notes(item.path, scene.notes, said, whole=len(inputs) <= FEW_FILES)
         for split, rows, cols, labels_there in regions:
             class_counts[split] += np.bincount(labels_there[rows, cols].ravel(), minlength=256)
@@ -493,8 +497,6 @@ def to_components(meta, args):
     """Replace the bands of all tiles by their --pca leading principal components -> what changes
     in meta; missing pixels become NaN"""
     C, K, S = meta['num_bands'], args.pca, args.tile_size
-    if K > C:
-        raise UserError(f'--pca={K}: choose from 1 to {C} components, as many as there are bands')
     variance, vectors = np.linalg.eigh(meta['covariance'])
     components = vectors[:, ::-1][:, :K].T  # (K, C) unit vectors, the leading ones first
     components = components * np.sign(components.sum(1, keepdims=True))  # any would do
@@ -1338,7 +1340,6 @@ def save_maps(path, tiles, ids, columns):
 
     columns: list of (title, a map (S, S) of class numbers for each of ids, 0 = none)
     """
-    names = tiles.meta['class_names']
     side = min(9 / (1 + len(columns)), 2.5)
     size = side * (1 + len(columns)), (side + 0.1) * len(ids) + 1.3
     figure = Figure(figsize=size, layout='constrained')
@@ -1351,11 +1352,11 @@ def save_maps(path, tiles, ids, columns):
     for column, (title, maps) in zip(axes[:, 1:].T, columns):
         column[0].set_title(title, fontsize=9)
         for axis, classes in zip(column, maps):
-            show_classes(axis, classes, names)
+            show_classes(axis, classes, tiles.meta)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     drawn = np.concatenate([maps for _, maps in columns])
-    class_legend(figure, names, set(np.unique(drawn).tolist()))
+    class_legend(figure, tiles.meta, set(np.unique(drawn).tolist()))
     save_figure(figure, path)
 
 
@@ -1368,14 +1369,18 @@ OHS_PALETTE = ('bed2ff 00ffc5 267300 a3ff73 4ce600 55ff00 737300 a8a800 ffff00 7
 SAFE_PALETTE = 'e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 999999'
 
 
-def class_colors(class_names):
-    """(K + 1, 3) uint8: black for unlabelled, then one colour a class: WHU-OHS's own for its
-    classes, safe ones for up to 8, else tab20's"""
+def class_colors(meta):
+    """(K + 1, 3) uint8: black for unlabelled, then one colour a class: those of the label file, if
+    they tell the classes apart, WHU-OHS's own, safe ones for up to 8 classes, else tab20's"""
+    class_names = meta['class_names']
+    stated = (meta.get('class_colors') or [])[:len(class_names)]
     palette = SAFE_PALETTE.split()
     if len(class_names) > len(palette):
         palette = [to_hex(color)[1:] for color in colormaps['tab20'].colors]
     if tuple(class_names) == OHS_CLASSES:
         palette = OHS_PALETTE.split()
+    if len(set(map(tuple, stated))) == len(class_names):
+        palette = [bytes(color).hex() for color in stated]
     chosen = ['000000'] + [palette[k % len(palette)] for k in range(len(class_names))]
     return np.array([list(bytes.fromhex(code)) for code in chosen], np.uint8)
 
@@ -1417,17 +1422,17 @@ def false_color(x, meta, bands=None):
     return np.where(valid[..., None], rgb, 0).clip(0, 1)
 
 
-def show_classes(axis, classes, class_names, step=1):
+def show_classes(axis, classes, meta, step=1):
     """Draw classes (h, w), 0 = none, in their colours, `step` pixels of the scene apart"""
     h, w = classes.shape
-    colors = class_colors(class_names)
+    colors = class_colors(meta)
     axis.imshow(colors[classes], interpolation='nearest', extent=(0, w * step, h * step, 0))
 
 
-def class_legend(figure, class_names, present):
+def class_legend(figure, meta, present):
     """Below the figure: the colours of the classes in `present` (their numbers, 0 = none)"""
-    colors = class_colors(class_names) / 255
-    handles = [Patch(color=colors[number], label=f'{number} {class_names[number - 1]}')
+    names, colors = meta['class_names'], class_colors(meta) / 255
+    handles = [Patch(color=colors[number], label=f'{number} {names[number - 1]}')
                for number in sorted(present - {0})]
     if 0 in present:
         handles.append(Patch(color=colors[0], label='no label, no data'))
@@ -1692,5 +1697,11 @@ def read_flags(constants, presets=None):
 if __name__ == '__main__':
     plain_errors()
     arguments = parse()
+    is_new = not os.path.exists(arguments.out)
     with lock_directory(arguments.out):
-        {'tile': tile, 'demo': demo}[arguments.command](arguments)
+        try:
+            {'tile': tile, 'demo': demo}[arguments.command](arguments)
+        except UserError:
+            if is_new:  # nothing in it is of use
+                shutil.rmtree(arguments.out, ignore_errors=True)
+            raise

@@ -34,7 +34,9 @@ BAND_SETS = {
 }
 # GeoTIFF tags: pixel scale, tie points, transformation; keys, their numbers and their texts
 GEOTAGS = (33550, 33922, 34264, 34735, 34736, 34737)
-NO_CLASS = ('unlabelled', 'unlabeled', 'undefined', 'background', 'unclassified', 'nodata', '')
+# names that label 0 may have, which means unlabelled
+NO_CLASS = ('unlabelled', 'unlabeled', 'undefined', 'background', 'unclassified', 'nodata',
+            'no data', 'no_data', 'none', 'void', 'ignore', 'ignored', 'unknown', '')
 SAMPLE_PIXELS = 20_000  # of a scene, that tell what values it has
 STRIP_BYTES = 32e6  # as much of a cube is in memory at once where it is gone through
 
@@ -299,7 +301,8 @@ def one_sentence(path):
 
 # nm in one of each unit that files state wavelengths in
 UNITS_NM = {'nm': 1, 'nanometer': 1, 'nanometre': 1, 'um': 1e3, 'micrometer': 1e3,
-            'micrometre': 1e3, 'micron': 1e3, 'angstrom': 0.1, 'a': 0.1}
+            'micrometre': 1e3, 'micron': 1e3, 'angstrom': 0.1, 'a': 0.1, 'mm': 1e6,
+            'millimeter': 1e6, 'millimetre': 1e6, 'm': 1e9, 'meter': 1e9, 'metre': 1e9}
 WAVENUMBERS = ('cm-1', 'cm^-1', '1/cm', 'wavenumber')
 
 
@@ -330,9 +333,11 @@ def to_nm(values, unit='', where='its header'):
         numbers = np.array([float(value) for value in values])
     except (TypeError, ValueError):
         return None, f'wavelengths in {where} are not numbers ({str(values)[:40]}): not used'
-    name = str(unit or '').strip().lower().replace('\u00b5', 'u').replace('\u03bc', 'u')
+    name = str(unit or '').split('(')[0].strip().lower()  # 'Nanometers (nm)'
+    name = name.replace('\u00b5', 'u').replace('\u03bc', 'u')
     name = name.replace('\u00e5ngstr\u00f6m', 'angstrom').replace('\u00e5', 'a')
     name = name if name in UNITS_NM else name.removesuffix('s')
+    counted = len(numbers) > 1 and numbers[0] in (0, 1) and (np.diff(numbers) == 1).all()
     numbers[~(np.isfinite(numbers) & (numbers > 0))] = np.nan
     how = f'in {unit} there'
     if name in WAVENUMBERS:
@@ -340,14 +345,20 @@ def to_nm(values, unit='', where='its header'):
     elif name in UNITS_NM:
         nm = numbers * UNITS_NM[name]
     elif name:
-        return None, f'wavelengths in {where} are in "{unit}", an unknown unit: not used'
+        return None, (f'wavelengths in {where} are in "{unit}", an unknown unit: not used. Write '
+                      'nm or um there')
+    elif counted:
+        return None, f'{where} counts the bands where wavelengths belong: not used'
     elif np.nanmax(numbers, initial=0) < 100:
         nm, how = numbers * 1000, 'their unit is not stated: below 100 they are micrometres'
     else:
         nm, how = numbers, 'their unit is not stated: taken as nm'
     nm = nm.round(6)
     low, high = np.nanmin(nm, initial=np.inf), np.nanmax(nm, initial=0)
-    return nm.tolist(), f'wavelengths {low:.0f} to {high:.0f} nm, from {where} ({how})'
+    sentence = f'wavelengths {low:.0f} to {high:.0f} nm, from {where} ({how})'
+    if high and not 100 <= low <= high <= 1e5:  # ultraviolet, far infrared
+        return None, f'{sentence}: no sensor has these, so they are not used'
+    return nm.tolist(), sentence
 
 
 # ============ what a file states: type, nodata, scale, masks ============
@@ -396,6 +407,11 @@ def settle_values(scene, path, nodata=None):
     factor, offset = scene.scale or (1, 0)
     factor, offset = of_bands(factor, 1.0, notes), of_bands(offset, 0.0, notes)
 
+    for numbers in (stated, factor, offset):
+        if np.size(numbers) not in (1, len(cube)):
+            raise UserError(f'{path}: states {np.size(numbers)} nodata values, gains or offsets '
+                            f'for {len(cube)} bands: state one, or one for each')
+
     # the type, and the value of missing pixels in it
     small_integers = cube.dtype.kind in 'iu' and cube.dtype.itemsize <= 2
     dtype = cube.dtype.newbyteorder('=') if small_integers else np.dtype(np.float32)
@@ -410,7 +426,7 @@ def settle_values(scene, path, nodata=None):
             held = np.float64(stated).astype(dtype)  # as pixels of this type hold it
         if np.isfinite(held) and (dtype.kind == 'f' or held == stated):
             value = held.item()
-        known = value is not None or math.isnan(stated)
+        known = value is not None or not np.isfinite(held)  # infinite ones are missing anyhow
         notes.append(f'nodata {stated:g}'.replace('nan', 'NaN') if known else
                      f'nodata {stated:g} is stated, which no {dtype} pixel can have')
     if not differ and (factor, offset) != (1, 0):
@@ -521,6 +537,8 @@ def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
     """Leaves out bands, and says what is missing -> the Scene, (H, W) True where a pixel is
     missing"""
     C, nm = len(scene.cube), scene.wavelengths_nm
+    if scene.bands == []:
+        scene = say(scene._replace(bands=None), 'every band is marked as bad: that is not believed')
     marked = [] if scene.bands is None else sorted(set(range(C)) - set(scene.bands))
     dropped = numbers_of_bands(drop_bands, C, nm)
     if keep_bad_bands and marked:
@@ -592,6 +610,12 @@ def name_bands(numbers, nm):
     return f'{words} ({low:.0f} nm)' if low == high else f'{words} ({low:.0f} to {high:.0f} nm)'
 
 
+def good_bands(flags):
+    """What a file states of its bands, 1 = good and 0 = bad -> numbers of the good ones; None where
+    it states nothing"""
+    return [band for band, flag in enumerate(flags) if float(flag)] if flags else None
+
+
 def numbers_of_bands(text, num_bands, nm):
     """--drop_bands= -> numbers of bands from 0; text: '1,5,100-110' from 1, or '1380-1410nm'"""
     numbers = set()
@@ -614,7 +638,7 @@ def numbers_of_bands(text, num_bands, nm):
 def read_labels(path):
     """A file of labels -> Scene with raw `labels` (H, W), names and colours of the classes and
     geotags; what is NaN or nodata there becomes 0"""
-    scene = read_file(path)
+    scene = read_png(path) if path.lower().endswith('.png') else read_file(path)
     if scene.labels is not None:
         return scene._replace(labels=one_of(scene.labels, path))
     raw = scene.cube
@@ -637,6 +661,26 @@ def read_labels(path):
         scene = say(scene, 'WARNING: both 0 and what the label file marks as missing count as '
                     'unlabelled: if 0 is a class, number the classes from 1')
     return scene._replace(labels=np.where(valid, raw, 0))
+
+
+def read_png(path):
+    """Labels as an annotation tool writes them: the numbers of a grey or paletted picture"""
+    from PIL import Image  # comes with matplotlib
+    if not os.path.isfile(path):
+        raise UserError(f'{path}: there is no such file: check the path')
+    with one_sentence(path), Image.open(path) as picture:
+        with Image.open(path) as again:
+            again.verify()  # its checksums, which are not looked at when it is read
+        with open(path, 'rb') as file:
+            depth, kind = file.read(26)[24:]  # bits of a value; 0: grey, 3: paletted
+        if kind not in (0, 3):
+            raise UserError(f'{path}: a picture in colours, which says nothing of classes: save '
+                            'their numbers as a grey or paletted picture, 0 = unlabelled')
+        numbers = np.array(picture)
+        if kind == 0 and 1 < depth < 8:  # 2 or 4 bits were stretched to 0 to 255
+            numbers //= 255 // (2 ** depth - 1)
+        colors = np.reshape(picture.getpalette() or (), (-1, 3)).astype(int).tolist()
+    return Scene(numbers[None], None, None, None, None, class_colors=colors or None)
 
 
 def one_of(labels, path):
@@ -727,16 +771,21 @@ def place(geotags):
     return (x, dx, dx_row, y, dy, dy_row), keys
 
 
+LENGTHS = {9001: 'm', 9002: 'ft', 9003: 'US survey ft', 9036: 'km'}  # key 3076
+
+
 def place_text(geotags):
     affine, keys = place(geotags)
     if affine is None:
         return 'no georeference'
     x, dx, dx_row, y, dy, dy_row = affine
     epsg = keys.get(3072) or keys.get(2048)
-    unit = 'degrees' if keys.get(1024) == 2 else 'm'
-    system = f'EPSG:{epsg}' if epsg and epsg < 32767 else 'a projection of its own'
-    if epsg and epsg // 100 in (326, 327):
-        system = f'UTM zone {epsg % 100}{"N" if epsg // 100 == 326 else "S"}'
+    unit = LENGTHS.get(keys.get(3076), '(unit not known)')
+    system = f'EPSG:{epsg}' if epsg and epsg < 32767 else 'a system of its own'
+    if keys.get(1024) == 2:
+        unit = 'degrees'
+    elif epsg and epsg // 100 in (326, 327):
+        system, unit = f'UTM zone {epsg % 100}{"N" if epsg // 100 == 326 else "S"}', 'm'
     turned = math.degrees(math.atan2(dy, dx))
     rotation = f', rotated by {turned:.1f} degrees' if turned or dx_row else ''
     return (f'place: {system}, pixels of {math.hypot(dx, dy):g} {unit}, upper left corner at '
@@ -753,10 +802,12 @@ def check_same_place(scene, label_tags, path, labels):
     pixel = math.hypot(affine[1], affine[4])
     corners = np.array([[1, 0, 0], [1, W, 0], [1, 0, H], [1, W, H]])
     apart = corners @ np.reshape(np.subtract(affine, label_affine), (2, 3)).T
-    codes = [{keys_of.get(key) for key in (3072, 2048)} - {None} for keys_of in (keys, label_keys)]
+    codes = [{keys_of.get(key) for key in (3072, 2048)} - {None, 32767}  # 32767: no number
+             for keys_of in (keys, label_keys)]
     if np.abs(apart).max() > pixel / 2 or all(codes) and codes[0] != codes[1]:
         raise UserError(f'{labels}: the labels lie elsewhere ({place_text(label_tags)}) than '
-                        f'{path} ({place_text(scene.geotags)}): give the labels of this scene')
+                        f'{path} ({place_text(scene.geotags)}): give labels of the '
+                        'same pixels')
 
 
 def place_tags(matrix, wkt='', epsg=None, at=(0.0, 0.0)):
@@ -775,13 +826,21 @@ def place_tags(matrix, wkt='', epsg=None, at=(0.0, 0.0)):
         tags = ((34264, 12, 16, (*rows, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)),)
     number = re.search(r'(AUTHORITY|ID)\["EPSG",\s*"?(\d+)"?\]\s*\]\s*$', wkt)
     epsg = epsg or (int(number[2]) if number else None)
-    if epsg is None:
-        return tags
     # of longitude and latitude? The number does not tell: 4490 is so, 4547 is a projection
     degrees = wkt.lstrip().startswith('GEO') if wkt else epsg == 4326
+    if epsg is None and not degrees:
+        return tags
     model, key = (2, 2048) if degrees else (1, 3072)  # geographic, projected
-    keys = (1, 1, 0, 3, 1024, 0, 1, model, 1025, 0, 1, 1, key, 0, 1, epsg)  # 1025: of areas
-    return (*tags, (34735, 3, 16, keys))
+    keys = [(1024, model), (1025, 1), (key, epsg or 32767)]  # 1025: of areas; 32767: no number
+    # the last unit of a projection is that of its lengths
+    metres = re.findall(r'UNIT\["[^"]*",\s*([\d.]+)', wkt)
+    length = metres and {1: 9001, 0.3048: 9002, 0.3048006: 9003}.get(round(float(metres[-1]), 7))
+    if length and not degrees:
+        keys.append((3076, length))
+    words = [1, 1, 0, len(keys)]
+    for key, value in keys:
+        words += [key, 0, 1, value]
+    return (*tags, (34735, 3, len(words), tuple(words)))
 
 
 def envi_geotags(info, wkt=''):
@@ -792,7 +851,7 @@ def envi_geotags(info, wkt=''):
     wkt: its "coordinate system string"
     """
     info = [str(word).strip() for word in info]
-    if len(info) < 7:
+    if len(info) < 7 or info[0].lower() == 'arbitrary':
         return ()
     column, row, x, y, width, height = (float(word) for word in info[1:7])
     angles = [float(word.split('=')[1]) for word in info if word.lower().startswith('rotation=')]
@@ -803,6 +862,8 @@ def envi_geotags(info, wkt=''):
             epsg = int(info[7]) + (32700 if info[8].lower() == 'south' else 32600)
         elif info[0] == 'Geographic Lat/Lon':
             epsg = 4326
+    if info[0] == 'Geographic Lat/Lon':
+        wkt = wkt or 'GEOGCS'  # of another datum, but degrees
     matrix = (x, math.cos(angle) * width, math.sin(angle) * height,
               y, math.sin(angle) * width, -math.cos(angle) * height)
     return place_tags(matrix, wkt, epsg, (column - 1, row - 1))
@@ -1008,6 +1069,16 @@ def choose_axes(shape, path, axes='', stated='', num_bands=None, pixels=None):
 POSITIONS = 'bands first', 'bands in the middle', 'bands last'
 
 
+def refuse_table(path, name, shape, folded=False):
+    """Refuses an array of bands x pixels or pixels x bands; folded: the file says that it is so"""
+    if not folded and max(shape) <= 40 * min(shape):
+        return
+    first, turned = ('bands x pixels', "'") if shape[0] < shape[1] else ('pixels x bands', '')
+    raise UserError(f'{path}: "{name}" of {shape[0]} x {shape[1]} looks like {first}: save it as '
+                    'rows x columns x bands, which in MATLAB is '
+                    f'reshape({last_part(name)}{turned}, nRow, nCol, [])')
+
+
 # ============ GeoTIFF ============
 
 GDAL_METADATA, GDAL_NODATA, COLOR_MAP = 42112, 42113, 320  # tags
@@ -1066,8 +1137,15 @@ def read_tiff(path, mmap, name, axes):
     scene = Scene(
         take_bands(cube, bands), None, nm, of_bands('nodatavalue', tags.get(GDAL_NODATA)),
         facts[0].get('categories'), geotags, fwhm, colors, (of_bands('scale'), of_bands('offset')),
-        notes=tuple(notes), unit=unit,
+        notes=tuple(notes), unit=unit, bands=good_bands(gdal_list(facts, bands, 'bbl')),
         mask=np.all([mask != 0 for mask in masks if mask.ndim == 2], 0) if masks else None)
+    # ENVI writes what it is told of a TIFF into a header beside it
+    header, beside = {}, envi_header_of(path)
+    if beside:
+        with contextlib.suppress(UserError):  # not one of ENVI's
+            header = envi_header(beside)
+    if 'tif' in header.get('file type', '').lower():
+        scene = envi_facts(scene, header, beside)
     return product_metadata(path, scene)
 
 
@@ -1169,25 +1247,31 @@ def gdal_facts(path, text=''):
     return facts
 
 
+def gdal_list(facts, bands, name):
+    """What gdal_facts() knows by this name, a text for each of `bands`: each band's own, or of a
+    list for all; [] where it does not"""
+    values = [facts[band].get(name, '').split(' ')[0] for band in bands]
+    if not all(values):
+        values = re.findall(r'[^\s,{}]+', facts[-1].get(name, ''))
+    return values if len(values) == len(bands) else []
+
+
 def gdal_wavelengths(facts, bands):
     """What gdal_facts() knows of wavelengths -> for `bands` values, widths, (unit, where)"""
-    whole = facts[-1]
-
-    def stated(name):
-        """A value for each band: of its own, or in a list for all"""
-        values = [facts[band].get(name, '').split(' ')[0] for band in bands]
-        if not all(values):
-            values = re.findall(r'[^\s,{}]+', whole.get(name, ''))
-        return values if len(values) == len(bands) else None
-
     where = "the file's metadata"
-    both = whole | facts[bands[0]]
+    both = facts[-1] | facts[bands[0]]
     unit = both.get('wavelength_units') or both.get('wavelength_unit', '')
-    if stated('central_wavelength_um'):
-        return stated('central_wavelength_um'), stated('fwhm_um'), ('um', where)
-    for name in ('wavelength', 'wavelengths', 'central_wavelength', 'center_wavelength'):
-        if stated(name):
-            return stated(name), stated('fwhm'), (unit, where)
+    for name, width, own_unit in (
+            ('central_wavelength_um', 'fwhm_um', 'um'), ('wavelength', 'fwhm', unit),
+            ('wavelengths', 'fwhm', unit), ('central_wavelength', 'fwhm', unit),
+            ('center_wavelength', 'fwhm', unit)):
+        values = gdal_list(facts, bands, name)
+        if values:
+            return values, gdal_list(facts, bands, width), (own_unit, where)
+    names = [facts[band].get('description', '') for band in bands]  # 'band 1 (450.5 Nanometers)'
+    found = [re.search(r'([\d.]+) ?(nm|nanomet\w+|um|micromet\w+)\b', name, re.I) for name in names]
+    if all(found) and len({match[2] for match in found}) == 1:
+        return [match[1] for match in found], None, (found[0][2], 'the names of its bands')
     return None, None, ('', where)
 
 
@@ -1233,7 +1317,7 @@ NPZ_FACTS = ('wavelengths_nm', 'fwhm_nm', 'class_names', 'class_colors', 'nodata
 
 
 def read_numpy(path, mmap, name, axes):
-    labels, facts = None, {}
+    labels, facts, others = None, {}, []
     loaded = np.load(path, allow_pickle=False, mmap_mode='r')
     if isinstance(loaded, np.ndarray):
         def stored():
@@ -1244,9 +1328,13 @@ def read_numpy(path, mmap, name, axes):
         if name not in loaded:
             raise UserError(f'{path}: holds {sorted(loaded)[:6]} but no array "cube": save the '
                             f'image under that name, or name one, as {path}:NAME')
+        others = set(loaded) - {name, 'labels', *NPZ_FACTS}
         if 'labels' in loaded and name != 'labels':
             labels = loaded['labels']
-        facts = {key: loaded[key].tolist() for key in NPZ_FACTS if key in loaded}
+        facts = {key: np.atleast_1d(loaded[key]).tolist() for key in NPZ_FACTS if key in loaded}
+        if len(facts.get('scale', [])) > 2:
+            raise UserError(f'{path}: its "scale" has {len(facts["scale"])} numbers: give factor '
+                            'and offset')
         folder = tempfile.TemporaryDirectory()  # goes with the last one who knows stored()
         unpacked = loaded.zip.extract(f'{name}.npy', folder.name)
 
@@ -1257,6 +1345,7 @@ def read_numpy(path, mmap, name, axes):
     shape = stored().shape
     nm = facts.get('wavelengths_nm')
     if len(shape) == 2:  # one band, or labels
+        refuse_table(path, name or 'array', shape)
         shape, axes, words = (1, *shape), 'chw', 'rows and columns'
     elif len(shape) == 3:
         pixels = None if labels is None else labels.shape
@@ -1266,18 +1355,26 @@ def read_numpy(path, mmap, name, axes):
                         '3-d array')
     cube = mapped_cube(lambda: to_chw(stored().reshape(shape), axes))
     notes = [shape_note(cube, words)]
+    if others:
+        notes.append(f'not used: {", ".join(sorted(others))} (known are labels, '
+                     f'{", ".join(NPZ_FACTS)}; --labels={path}:NAME chooses labels)')
 
     # the first name may be that of label 0, but not where there are as many classes as names
     names, colors = facts.get('class_names'), facts.get('class_colors')
     if names:
         numbers = stored() if name == 'labels' else labels
-        as_many = numbers is not None and numbers.max() == len(names)
-        if as_many or str(names[0]).lower() not in NO_CLASS:
+        classes = len(names) if numbers is None else numbers.max()
+        if classes == len(names) or str(names[0]).lower() not in NO_CLASS:
+            if classes == len(names) - 1:
+                notes.append(f'WARNING: {len(names)} class_names for labels up to {classes}: the '
+                             f'first, "{names[0]}", is taken as that of class 1. If it is that of '
+                             'label 0, call it "unlabelled"')
             names = ['', *names]
         else:
             notes.append(f'class_names: the first, "{names[0]}", is taken as that of label 0')
+    scale = (*facts['scale'], 0)[:2] if 'scale' in facts else None  # an offset may be left out
     return Scene(cube, labels, nm, facts.get('nodata'), names, (), facts.get('fwhm_nm'),
-                 colors and [(0, 0, 0), *colors], facts.get('scale'), None, tuple(notes),
+                 colors and [(0, 0, 0), *colors], scale, None, tuple(notes),
                  unit=('', 'wavelengths_nm'))
 
 
@@ -1406,24 +1503,25 @@ def envi_facts(scene, header, path):
 
     def numbers(field, *counts):
         return envi_numbers(header, field, path, counts)
-    good = numbers('bbl', C)  # 1 = good, 0 = bad
-    if good and not any(good):
-        scene = say(scene, 'the header marks every band as bad (bbl): that is not believed')
-    bands = [band for band in range(C) if good[band]] if any(good) else None
-    scale = (numbers('data gain values', C, 1) or 1, numbers('data offset values', C, 1) or 0)
+    gains, offsets = numbers('data gain values', C, 1), numbers('data offset values', C, 1)
+    scale = (gains or 1, offsets or 0) if gains or offsets else None
     divisor = numbers('reflectance scale factor')
     if any(divisor):
         scale = (1 / divisor[0], 0.0)
+    ignored = numbers('data ignore value', C, 1)
     colors = numbers('class lookup')
-    geotags = envi_geotags(envi_list(header, 'map info'),
-                           header.get('coordinate system string', '').strip('{}'))
-    return scene._replace(
-        wavelengths_nm=numbers('wavelength', C), fwhm_nm=numbers('fwhm', C),
-        unit=(header.get('wavelength units', ''), 'the header'), bands=bands, scale=scale,
-        nodata=(numbers('data ignore value') or [scene.nodata])[0],
-        class_names=envi_list(header, 'class names'),
-        class_colors=[tuple(map(int, colors[i:i + 3])) for i in range(0, len(colors), 3)] or None,
-        geotags=geotags or scene.geotags)
+    colors = np.reshape(colors[:len(colors) // 3 * 3], (-1, 3)).astype(int)
+    nm = numbers('wavelength', C)
+    stated = {
+        'wavelengths_nm': nm or None, 'fwhm_nm': numbers('fwhm', C) or None,
+        'unit': (header.get('wavelength units', ''), 'the header') if nm else None,
+        'bands': good_bands(numbers('bbl', C)), 'scale': scale, 'nodata': ignored or None,
+        'class_names': envi_list(header, 'class names') or None,
+        'class_colors': [tuple(color) for color in colors.tolist()] or None,
+        'geotags': envi_geotags(envi_list(header, 'map info'),
+                                header.get('coordinate system string', '').strip('{}')) or None}
+    stated = {name: value for name, value in stated.items() if value is not None}
+    return scene._replace(**stated)
 
 
 # ============ arrays with names: MATLAB, HDF5 ============
@@ -1440,9 +1538,10 @@ class Stored(NamedTuple):
 # what the last part of a name says
 LABEL_NAMES = re.compile(r'(\b|_)gt|gt(\b|_)|label|truth|class|map|gnd|train|test|(^|_)t[res]$',
                          re.IGNORECASE)
-OTHER_LAYERS = re.compile(r'lidar|ds[mt]|dem$|dtm|height|elev|abund|endmem|conf', re.IGNORECASE)
+OTHER_LAYERS = re.compile(r'lidar|ds[mt]|dem$|dtm|height|elev|abund|endmem|conf'
+                          r'|(\b|_)(lat|lon)', re.IGNORECASE)
 WAVELENGTHS = re.compile(r'^(?!good).*(wave|lambda)|^wl$|centers?$|centres?$', re.IGNORECASE)
-GOOD_BANDS = re.compile('^good_wavelengths$')  # EMIT: 1 = good
+GOOD_BANDS = re.compile('^(good_wavelengths|bbl)$', re.IGNORECASE)  # 1 = good
 ROWS = re.compile('^n_?(rows?|lines)$', re.IGNORECASE)
 WIDTHS = re.compile('fwhm', re.IGNORECASE)
 
@@ -1465,6 +1564,7 @@ def pick_array(path, arrays, name):
     The one that `name` asks for; else the only one of three axes whose name does not speak of
     labels, heights or abundances; else the only one of three axes, or of two.
     """
+    everything = arrays
     arrays = {key: stored for key, stored in arrays.items() if stored.dtype.kind in 'iufb'
               and len(stored.shape) in (2, 3) and sorted(stored.shape)[-2] > 1}
     cubes = {key: stored for key, stored in arrays.items()
@@ -1476,7 +1576,7 @@ def pick_array(path, arrays, name):
         candidates = {key: stored for key, stored in arrays.items() if last_part(key) == name}
     if name in arrays or len(candidates) == 1:
         return name if name in arrays else next(iter(candidates))
-    listed = candidates or arrays
+    listed = candidates or arrays or everything
     what = 'any of them could be meant' if candidates else f'none is "{name or "an image"}"'
     raise UserError(f'{path}: holds {list_arrays(listed) or "other arrays"}, and {what}: choose '
                     f'one, as {os.path.basename(path)}:{next(iter(listed), "NAME")}')
@@ -1489,7 +1589,9 @@ def find_vector(arrays, pattern, counts):
         size = math.prod(stored.shape)
         if (pattern.search(last_part(name)) and size == max(stored.shape, default=1)
                 and size in counts and stored.dtype.kind in 'iuf'):
-            unit = text_of(stored.attrs.get('units', stored.attrs.get('Units', '')))
+            unit = attribute(stored.attrs, 'units', 'unit')
+            if not unit and 'wavenumber' in name.lower():
+                unit = 'wavenumber'
             return name, np.ravel(stored.read(...)).tolist(), unit
     return '', [], ''
 
@@ -1504,17 +1606,14 @@ def named_scene(path, arrays, name, axes, order=''):
     image = arrays[key]
     if len(image.shape) == 2:  # labels, or an image of one band
         rows = find_vector(arrays, ROWS, [1])[1]
-        folded = rows and int(rows[0]) not in image.shape
-        if folded or max(image.shape) > 40 * min(image.shape):
-            raise UserError(f'{path}: "{key}" of {shape_text(image)} looks like bands x pixels: '
-                            'save it as rows x columns x bands, which in MATLAB is '
-                            f'reshape({last_part(key)}\', nRow, nCol, [])')
+        refuse_table(path, key, image.shape, rows and int(rows[0]) not in image.shape)
         cube = image.read(...)[None]
         return Scene(cube, None, None, None, None, notes=(shape_note(cube, f'array "{key}"'),))
     wave_name, values, unit = find_vector(arrays, WAVELENGTHS, image.shape)
-    maps = {other: stored for other, stored in arrays.items() if stored.dtype.kind in 'iufb'
-            and stored.shape in (image.shape[:2], image.shape[1:])}
-    sizes = {stored.shape for stored in maps.values()}
+    layers = {other: stored for other, stored in arrays.items()
+              if stored.dtype.kind in 'iufb' and not OTHER_LAYERS.search(other)}
+    sizes = {squeezed(stored) for stored in layers.values()}
+    sizes &= {image.shape[:2], image.shape[1:]}
     pixels = sizes.pop() if len(sizes) == 1 else None
     order, words = choose_axes(image.shape, path, axes, order, len(values), pixels)
 
@@ -1523,27 +1622,42 @@ def named_scene(path, arrays, name, axes, order=''):
         return to_chw(image.read(tuple(sides[letter] for letter in order)), order)
     cube = Lazy([image.shape[order.index(letter)] for letter in 'chw'], image.dtype, read)
     C = len(cube)
-    good = find_vector(arrays, GOOD_BANDS, [C])[1]
     scene = Scene(cube, None, values if len(values) == C else None, None, None,
                   fwhm_nm=find_vector(arrays, WIDTHS, [C])[1],
-                  bands=[band for band in range(C) if good[band]] if any(good) else None,
+                  bands=good_bands(find_vector(arrays, GOOD_BANDS, [C])[1]),
                   unit=(unit, f'"{wave_name}"'),
                   notes=(shape_note(cube, f'array "{key}", {words}'),))
-    maps = {other: stored for other, stored in maps.items() if stored.shape == cube.shape[1:]}
-    return scene if name else named_labels(scene, maps)
+    return scene if name else named_labels(scene, layers)
 
 
-def named_labels(scene, maps):
-    """-> the scene with the one of the layers `maps` that is named as labels are; where several
-    are, all of them as {name: layer}, for the caller to refuse"""
-    maps = {name: stored for name, stored in maps.items() if not OTHER_LAYERS.search(name)}
+def squeezed(stored):
+    return tuple(side for side in stored.shape if side > 1)
+
+
+def named_labels(scene, layers):
+    """-> the scene with the one of the layers of its size that is named as labels are; where
+    several are, all of them as {name: layer}, for the caller to refuse"""
+    pixels = scene.cube.shape[1:]
+    maps = {name: stored for name, stored in layers.items() if squeezed(stored) == pixels}
     labels = {name: stored.read(...) for name, stored in maps.items() if LABEL_NAMES.search(name)}
+    unfit = {name: stored for name, stored in layers.items() if name not in maps
+             and LABEL_NAMES.search(last_part(name)) and squeezed(stored) != scene.cube.shape
+             and 2 * math.prod(stored.shape) >= math.prod(pixels)}
+    if unfit and not labels:
+        scene = say(scene, f'WARNING: not used, as the image has {pixels[0]} x {pixels[1]} pixels: '
+                    f'{list_arrays(unfit)}. Labels are rows x columns, as the image')
     if len(labels) == 1:
         name, layer = next(iter(labels.items()))
         return say(scene._replace(labels=layer), f'labels from "{name}"')
     if maps and not labels:
         scene = say(scene, f'{list_arrays(maps)} may be labels: if so, pass --labels=FILE:NAME')
     return scene._replace(labels=labels or None)
+
+
+def attribute(attrs, *names):
+    """The first of these attributes of HDF5, in whatever spelling -> its text, '' where none is"""
+    spelt = {re.sub('[ _]', '', name).lower(): value for name, value in attrs.items()}
+    return next((text_of(spelt[name]) for name in names if name in spelt), '')
 
 
 def text_of(value):
@@ -1621,6 +1735,7 @@ def h5_arrays(path):
 
     def read_from(item):
         name, shape, dtype = item.name, item.shape, item.dtype
+        first = (0,) * leading(item)
         # a piece of a chunk costs as much as all of it: a large array is unpacked once. No
         # compression makes it 2000 times as small: such an array is mostly empty, or damaged.
         packed = item.chunks and item.ndim == 3 and item.nbytes > 4 * STRIP_BYTES
@@ -1629,14 +1744,20 @@ def h5_arrays(path):
 
         def read(key):
             with one_sentence(f'{path}:{name}'), h5py.File(path, 'r') as file:
-                if key is ... or not packed:
-                    return file[name][key]
+                if key is ...:
+                    return file[name][first] if first else file[name][...]
+                if not packed:
+                    return file[name][(*first, *key)]
                 if not unpacked:
                     item = file[name]
                     pieces = ((chunk, item[chunk]) for chunk in item.iter_chunks())
                     unpacked.append(unpacked_file(path, dtype, shape, pieces))
             return read_mapped(lambda: np.memmap(unpacked[0], dtype, 'r', 0, shape), key)
         return read
+
+    def leading(item):
+        """How many axes of length 1 stand before the last three, as one of a single time"""
+        return max(item.ndim - 3, 0) if set(item.shape[:-3]) <= {1} else 0
 
     def collect(name, item):
         if isinstance(item, h5py.Group) or name.startswith('#'):
@@ -1649,8 +1770,8 @@ def h5_arrays(path):
         if text_of(item.attrs.get('MATLAB_class', '')) != 'char':
             axes = [([os.path.basename(scale.name) for scale in axis.values()] or [axis.label])[0]
                     for axis in item.dims]
-            found[name] = Stored(item.shape, item.dtype, read_from(item), dict(item.attrs),
-                                 tuple(axes))
+            found[name] = Stored(item.shape[leading(item):], item.dtype, read_from(item),
+                                 dict(item.attrs), tuple(axes[leading(item):]))
 
     with h5py.File(path, 'r') as file:
         file.visititems(collect)
@@ -1667,7 +1788,6 @@ def read_h5(path, mmap, name, axes):
         return read_prisma(path, arrays)
     key = pick_array(path, arrays, name)
     image = arrays[key]
-    attrs = {fact: text_of(value) for fact, value in image.attrs.items()}
 
     # NetCDF names the axes
     order = ''
@@ -1686,27 +1806,38 @@ def read_h5(path, mmap, name, axes):
     # the axis of the bands may be numbered by their wavelengths, in a unit of these
     band_axis = image.axes[order.index('c')] if order else ''
     numbers = arrays.get(group + band_axis)
-    unit = text_of(numbers.attrs.get('units', '')) if numbers else ''
+    unit = attribute(numbers.attrs, 'units') if numbers else ''
     if not scene.wavelengths_nm and unit.lower().removesuffix('s') in UNITS_NM:
         values = np.ravel(numbers.read(...)).tolist()
         scene = scene._replace(wavelengths_nm=values, unit=(unit, f'"{band_axis}"'))
 
-    # attributes by the CF conventions, and NEON's
-    scale = attrs.get('scale_factor'), attrs.get('add_offset')
-    if 'Scale_Factor' in attrs:
-        scale = 1 / float(attrs['Scale_Factor']), 0
-    names = ('_FillValue', 'missing_value', 'Data_Ignore_Value', 'nodata')
-    nodata = next((attrs[fact] for fact in names if fact in attrs), None)
+    # attributes by the CF conventions, and NEON's, whose factor divides
+    factor, offset = attribute(image.attrs, 'scalefactor'), attribute(image.attrs, 'addoffset')
+    if factor and float(factor) > 1 and 'scale_factor' not in image.attrs:
+        factor = 1 / float(factor)
+    nodata = [attribute(image.attrs, name) for name in MISSING_VALUES]
+    nodata = list(dict.fromkeys(filter(None, nodata)))
+    if len(nodata) > 1:
+        scene = say(scene, f'WARNING: states {" and ".join(nodata)} for missing pixels, of which '
+                    f'{nodata[0]} is used: --nodata= chooses another')
+    for name in ('validrange', 'validmin', 'validmax', 'unsigned'):
+        if attribute(image.attrs, name):
+            scene = say(scene, f'WARNING: its attribute "{name}" is not used')
     if any(other.endswith('glt_x') for other in arrays):
         scene = say(scene, 'in the geometry of the sensor: its look-up table to the map (glt) is '
                     'not applied')
-    return scene._replace(scale=scale, nodata=nodata, geotags=h5_place(arrays, key))
+    return scene._replace(scale=(factor or None, offset or None), nodata=(nodata or [None])[0],
+                          geotags=h5_place(arrays, key, order))
 
 
-def h5_place(arrays, key):
-    """GeoTIFF tags of an array: NEON's Map_Info, or GeoTransform as GDAL writes it for CF"""
+# attributes in small letters, without spaces and lines
+MISSING_VALUES = 'fillvalue', 'missingvalue', 'dataignorevalue', 'nodata', 'nodatavalue'
+
+
+def h5_place(arrays, key, order):
+    """GeoTIFF tags of an array: NEON's Map_Info, GeoTransform as GDAL writes it for CF, or evenly
+    spaced coordinates of the centres of its rows and columns. order: its axes, as 'hwc', or ''"""
     group = key[:key.rfind('/') + 1]
-
     info, wkt = (arrays.get(f'{group}Metadata/Coordinate_System/{name}')
                  for name in ('Map_Info', 'Coordinate_System_String'))
     if info:
@@ -1714,10 +1845,26 @@ def h5_place(arrays, key):
         return envi_geotags(text_of(info.read(...)).split(','), wkt)
     mapping = arrays.get(group + text_of(arrays[key].attrs.get('grid_mapping', '')))
     attrs = mapping.attrs if mapping else {}
-    numbers = [float(word) for word in text_of(attrs.get('GeoTransform', '')).split()]
-    if len(numbers) != 6:
+    wkt = attribute(attrs, 'crswkt', 'spatialref')
+    numbers = [float(word) for word in attribute(attrs, 'geotransform').split()]
+    if len(numbers) == 6:
+        return place_tags(numbers, wkt)
+    axes = [arrays.get(group + arrays[key].axes[order.index(letter)]) for letter in 'wh' if order]
+    if len(axes) < 2 or None in axes:
         return ()
-    return place_tags(numbers, text_of(attrs.get('crs_wkt', attrs.get('spatial_ref', ''))))
+    matrix = []
+    for axis in axes:
+        unit = attribute(axis.attrs, 'units').lower()
+        centres = np.ravel(axis.read(...)) * (1e3 if unit in ('km', 'kilometers') else 1.0)
+        even = np.linspace(centres[0], centres[-1], len(centres))
+        step = (centres[-1] - centres[0]) / max(len(centres) - 1, 1)
+        if not step or np.abs(centres - even).max() > abs(step) / 10:
+            return ()
+        if not wkt and not unit.startswith('degree'):  # they may count pixels
+            return ()
+        matrix.append((centres[0] - step / 2, step))
+    (x, dx), (y, dy) = matrix
+    return place_tags((x, dx, 0.0, y, 0.0, dy), wkt, None if wkt else 4326)
 
 
 def read_prisma(path, arrays):

@@ -646,6 +646,25 @@ def test_mistakes_on_the_command_line_of_tile(tmp_path, flags, words):
     assert not os.path.exists(tmp_path / 'out' / 'meta.json')
 
 
+def test_a_tiling_that_fails_leaves_nothing_behind_but_what_was_there(tmp_path):
+    flags = ['data.py', 'tile', f'--root={make_scene(tmp_path / "s.npz")}', '--tile_size=16', '--pca=8']
+    assert 'choose from 1 to 7' in run(*flags, f'--out={tmp_path / "new"}', check=False).stderr
+    assert not os.path.exists(tmp_path / 'new')
+    os.makedirs(tmp_path / 'old')
+    (tmp_path / 'old' / 'notes.txt').write_text('mine')
+    run(*flags, f'--out={tmp_path / "old"}', check=False)
+    assert (tmp_path / 'old' / 'notes.txt').read_text() == 'mine'
+
+
+def test_too_many_components_are_refused_at_the_first_scene(tmp_path, monkeypatch):
+    opened, original = [], data.open_input
+    monkeypatch.setattr(data, 'open_input', lambda item, args: opened.append(item) or original(item, args))
+    paths = [make_scene(tmp_path / f'{number}.npz', seed=number) for number in range(3)]
+    with pytest.raises(UserError, match='choose from 1 to 7'):
+        data.tile(tile_args(root=','.join(paths), out=tmp_path / 'out', tile_size=16, pca=8))
+    assert len(opened) == 1
+
+
 def test_other_settings_do_not_overwrite_finished_tiles(tmp_path):
     path = make_scene(tmp_path / 's.npz')
     data.tile(tile_args(root=path, out=tmp_path / 'out', tile_size=16))

@@ -118,7 +118,7 @@ def test_wrong_envi_headers_are_refused_by_the_name_of_the_field(fields, word, t
 
 
 @pytest.mark.parametrize('unit, values', [('Micrometers', NM / 1000), ('nm', NM), ('Nanometers', NM), ('Angstroms', NM * 10), ('Wavenumber', 1e7 / NM), ('um', NM / 1000),
-                                          ('', NM / 1000), ('Index', None), ('Furlongs', None)])
+                                          ('', NM / 1000), ('Millimeters', NM / 1e6), ('Meters', NM / 1e9), ('Nanometers (nm)', NM), ('Index', None), ('Furlongs', None)])
 def test_wavelengths_of_every_unit_become_nm(unit, values, tmp_path):
     fields = {'wavelength units': unit} if unit else {}
     scene = read(write_envi(tmp_path / 'a.img', wavelength=[*range(1, C + 1)] if values is None else values, **fields))
@@ -141,7 +141,7 @@ def test_what_an_envi_header_says_of_bands_is_used(tmp_path):
     kept = read(path, keep_bad_bands=True)
     assert len(kept.cube) == C and told(kept, 'band 3', 'kept')
     scene = read(write_envi(tmp_path / 'b.img', bbl=[0] * C))
-    assert len(scene.cube) == C and told(scene, 'every band as bad')
+    assert len(scene.cube) == C and told(scene, 'every band is marked as bad')
 
 
 @pytest.mark.parametrize('value', ['-9999', 'nan', '-1.5e34'])
@@ -229,8 +229,29 @@ def test_the_coordinate_system_string_names_the_system(wkt, epsg, tmp_path):
 def test_what_kind_of_system_it_is_does_not_follow_from_its_number(kind, epsg, key, tmp_path):
     info = ['Projection', 1, 1, 100, 50, 0.5, 0.5, 'China 2000']
     scene = read(write_envi(tmp_path / 'a.img', map_info=info, coordinate_system_string=f'{{{kind}["x",AUTHORITY["EPSG","{epsg}"]]}}'))
-    assert tag(scene, 34735)[6:8] == (1, 2 if key == 2048 else 1) and tag(scene, 34735)[12] == key and tag(scene, 34735)[15] == epsg
-    assert told(scene, f'EPSG:{epsg}, pixels of 0.5 {"degrees" if key == 2048 else "m"}')
+    assert tag(scene, 34735)[4:8] == (1024, 0, 1, 2 if key == 2048 else 1) and tag(scene, 34735)[12] == key and tag(scene, 34735)[15] == epsg
+    assert told(scene, f'EPSG:{epsg}, pixels of 0.5 {"degrees" if key == 2048 else "(unit not known)"}')
+
+
+@pytest.mark.parametrize('info, wkt, words', [
+    ('Geographic Lat/Lon', '', 'a system of its own, pixels of 0.5 degrees'), ('Geographic Lat/Lon', 'GEOGCS["NAD27"]', 'pixels of 0.5 degrees'),
+    ('State Plane', 'PROJCS["x",GEOGCS["y",UNIT["Degree",0.0174]],UNIT["Foot_US",0.304800609601219],AUTHORITY["EPSG","2263"]]', 'EPSG:2263, pixels of 0.5 US survey ft'),
+    ('State Plane', 'PROJCRS["x",LENGTHUNIT["foot",0.3048],ID["EPSG",2222]]', 'EPSG:2222, pixels of 0.5 ft'),
+    ('Projection', 'PROJCS["x",UNIT["metre",1.0],AUTHORITY["EPSG","3035"]]', 'EPSG:3035, pixels of 0.5 m'),
+    ('State Plane', '', 'a system of its own, pixels of 0.5 (unit not known)'), ('Arbitrary', '', 'no georeference')])
+def test_the_unit_of_a_place_is_that_of_its_system(info, wkt, words, tmp_path):
+    path = write_envi(tmp_path / 'a.img', map_info=[info, 1, 1, 100, 50, 0.5, 0.5, 'x'], coordinate_system_string=f'{{{wkt}}}')
+    scene = read(path)
+    assert told(scene, words), scene.notes
+    again = tiff(tmp_path / 'again.tif', CUBE, geotags=scene.geotags)  # as a map of it has them
+    assert told(read(again), words)
+
+
+def test_a_system_without_a_number_may_be_that_of_the_labels(tmp_path):
+    geographic = ['Geographic Lat/Lon', 1, 1, 12, 50, 0.5, 0.5]
+    image = write_envi(tmp_path / 'a.img', map_info=[*geographic, 'WGS-84'])
+    labels = write_envi(tmp_path / 'b.img', LABELS[None], map_info=[*geographic, 'North America 1983'])
+    np.testing.assert_array_equal(read(image, labels).labels, LABELS)
 
 
 def test_bands_of_overlapping_detectors_are_put_in_order_and_resampled_rightly(tmp_path):
@@ -291,6 +312,25 @@ def test_names_decide_what_is_image_and_what_labels_in_a_mat(tmp_path):
     assert scene.labels is None and told(scene, 'layer (9 x 11, uint8)', '--labels')
 
 
+@pytest.mark.parametrize('form', ['turned', 'column', 'other', 'index'])
+def test_labels_of_a_mat_that_do_not_fit_are_said(form, tmp_path):
+    gt = {'turned': LABELS.T, 'column': LABELS.reshape(-1, 1), 'other': np.pad(LABELS, 1), 'index': np.arange(20)[None]}[form]
+    scene = read(savemat(tmp_path / 'a.mat', {'img': HWC, 'train_gt': gt}))
+    assert scene.labels is None
+    assert told(scene, 'WARNING', f'train_gt ({gt.shape[0]} x {gt.shape[1]}', 'the image has 9 x 11 pixels') == (form != 'index')
+
+
+@pytest.mark.parametrize('arrays', [{'wavenumber': 1e7 / NM}, {'wl': NM / 1000}, {'WaveNumbers_cm1': 1e7 / NM}])
+def test_arrays_of_wavelengths_in_their_unit(arrays, tmp_path):
+    scene = read(savemat(tmp_path / 'a.mat', {'img': HWC, **arrays}))
+    np.testing.assert_allclose(scene.wavelengths_nm, NM)
+
+
+def test_bad_bands_in_a_mat_are_left_out(tmp_path):
+    scene = read(savemat(tmp_path / 'a.mat', {'img': HWC, 'bbl': [1, 1, 0, 1, 1, 1], 'wavelength': NM}))
+    assert scene.bands == [0, 1, 3, 4, 5] and told(scene, 'band 3 (630 nm) left out: marked as bad')
+
+
 def test_several_candidates_of_a_mat_are_refused_and_a_name_chooses(tmp_path):
     train, test = np.where(np.arange(W) < 5, LABELS, 0), np.where(np.arange(W) < 5, 0, LABELS)
     path = savemat(tmp_path / 'a.mat', {'HSI': HWC, 'LiDAR': CUBE[0], 'TRLabel': train, 'TSLabel': test})
@@ -326,7 +366,11 @@ def test_images_inside_structs_and_cells_are_found(form, tmp_path):
 def test_bands_x_pixels_are_refused_with_the_way_out(tmp_path):
     flat = CUBE.transpose(0, 2, 1).reshape(C, -1)
     for number, arrays in enumerate(({'Y': flat, 'nRow': H, 'nCol': W}, {'Y': flat.T, 'nRow': H, 'nCol': W}, {'Y': CUBE.reshape(2, -1)})):
-        refused(savemat(tmp_path / f'{number}.mat', arrays), 'Y', 'bands x pixels', 'rows x columns x bands')
+        words = ('pixels x bands', 'reshape(Y, nRow') if number == 1 else ('bands x pixels', "reshape(Y', nRow")
+        refused(savemat(tmp_path / f'{number}.mat', arrays), 'Y', 'rows x columns x bands', *words)
+    for name, array, words in (('a', np.resize(CUBE, (8, 400)), 'bands x pixels'), ('b', np.resize(CUBE, (400, 8)), 'pixels x bands')):
+        np.save(tmp_path / f'{name}.npy', array)
+        refused(tmp_path / f'{name}.npy', words)
 
 
 def save73(path, arrays):
@@ -459,6 +503,78 @@ def test_wavelengths_of_a_netcdf_may_be_the_coordinate_of_its_bands(tmp_path):
             assert scene.wavelengths_nm is None and told(scene, 'no wavelengths')
 
 
+def netcdf(path, array, axes, facts={}, **coordinates):
+    h5py = pytest.importorskip('h5py')
+    h5(path, {'refl': (array, facts), **coordinates})
+    with h5py.File(path, 'r+') as file:
+        for number, name in enumerate(axes):
+            if name not in file:
+                file[name] = np.arange(array.shape[number])
+            file[name].make_scale(name)
+            file['refl'].dims[number].attach_scale(file[name])
+    return path
+
+
+WKT = 'PROJCS["x",UNIT["metre",1],AUTHORITY["EPSG","32633"]]'
+
+
+@pytest.mark.parametrize('kind, words', [
+    ('metres', 'UTM zone 33N, pixels of 30 m, upper left corner at 350000, 5800000'), ('km', 'UTM zone 33N, pixels of 30 m, upper left corner at 350000, 5800000'),
+    ('degrees', 'EPSG:4326, pixels of 0.5 degrees, upper left corner at 12, 50'), ('uneven', 'no georeference'), ('counted', 'no georeference')])
+def test_evenly_spaced_coordinates_are_a_place(kind, words, tmp_path):
+    names = ['wavelength', 'lat', 'lon'] if kind == 'degrees' else ['wavelength', 'y', 'x']
+    x, y, unit, facts = 350015 + 30.0 * np.arange(W), 5799985 - 30.0 * np.arange(H), 'm', {'grid_mapping': 'crs'}
+    if kind == 'degrees':
+        x, y, unit, facts = (12.25 + 0.5 * np.arange(W)).astype(np.float32), (49.75 - 0.5 * np.arange(H)).astype(np.float32), 'degrees_north', {}
+    elif kind == 'km':
+        x, y, unit = x / 1000, y / 1000, 'km'
+    elif kind == 'uneven':
+        y[-1] -= 5
+    elif kind == 'counted':
+        x, y, unit, facts = np.arange(W), np.arange(H), '1', {}
+    path = netcdf(tmp_path / 'a.nc', CUBE, names, facts, crs=(0, {'crs_wkt': WKT}), wavelength=NM,
+                  **{names[1]: (y, {'units': unit}), names[2]: (x, {'units': unit})})
+    scene = read(path)
+    assert told(scene, words), scene.notes
+    np.testing.assert_allclose(scene.wavelengths_nm, NM)
+
+
+def test_a_counted_axis_is_no_axis_of_wavelengths(tmp_path):
+    for start in (0, 1):
+        scene = read(netcdf(tmp_path / 'a.nc', CUBE, ['wavelength', 'y', 'x'], wavelength=np.arange(start, start + C)))
+        assert scene.wavelengths_nm is None and told(scene, 'counts the bands')
+    scene = read(write_envi(tmp_path / 'b.img', wavelength=[1, 2, 3, 4, 5, 6]))
+    assert scene.wavelengths_nm is None
+    scene = read(write_envi(tmp_path / 'c.img', wavelength=[450, 451, 452, 453, 454, 455]))
+    assert scene.wavelengths_nm[0] == 450
+    scene = read(write_envi(tmp_path / 'd.img', wavelength=NM, wavelength_units='Micrometers'))
+    assert scene.wavelengths_nm is None and told(scene, 'no sensor has these')
+
+
+@pytest.mark.parametrize('facts, nodata', [({'no_data_value': -9}, -9), ({'filler': -9}, None), ({'NoData': -9}, -9), ({'Data Ignore Value': -9.0}, -9), ({'missing_value': np.int16(-9)}, -9),
+                                           ({'_FillValue': np.int16(-9), 'missing_value': np.int16(-8)}, -9), ({'_FillValue': np.int16(-9), 'missing_value': np.int16(-9)}, -9)])
+def test_nodata_in_the_spellings_of_hdf5(facts, nodata, tmp_path):
+    scene = read(h5(tmp_path / 'a.h5', {'cube': (HWC, facts)}))
+    assert scene.nodata == nodata
+    assert told(scene, 'WARNING', '-9 and -8', '-9 is used') == (facts.get('missing_value') == -8)
+
+
+def test_scales_in_the_spellings_of_hdf5_and_what_is_not_used(tmp_path):
+    for facts, factor in (({'Scale_Factor': 10000.0}, 1e-4), ({'Scale Factor': 10000.0}, 1e-4), ({'Scale_Factor': 1e-4}, 1e-4), ({'scale_factor': 2.0}, 2)):
+        assert read(h5(tmp_path / 'a.h5', {'cube': (HWC, facts)})).scale == (factor, 0)
+    scene = read(h5(tmp_path / 'a.h5', {'cube': (HWC, {'valid_range': np.int16([0, 9]), '_Unsigned': 'true'})}))
+    assert told(scene, 'WARNING', 'validrange') and told(scene, 'WARNING', 'unsigned')
+
+
+def test_an_axis_of_one_time_is_taken_off_and_of_several_the_arrays_are_listed(tmp_path):
+    scene = read(netcdf(tmp_path / 'a.nc', CUBE[None], ['time', 'band', 'y', 'x'], crs=(0, {})))
+    np.testing.assert_array_equal(scene.cube, CUBE)
+    assert told(scene, 'bands first, as the file states')
+    refused(h5(tmp_path / 'b.h5', {'cube': np.stack([CUBE, CUBE])}), 'cube (2 x 6 x 9 x 11')
+    labels = read(h5(tmp_path / 'c.h5', {'cube': HWC, 'gt': LABELS[..., None]})).labels
+    np.testing.assert_array_equal(labels, LABELS)
+
+
 def test_a_neon_reflectance_file(tmp_path):
     data = HWC.copy()
     data[0] = -9999
@@ -543,8 +659,8 @@ def test_emit_bands_fill_value_and_missing_map(tmp_path):
     assert scene.geotags == () and told(scene, 'glt', 'not applied') and told(scene, '11.1% of the pixels are missing')
 
 
-def tiff(path, cube, nodata=None):
-    tags = [(42113, 's', 0, str(nodata), True)] if nodata is not None else []
+def tiff(path, cube, nodata=None, geotags=()):
+    tags = [(*found, True) for found in geotags] + ([(42113, 's', 0, str(nodata), True)] if nodata is not None else [])
     tifffile.imwrite(path, cube, photometric='minisblack', planarconfig='separate', extratags=tags)
     return str(path)
 
@@ -603,6 +719,21 @@ def test_desis_has_its_bands_from_metadata_xml(tmp_path):
     (tmp_path / 'DESIS-HSI-L2A-DT1-SPECTRAL_IMAGE.hdr').write_text(
         f'ENVI\nsamples = {W}\nlines = {H}\nbands = {C}\ndata type = 2\ninterleave = bip\nfile type = TIFF\nwavelength = {{{", ".join(map(str, NM))}}}\n')
     np.testing.assert_array_equal(read(path.replace('.tif', '.hdr')).cube, cube)
+
+
+def test_what_envi_says_of_a_tiff_in_a_header_beside_it_is_used(tmp_path):
+    path = tiff(tmp_path / 'a.tif', CUBE, -5, geotags=read(write_envi(tmp_path / 'place.img', map_info=UTM)).geotags)
+    text = f'ENVI\nsamples = {W}\nlines = {H}\nbands = {C}\ndata type = 2\ninterleave = bsq\nbbl = {{1, 1, 0, 1, 1, 1}}\nwavelength = {{{", ".join(map(str, NM))}}}\n'
+    for kind, kept in (('file type = TIFF\n', [0, 1, 3, 4, 5]), ('', None)):  # the header of another image of that name
+        (tmp_path / 'a.hdr').write_text(text + kind)
+        scene = read(path)
+        assert scene.bands == kept and bool(scene.wavelengths_nm) == bool(kept) and scene.nodata == -5 and told(scene, 'UTM zone 33N')
+    metadata = ''.join(f'<Item name="wavelength" sample="{band}">{nm}</Item>' for band, nm in enumerate(NM))
+    tiff(tmp_path / 'a.tif', CUBE, -5, [(42112, 's', 0, f'<GDALMetadata>{metadata}</GDALMetadata>')])
+    (tmp_path / 'a.hdr').write_text('ENVI\nfile type = TIFF\nbbl = {1, 1, 0, 1, 1, 1}\n')  # what it does not say is the TIFF's
+    np.testing.assert_allclose(read(path).wavelengths_nm, np.delete(NM, 2))
+    (tmp_path / 'a.hdr').write_text('NROWS 9\nNCOLS 11\n')  # of other programs
+    np.testing.assert_array_equal(read(path).cube, CUBE)
 
 
 def test_axes_that_the_file_states_otherwise_are_refused(tmp_path):

@@ -362,6 +362,13 @@ def test_wavelengths_in_no_known_unit_are_not_used_and_that_is_said(unit, values
     assert nm is None and 'not used' in sentence
 
 
+@pytest.mark.parametrize('items', [gdal_bands('bbl', [1, 1, 0, 1, 1, 1, 1, 1]), [('name="bbl" domain="ENVI"', '{1, 1, 0, 1, 1, 1, 1, 1}')]])
+def test_bad_bands_marked_in_a_geotiff_are_left_out(tmp_path, items):
+    scene = read_scene(write_tiff(tmp_path / 'a.tif', CUBE, gdal(items)))
+    said(scene, 'band 3 left out: marked as bad')
+    np.testing.assert_array_equal(scene.cube, np.delete(CUBE, 2, 0))
+
+
 UM = [f'{nm / 1000:.6f}' for nm in NM]
 
 
@@ -369,6 +376,8 @@ UM = [f'{nm / 1000:.6f}' for nm in NM]
     (gdal_bands('wavelength', NM) + gdal_bands('wavelength_units', ['Nanometers'] * C), False),
     (gdal_bands('WAVELENGTH', UM) + gdal_bands('WAVELENGTH_UNITS', ['Micrometers'] * C), False),
     (gdal_bands('CENTRAL_WAVELENGTH_UM', UM, 'domain="IMAGERY"') + gdal_bands('FWHM_UM', ['0.01'] * C, 'domain="IMAGERY"'), False),
+    (gdal_bands('DESCRIPTION', [f'band {band} ({nm:.2f} Nanometers)' for band, nm in enumerate(NM)], 'role="description"'), False),
+    (gdal_bands('DESCRIPTION', [f'{um} um' for um in UM], 'role="description"'), False),
     ([('name="wavelength"', '{' + ', '.join(map(str, NM)) + '}'), ('name="wavelength_units"', 'Nanometers')], False),
     ([], '<PAMRasterBand band="{}"><Metadata domain="IMAGERY"><MDI key="CENTRAL_WAVELENGTH_UM">{}</MDI></Metadata></PAMRasterBand>')])
 def test_wavelengths_in_a_geotiff(tmp_path, items, beside):
@@ -377,7 +386,7 @@ def test_wavelengths_in_a_geotiff(tmp_path, items, beside):
         text = ''.join(beside.format(band + 1, um) for band, um in enumerate(UM))
         open(path + '.aux.xml', 'w', encoding='utf-8').write(f'<PAMDataset>{text}</PAMDataset>')
     scene = read_scene(path)
-    np.testing.assert_allclose(scene.wavelengths_nm, NM, atol=1e-3)
+    np.testing.assert_allclose(scene.wavelengths_nm, NM, atol=5e-3)
     said(scene, 'wavelengths 450 to 900 nm')
     assert 'FWHM' not in str(items) or scene.fwhm_nm == pytest.approx([10] * C)
     resample_bands(np.asarray(scene.cube), scene.wavelengths_nm, [560, 660])
@@ -430,6 +439,44 @@ def test_labels_of_many_forms_are_class_numbers(image, tmp_path):
         assert scene.labels.dtype == np.uint8, path
         np.testing.assert_array_equal(scene.labels, LABELS, err_msg=path)
         said(scene, 'labels: pixels of 4 classes (1: ')
+
+
+def test_labels_as_a_grey_or_paletted_png_keep_their_numbers(image, tmp_path):
+    Image = pytest.importorskip('PIL.Image')
+    palette = Image.new('P', (W, H))
+    palette.putdata(LABELS.ravel().tolist())
+    palette.putpalette([0, 0, 0, 9, 8, 7, 6, 5, 4, 3, 2, 1, 1, 1, 1])
+    pictures = {'grey': Image.fromarray(LABELS), 'wide': Image.fromarray(LABELS.astype(np.uint16)), 'palette': palette}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / f'{name}.png')
+        scene = read_scene(image, f'{tmp_path}/{name}.png')
+        np.testing.assert_array_equal(scene.labels, LABELS, err_msg=name)
+    assert scene.class_colors == [[9, 8, 7], [6, 5, 4], [3, 2, 1], [1, 1, 1]]
+    Image.fromarray(np.stack([LABELS] * 3, 2)).save(tmp_path / 'rgb.png')
+    refused('rgb.png: a picture in colours', image, tmp_path / 'rgb.png')
+    refused('type ".png"', tmp_path / 'grey.png')  # a picture is no scene
+    (tmp_path / 'cut.png').write_bytes((tmp_path / 'grey.png').read_bytes()[:60])
+    refused('cut.png: cannot be read', image, tmp_path / 'cut.png')
+    damaged = bytearray((tmp_path / 'wide.png').read_bytes())
+    for at in range(41, len(damaged) - 12):  # the packed numbers and their checksum
+        damaged[at] ^= 16
+        (tmp_path / 'damaged.png').write_bytes(damaged)
+        refused('damaged.png', image, tmp_path / 'damaged.png')
+        damaged[at] ^= 16
+
+
+@pytest.mark.parametrize('bits', [1, 2, 4])
+def test_labels_as_a_png_of_few_bits_keep_their_numbers(image, tmp_path, bits):
+    """Which readers stretch to 0 to 255"""
+    import struct
+    import zlib
+    numbers = LABELS % 2 ** bits
+    places = np.arange(8 // bits)[::-1] * bits
+    rows = (numbers.reshape(H, -1, 8 // bits) << places).sum(2).astype(np.uint8)
+    chunks = [(b'IHDR', struct.pack('>IIBBBBB', W, H, bits, 0, 0, 0, 0)), (b'IDAT', zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())), (b'IEND', b'')]
+    (tmp_path / 'l.png').write_bytes(b'\x89PNG\r\n\x1a\n' + b''.join(
+        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data)) for kind, data in chunks))
+    np.testing.assert_array_equal(read_scene(image, f'{tmp_path}/l.png').labels, numbers)
 
 
 ONE_HOT = (LABELS[None] == np.arange(1, 5)[:, None, None])
@@ -661,6 +708,31 @@ def test_what_an_npz_states_beside_its_cube(tmp_path):
     np.testing.assert_array_equal(missing_of(scene), LEFT)
 
 
+@pytest.mark.parametrize('facts, words', [(dict(scale=[1, 0, 2]), 'its "scale" has 3 numbers'), (dict(fwhm_nm=10.0), 'has 1 widths for 8 bands'),
+                                          (dict(wavelengths_nm=450.0), 'has 1 wavelengths for 8 bands'), (dict(nodata=[0, 9]), 'states 2 nodata values')])
+def test_wrong_facts_in_an_npz_are_refused(tmp_path, facts, words):
+    refused(words, make_scene(tmp_path / 'a.npz', **dict(cube=np.moveaxis(CUBE, 0, 2), labels=LABELS, wavelengths_nm=NM) | facts))
+
+
+def test_a_scale_may_be_one_number(tmp_path):
+    for scale, expected in ((1e-4, (1e-4, 0)), ([1e-4], (1e-4, 0)), ([1e-4, 2], (1e-4, 2))):
+        assert read_scene(make_scene(tmp_path / 'a.npz', scale=scale)).scale == expected
+
+
+def test_arrays_of_an_npz_that_are_not_used_are_named(tmp_path):
+    path = make_scene(tmp_path / 'a.npz', cube=np.moveaxis(CUBE, 0, 2), labels=LABELS, gt=LABELS, wavelengths=NM, wavelengths_nm=NM)
+    said(read_scene(path), 'not used: gt, wavelengths (known are labels, wavelengths_nm')
+    assert not any('not used' in note for note in read_scene(make_scene(tmp_path / 'b.npz')).notes)
+
+
+def test_a_first_name_that_may_be_of_label_0_is_said(tmp_path):
+    for names, words in ((['No Data', 'a', 'b', 'c', 'd'], 'the first, "No Data", is taken as that of label 0'), (['none', 'a', 'b', 'c', 'd'], 'label 0'),
+                         (['bare', 'a', 'b', 'c', 'd'], 'WARNING: 5 class_names for labels up to 4: the first, "bare", is taken as that of class 1')):
+        said(read_scene(make_scene(tmp_path / 'a.npz', cube=np.moveaxis(CUBE, 0, 2), labels=LABELS, wavelengths_nm=None, class_names=names)), words)
+    scene = read_scene(make_scene(tmp_path / 'a.npz', cube=np.moveaxis(CUBE, 0, 2), labels=LABELS, wavelengths_nm=None, class_names=['bare', 'a', 'b', 'c']))
+    assert not any('class_names' in note for note in scene.notes)
+
+
 @pytest.mark.parametrize('names', [['background', 'a', 'b', 'c'], ['background', 'a', 'b', 'c', 'd'], ['oak', 'a', 'b', 'c']])
 def test_a_class_named_background_is_not_taken_for_label_0(tmp_path, names):
     path = make_scene(tmp_path / 'a.npz', cube=np.moveaxis(CUBE, 0, 2), labels=LABELS, class_names=names, wavelengths_nm=NM)
@@ -740,7 +812,7 @@ def test_values_beyond_float32_are_missing(tmp_path):
         for path in (saved(tmp_path / 'a.npy', wide), write_tiff(tmp_path / 'a.tif', wide, tag(42113, '-1.7976931348623157e+308'))):
             scene = read_scene(path, axes='chw', mmap=mmap)
             np.testing.assert_array_equal(missing_of(scene), LEFT)
-            assert scene.nodata is None
+            assert scene.nodata is None and not any('no float32 pixel can have' in note for note in scene.notes)
 
 
 def test_only_what_is_sliced_is_read():

@@ -101,7 +101,8 @@ def test_a_map_of_an_envi_scene_lies_where_the_scene_lies(info, epsg, tmp_path):
     def codes(*words):
         return [tag[0] for tag in envi_geotags([*info[:-1], *words])]
     assert len(codes()) == 3 and codes('rotation=0.0') == codes()
-    assert [tag[0] for tag in envi_geotags(['Arbitrary', *info[1:]])] == [33550, 33922]
+    assert [tag[0] for tag in envi_geotags(['Projection', *info[1:]])] == [33550, 33922]
+    assert envi_geotags(['Arbitrary', *info[1:]]) == ()
     assert envi_geotags([]) == ()  # a place without a system; nothing
 
 
@@ -181,18 +182,22 @@ def test_a_map_of_many_bands_has_one_row_of_windows_in_memory(tmp_path, monkeypa
     assert max(asked) == window_row and asked.count(window_row) == 3
 
 
-def test_a_legend_names_the_classes_that_are_there_in_their_colours():
-    figure, names = Figure(), [f'name {k}' for k in range(1, 17)]
+@pytest.mark.parametrize('stated', [None, [[k, 2 * k, 3] for k in range(1, 17)], [[1, 2, 3]] * 16])
+def test_a_legend_names_the_classes_that_are_there_in_their_colours(stated):
+    figure, meta = Figure(), {'class_names': [f'name {k}' for k in range(1, 17)], 'class_colors': stated}
     classes = np.array([[0, 1], [9, 9]])
     axis = figure.subplots()
-    data.show_classes(axis, classes, names, 3)
-    data.class_legend(figure, names, {0, 1, 9})
+    data.show_classes(axis, classes, meta, 3)
+    data.class_legend(figure, meta, {0, 1, 9})
     legend = figure.legends[0]
     assert [text.get_text() for text in legend.get_texts()] == ['1 name 1', '9 name 9', 'no label, no data']
     drawn = axis.images[0].get_array() / 255
     for patch, color in zip(legend.get_patches(), (drawn[0, 1], drawn[1, 0], drawn[0, 0])):
         np.testing.assert_allclose(patch.get_facecolor()[:3], color)
     assert axis.images[0].get_extent() == [0, 6, 6, 0]
+    of_the_file = stated is not None and stated[0] != stated[1]  # colours that tell no classes apart are not used
+    color = (drawn[1, 0] * 255).round().tolist()
+    assert (color == [9, 18, 3]) == of_the_file and color != [1, 2, 3]
 
 
 def test_a_map_without_overlap_is_tile_wise_prediction(mapped):

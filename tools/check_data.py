@@ -226,8 +226,8 @@ def save_picture(path, train, sums):
     if train.labels is not None:
         richness = [len(np.unique(x)) + (x > 0).mean() for x in train.labels[:500]]
         chosen = int(np.argmax(richness))
-        show_classes(axes['labels'], np.asarray(train.labels[chosen]), names)
-        class_legend(figure, names, set(range(len(names) + 1)))
+        show_classes(axes['labels'], np.asarray(train.labels[chosen]), meta)
+        class_legend(figure, meta, set(range(len(names) + 1)))
     axes['labels'].set_title('its labels', fontsize=9)
     image = false_color(train.images[chosen], meta)
     axes['image'].imshow(image, interpolation='nearest')
@@ -238,7 +238,7 @@ def save_picture(path, train, sums):
     # without labels the spectrum of all pixels
     nm = np.array(meta['wavelengths_nm'] or range(1, meta['num_bands'] + 1), float)
     order = np.argsort(nm)
-    colors = class_colors(names) / 255
+    colors = class_colors(meta) / 255
     pixels, total = sums[:, :, order]  # (K + 1, C)
     for k in range(0 if train.labels is None else 1, len(names) + 1):
         if pixels[k, 0]:

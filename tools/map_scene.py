@@ -223,7 +223,7 @@ def map_scene(predict, flags, meta, window):
     started = time.time()
     K = meta['num_classes']
     colors = np.zeros((3, 256), np.uint16)
-    colors[:, :K + 1] = class_colors(meta['class_names']).T.astype(np.uint16) * 257
+    colors[:, :K + 1] = class_colors(meta).T.astype(np.uint16) * 257
     nodata_is_0 = (42113, 's', 0, '0', True)  # GDAL_NODATA
     classes = new_tiff(out, scene.geotags + (nodata_is_0,), shape=(H, W), photometric='palette',
                        colormap=colors)
@@ -299,13 +299,13 @@ def save_picture(path, scene, classes, step, meta):
     axes[0].set_title('false colour', fontsize=10)
     axes[0].set_ylabel('row, px', fontsize=8)
     for axis, (title, numbers) in zip(axes[1:], panels.items()):
-        show_classes(axis, numbers, meta['class_names'], step)
+        show_classes(axis, numbers, meta, step)
         axis.set_title(title, fontsize=10)
     for axis in axes:
         axis.tick_params(labelsize=7)
         axis.set_xlabel('column, px', fontsize=8)
     present = {int(k) for numbers in panels.values() for k in np.unique(numbers)}
-    class_legend(figure, meta['class_names'], present)
+    class_legend(figure, meta, present)
     save_figure(figure, path)
 
 
