@@ -22,6 +22,7 @@ import os
 import re
 import shlex
 import sys
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -350,6 +351,8 @@ HEADER = 128  # bytes of a .npy file before its items, whatever their number
 
 def new_array(path):
     """A .npy file to which items are written one after the other"""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)  # not written over: a run may have the old one mapped
     file = open(path, 'wb')
     file.write(bytes(HEADER))
     return file
@@ -549,9 +552,15 @@ def read_json(path):
         return json.load(file)
 
 
+LOCKS = {}  # path -> the file that locks it; in a notebook a script runs again in one process
+
+
 def lock_directory(directory):
     """Make a directory, and keep other processes from writing it while the file that is returned
     is open. A process that ends, however it does, gives the lock back."""
+    place = os.path.realpath(directory)
+    if place in LOCKS:
+        LOCKS[place].close()
     try:
         os.makedirs(directory, exist_ok=True)
         file = open(os.path.join(directory, '.lock'), 'w', encoding='utf-8')
@@ -567,6 +576,7 @@ def lock_directory(directory):
     except OSError as error:
         print(f'{directory}: this file system has no locks ({one_line(error)}): see to it that '
               'no other process writes here')
+    LOCKS[place] = file
     return file
 
 
@@ -1174,13 +1184,16 @@ def floors(directory, split='ts', label_share=1.0, seed=0):
     """
     path = os.path.join(directory, 'floors.json')
     known = read_json(path) if os.path.exists(path) else {}
+    train = Tiles(directory, 'tr', label_share=label_share, seed=seed)
+    test = Tiles(directory, split)
     key = split
     if label_share != 1:
         key += f', {label_share:g} of the labels, seed {seed}'
+    # floors of other labels, or of tiles made anew, are others
+    for content in (train.labels, test.labels, json.dumps(train.meta).encode()):
+        key += f', {zlib.crc32(content):08x}'
     if key in known:
         return known[key]
-    train = Tiles(directory, 'tr', label_share=label_share, seed=seed)
-    test = Tiles(directory, split)
     num_classes = train.meta['num_classes']
     fitted = {}
     for name, windows in FLOORS.items():
@@ -1658,7 +1671,8 @@ def read_flags(constants, presets=None):
     A line `name = value  # comment` makes a flag, the comment its help; `a | b: ` in front of that
     are choices. `presets` are other values by --size; what is on the command line wins over them.
     No number is negative. A whole number starts at 1, unless it is 0 or the comment says what
-    `0: ` means, and what the comment calls a share or a probability ends at 1.
+    `0: ` means, and ends at 2 ** 31: seeds are made of it. What the comment calls a share or a
+    probability ends at 1.
     """
     parser = argparse.ArgumentParser(description=constants['__doc__'], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1682,8 +1696,9 @@ def read_flags(constants, presets=None):
             continue
         share = type(default) is float and re.search('share|probability', comment)
         lowest = 1 if type(default) is int and default > 0 and '0: ' not in comment else 0
-        if not lowest <= value <= (1 if share else math.inf):
-            span = 'a share, from 0 to 1' if share else f'{lowest} or more'
+        highest = 1 if share else 2 ** 31
+        if not lowest <= value <= highest:
+            span = 'a share, from 0 to 1' if share else f'{lowest} or more, up to {highest:,}'
             raise UserError(f'--{name}={value}: choose {span}')
     constants.update(config)
     return config

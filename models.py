@@ -218,7 +218,7 @@ def drop_path(x, branch, rate):
     skips the branch, and for the others it is scaled up to keep the mean. x (B, T, D)."""
     B = len(x)
     kept = round(B * (1 - rate))
-    if kept in (0, B):
+    if not kept or abs(B - kept - B * rate) > B * rate / 3:
         # a batch too small to be divided so: each sample skips by chance
         keep = torch.rand(B, 1, 1, device=x.device) >= rate
         return x + branch(x).masked_fill(~keep, 0) / (1 - rate)

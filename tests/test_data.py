@@ -933,6 +933,33 @@ def test_floors_see_what_there_is_to_see(scene_data):
     assert data.floors(scene_data, 'ts') == rows  # from floors.json
 
 
+def test_floors_are_those_of_the_labels_and_tiles_that_are_there(scene_data, tmp_path):
+    shutil.copytree(scene_data, tmp_path / 'tiles')
+    before = data.floors(str(tmp_path / 'tiles'), 'ts')
+    assert before == data.floors(scene_data, 'ts')
+    labels = np.load(tmp_path / 'tiles' / 'ts_labels.npy')
+    np.save(tmp_path / 'tiles' / 'ts_labels.npy', np.where(labels == 1, 2, labels).astype(np.uint8))  # the map of labels is corrected
+    after = data.floors(str(tmp_path / 'tiles'), 'ts')
+    assert after['majority'] != before['majority'] and after['pixel']['iou'][0] is None
+    scene = make_scene(tmp_path / 'other.npz', height=64, width=96, seed=3)  # other spectra; the labels alone would not tell
+    os.remove(tmp_path / 'tiles' / 'meta.json')
+    run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path / "tiles"}', '--tile_size=16', '--split_block=8')
+    assert len(json.load(open(tmp_path / 'tiles' / 'floors.json'))) == 2
+    data.floors(str(tmp_path / 'tiles'), 'ts')
+    assert len(json.load(open(tmp_path / 'tiles' / 'floors.json'))) == 3
+
+
+def test_tiles_that_a_run_has_open_outlive_tiling_anew(scene_data, tmp_path):
+    shutil.copytree(scene_data, tmp_path / 'tiles')
+    tiles = data.Tiles(str(tmp_path / 'tiles'), 'tr')
+    before = np.array(tiles.images)
+    os.remove(tmp_path / 'tiles' / 'meta.json')
+    scene = make_scene(tmp_path / 'other.npz', height=32, width=32, seed=3)
+    run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path / "tiles"}', '--tile_size=16', '--split_block=8')
+    assert len(data.Tiles(str(tmp_path / 'tiles'), 'tr')) < len(tiles)
+    np.testing.assert_array_equal(tiles.images, before)  # and no bus error
+
+
 def test_demo_is_hard_enough_but_not_noise(demo):
     assert glob.glob(str(demo / 'demo' / 'scenes' / 'ts' / 'image' / '*.tif'))
     rows = data.floors(str(demo / 'demo'), 'ts')

@@ -137,6 +137,19 @@ def test_a_lock_goes_with_its_process_however_that_ends(tmp_path):
     lock_directory(str(tmp_path)).close()
 
 
+def test_a_notebook_runs_a_script_again_and_others_stay_out(scene_data, tmp_path):
+    """As `%run` does it: one process, and the globals of the first run, with its lock, are still alive at the second."""
+    cells = "import runpy, sys\nscript, *flags = sys.argv[1:]\nkept = []\nfor last in '12':\n    sys.argv = [script, *flags, f'--max_steps={last}']\n"
+    (tmp_path / 'notebook.py').write_text(cells + "    kept.append(runpy.run_path(script, run_name='__main__'))\n")
+    run(tmp_path / 'notebook.py', os.path.join(ROOT, 'pretrain_mae.py'), *MAE, f'--data={scene_data}', f'--out_dir={tmp_path}/run')
+    assert load_checkpoint(tmp_path / 'run' / 'last.pt')['step'] == 2
+    first, again = lock_directory(str(tmp_path / 'run')), lock_directory(f'{tmp_path}/./run/')
+    assert first.closed and not again.closed
+    done = run('pretrain_mae.py', *MAE, f'--data={scene_data}', f'--out_dir={tmp_path}/run', check=False)
+    assert done.returncode == 1 and 'another process writes here' in done.stderr
+    again.close()
+
+
 def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
     def no_locks(*args):
         raise OSError(errno.ENOLCK, 'No locks available')
@@ -308,5 +321,8 @@ def test_a_float16_run_that_diverges_stops_whether_its_loss_or_only_its_gradient
     done = train('pretrain_mae.py', scene_data, tmp_path / 'loss', '--dtype=float16', '--base_lr=30', check=False)
     assert done.returncode == 1 and 'the gradient is not finite (loss nan)' in done.stderr and '--dtype=float32' in done.stderr
     copy = altered_copy('pretrain_mae.py', tmp_path / 'copy', ('scaler.scale(loss).backward()', 'scaler.scale(1e9 * loss).backward()'))
+    short = ['--max_steps=3', f'--out_dir={tmp_path}/short']  # it ends before the scale is down: not without a word
+    done = run(copy, *MAE_TINY, f'--data={scene_data}', *short, '--dtype=float16')
+    assert re.findall(r'step (\d): skipped, since float16 overflowed; the scale of its gradients is now (\d+)', done.stdout) == [('0', '32768'), ('1', '16384'), ('2', '8192')]
     done = run(copy, *MAE_TINY, f'--data={scene_data}', f'--out_dir={tmp_path}/gradient', '--dtype=float16', check=False)
     assert done.returncode == 1 and re.search(r'step 1\d: the gradient is not finite \(loss \d', done.stderr)
