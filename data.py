@@ -153,7 +153,7 @@ def list_inputs(root, labels):
                 inputs.append(Input(f'{split}/{name}', path, label_path, split))
     if not any(item.split == 'tr' for item in inputs):
         raise UserError(f'{root}: no images under {os.path.join(root, "tr", "image")}: expected '
-                        'tr|val|ts / image|label, or pass a scene file')
+                        'tr|val|ts / image|label, or pass scene files, separated by commas')
     return inputs
 
 
@@ -693,6 +693,10 @@ class Tiles:
             else:
                 for item, i, (row, col) in zip(tensor.numpy(), ids, np.asarray(corners)):
                     item[:] = source[i, ..., row:row + window, col:col + window]
+            if kind == 'labels' and (tensor > self.meta['num_classes']).any():
+                raise UserError(f'{self._path(kind)}: has labels above {self.meta["num_classes"]}, '
+                                'the number of classes in meta.json: change the label files of the '
+                                'scenes, and tile them into another directory')
             batch.append(tensor)
         return tuple(batch)
 
@@ -1626,8 +1630,8 @@ def parse(argv=None):
             args.nodata = None  # NaN marks missing pixels in any case
         if min(args.tile_size, args.split_block) < 1:
             parser.error('--tile_size and --split_block start at 1')
-        if min(args.stride, args.split_gap, args.pca) < 0:
-            parser.error('--stride, --split_gap and --pca start at 0')
+        if min(args.stride, args.split_gap, args.pca, args.seed) < 0:
+            parser.error('--stride, --split_gap, --pca and --seed start at 0')
     return args
 
 
