@@ -1572,7 +1572,8 @@ def demo(args):
 
 def demo_if_missing(directory):
     """The scripts' default data set is made on first use"""
-    if directory == 'data/demo' and not os.path.exists(os.path.join(directory, 'meta.json')):
+    at_default = os.path.normpath(directory) == os.path.join('data', 'demo')
+    if at_default and not os.path.exists(os.path.join(directory, 'meta.json')):
         with lock_directory(directory):
             demo(parse(['demo', f'--out={directory}']))
 

@@ -573,7 +573,7 @@ def test_labels_on_missing_pixels_are_no_labels(tmp_path):
     assert seen > 500 and sum(map(sum, meta['class_counts'].values())) == np.count_nonzero(kept)
 
 
-def test_flags_for_what_a_file_leaves_open_reach_the_reader_and_are_settings(tmp_path):
+def test_flags_for_what_a_file_leaves_open_reach_the_reader_and_are_settings(tmp_path, capsys):
     cube = np.random.default_rng(0).integers(1, 999, (30, 40, 48)).astype(np.int16)  # which axis the bands are, no one could tell
     cube[:, :6] = -5
     np.save(tmp_path / 's.npy', cube)
@@ -591,6 +591,9 @@ def test_flags_for_what_a_file_leaves_open_reach_the_reader_and_are_settings(tmp
         data.tile(tile_args(axes='chw', nodata=-5, drop_bands='2,7-8', keep_bad_bands='true', **args))
     plain = ['tile', '--root=a', '--out=b']
     assert data.parse([*plain, '--keep_bad_bands', '--nodata=nan']) == data.parse([*plain, '--keep_bad_bands=true'])
+    with pytest.raises(SystemExit):
+        data.parse([*plain, '--seed=-1'])
+    assert '--seed start at 0' in capsys.readouterr().err
 
 
 def test_an_array_in_a_file_is_named_for_scene_and_labels(tmp_path):
@@ -958,6 +961,15 @@ def test_tiles_that_a_run_has_open_outlive_tiling_anew(scene_data, tmp_path):
     run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path / "tiles"}', '--tile_size=16', '--split_block=8')
     assert len(data.Tiles(str(tmp_path / 'tiles'), 'tr')) < len(tiles)
     np.testing.assert_array_equal(tiles.images, before)  # and no bus error
+
+
+def test_the_demo_is_made_under_any_spelling_of_its_place(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, 'demo', lambda args: made.append(args.out))
+    for place in ('data/demo', 'data/demo/', './data/demo', 'data/mine'):
+        data.demo_if_missing(place)
+    assert made == ['data/demo', 'data/demo/', './data/demo']
 
 
 def test_demo_is_hard_enough_but_not_noise(demo):
