@@ -1285,7 +1285,8 @@ def evaluate(predict, tiles, rank=0, world=1, device='cpu'):
     predict(raw (1, C, S, S)) -> classes (1, S, S), counted at once beside their labels."""
     num_classes = tiles.meta['num_classes']
     cm = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    for i in range(rank, len(tiles), world):
+    ids = range(rank, len(tiles), world)
+    for i in tqdm(ids, 'scoring', unit='tile', leave=False, delay=10, disable=rank > 0):
         raw, labels = tiles.batch([i])
         target = label_to_class(labels).to(device)
         cm += confusion_matrix(predict(raw).to(device), target, num_classes)
