@@ -23,6 +23,7 @@ import re
 import shlex
 import shutil
 import sys
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -153,7 +154,7 @@ def list_inputs(root, labels):
                 inputs.append(Input(f'{split}/{name}', path, label_path, split))
     if not any(item.split == 'tr' for item in inputs):
         raise UserError(f'{root}: no images under {os.path.join(root, "tr", "image")}: expected '
-                        'tr|val|ts / image|label, or pass a scene file')
+                        'tr|val|ts / image|label, or pass scene files, separated by commas')
     return inputs
 
 
@@ -351,6 +352,8 @@ HEADER = 128  # bytes of a .npy file before its items, whatever their number
 
 def new_array(path):
     """A .npy file to which items are written one after the other"""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)  # not written over: a run may have the old one mapped
     file = open(path, 'wb')
     file.write(bytes(HEADER))
     return file
@@ -551,9 +554,15 @@ def read_json(path):
         return json.load(file)
 
 
+LOCKS = {}  # path -> the file that locks it; in a notebook a script runs again in one process
+
+
 def lock_directory(directory):
     """Make a directory, and keep other processes from writing it while the file that is returned
     is open. A process that ends, however it does, gives the lock back."""
+    place = os.path.realpath(directory)
+    if place in LOCKS:
+        LOCKS[place].close()
     try:
         os.makedirs(directory, exist_ok=True)
         file = open(os.path.join(directory, '.lock'), 'w', encoding='utf-8')
@@ -569,6 +578,7 @@ def lock_directory(directory):
     except OSError as error:
         print(f'{directory}: this file system has no locks ({one_line(error)}): see to it that '
               'no other process writes here')
+    LOCKS[place] = file
     return file
 
 
@@ -685,6 +695,10 @@ class Tiles:
             else:
                 for item, i, (row, col) in zip(tensor.numpy(), ids, np.asarray(corners)):
                     item[:] = source[i, ..., row:row + window, col:col + window]
+            if kind == 'labels' and (tensor > self.meta['num_classes']).any():
+                raise UserError(f'{self._path(kind)}: has labels above {self.meta["num_classes"]}, '
+                                'the number of classes in meta.json: change the label files of the '
+                                'scenes, and tile them into another directory')
             batch.append(tensor)
         return tuple(batch)
 
@@ -1176,13 +1190,16 @@ def floors(directory, split='ts', label_share=1.0, seed=0):
     """
     path = os.path.join(directory, 'floors.json')
     known = read_json(path) if os.path.exists(path) else {}
+    train = Tiles(directory, 'tr', label_share=label_share, seed=seed)
+    test = Tiles(directory, split)
     key = split
     if label_share != 1:
         key += f', {label_share:g} of the labels, seed {seed}'
+    # floors of other labels, or of tiles made anew, are others
+    for content in (train.labels, test.labels, json.dumps(train.meta).encode()):
+        key += f', {zlib.crc32(content):08x}'
     if key in known:
         return known[key]
-    train = Tiles(directory, 'tr', label_share=label_share, seed=seed)
-    test = Tiles(directory, split)
     num_classes = train.meta['num_classes']
     fitted = {}
     for name, windows in FLOORS.items():
@@ -1270,7 +1287,8 @@ def evaluate(predict, tiles, rank=0, world=1, device='cpu'):
     predict(raw (1, C, S, S)) -> classes (1, S, S), counted at once beside their labels."""
     num_classes = tiles.meta['num_classes']
     cm = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    for i in range(rank, len(tiles), world):
+    ids = range(rank, len(tiles), world)
+    for i in tqdm(ids, 'scoring', unit='tile', leave=False, delay=10, disable=rank > 0):
         raw, labels = tiles.batch([i])
         target = label_to_class(labels).to(device)
         cm += confusion_matrix(predict(raw).to(device), target, num_classes)
@@ -1560,7 +1578,8 @@ def demo(args):
 
 def demo_if_missing(directory):
     """The scripts' default data set is made on first use"""
-    if directory == 'data/demo' and not os.path.exists(os.path.join(directory, 'meta.json')):
+    at_default = os.path.normpath(directory) == os.path.join('data', 'demo')
+    if at_default and not os.path.exists(os.path.join(directory, 'meta.json')):
         with lock_directory(directory):
             demo(parse(['demo', f'--out={directory}']))
 
@@ -1618,8 +1637,8 @@ def parse(argv=None):
             args.nodata = None  # NaN marks missing pixels in any case
         if min(args.tile_size, args.split_block) < 1:
             parser.error('--tile_size and --split_block start at 1')
-        if min(args.stride, args.split_gap, args.pca) < 0:
-            parser.error('--stride, --split_gap and --pca start at 0')
+        if min(args.stride, args.split_gap, args.pca, args.seed) < 0:
+            parser.error('--stride, --split_gap, --pca and --seed start at 0')
     return args
 
 
@@ -1663,7 +1682,8 @@ def read_flags(constants, presets=None):
     A line `name = value  # comment` makes a flag, the comment its help; `a | b: ` in front of that
     are choices. `presets` are other values by --size; what is on the command line wins over them.
     No number is negative. A whole number starts at 1, unless it is 0 or the comment says what
-    `0: ` means, and what the comment calls a share or a probability ends at 1.
+    `0: ` means, and ends at 2 ** 31: seeds are made of it. What the comment calls a share or a
+    probability ends at 1.
     """
     parser = argparse.ArgumentParser(description=constants['__doc__'], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1687,8 +1707,9 @@ def read_flags(constants, presets=None):
             continue
         share = type(default) is float and re.search('share|probability', comment)
         lowest = 1 if type(default) is int and default > 0 and '0: ' not in comment else 0
-        if not lowest <= value <= (1 if share else math.inf):
-            span = 'a share, from 0 to 1' if share else f'{lowest} or more'
+        highest = 1 if share else 2 ** 31
+        if not lowest <= value <= highest:
+            span = 'a share, from 0 to 1' if share else f'{lowest} or more, up to {highest:,}'
             raise UserError(f'--{name}={value}: choose {span}')
     constants.update(config)
     return config

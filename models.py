@@ -218,7 +218,7 @@ def drop_path(x, branch, rate):
     skips the branch, and for the others it is scaled up to keep the mean. x (B, T, D)."""
     B = len(x)
     kept = round(B * (1 - rate))
-    if kept in (0, B):
+    if not kept or abs(B - kept - B * rate) > B * rate / 3:
         # a batch too small to be divided so: each sample skips by chance
         keep = torch.rand(B, 1, 1, device=x.device) >= rate
         return x + branch(x).masked_fill(~keep, 0) / (1 - rate)
@@ -1026,12 +1026,17 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
 # ============ checkpoints ============
 
 def save_checkpoint(path, content):
-    """Atomic: a kill or a full disk leaves the file before as it was."""
+    """Atomic: a kill or a full disk leaves the file before as it was. Refuses what could not be
+    read again."""
     try:
         with open(f'{path}.tmp', 'wb') as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(f'{path}.tmp')
+        if unsafe:  # numpy's numbers, for example
+            raise UserError(f'{path}: not written, since its {unsafe[0]} could not be read again '
+                            'safely: make it a tensor, number, text, list or dictionary')
         os.replace(f'{path}.tmp', path)
     except (OSError, RuntimeError) as error:
         raise UserError(f'{path}: could not be written ({one_line(error)}): make room, or choose '
@@ -1138,8 +1143,8 @@ def load_encoder(path):
         own = {name.removeprefix(prefix): value for name, value in weights.items()
                if name.startswith(prefix)}
     if not own:
-        raise UserError(f'{path}: was written by {checkpoint["script"]} and holds no encoder: pass '
-                        'the last.pt of a pre-training run')
+        raise UserError(f'{path}: was written by {checkpoint["script"]} and holds no encoder (its '
+                        'weights are named "encoder. ..."): pass the last.pt of a pre-training run')
     with built_again(path):
         encoder = build_encoder(checkpoint['encoder_args'])
         encoder.load_state_dict(own, strict=True)

@@ -658,6 +658,8 @@ if __name__ == '__main__':
                 raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g})'
                                 f': look for huge values with tools/check_data.py --data={data}, '
                                 'lower the learning rate, or pass --dtype=float32')
+            bar.write(f'step {step}: skipped, since float16 overflowed; its scale is now '
+                      f'{scaler.get_scale():g}')
 
         # ---- log
         step += 1
@@ -669,7 +671,7 @@ if __name__ == '__main__':
             terms |= signs_of_collapse(student_out, teacher_out, temp)
             record({'step': step, 'loss': mean_loss.item(), 'lr': optimizer.param_groups[0]['lr'],
                     'grad_norm': norm.item(), 'seconds': time.time() - started,
-                    **{name: float(value) for name, value in terms.items()}})
+                    **{name: torch.as_tensor(value).item() for name, value in terms.items()}})
             bar.set_postfix(loss=f'{mean_loss.item():.4f}')
             collapsing = log[-1]['teacher_entropy'] > 0.99 or log[-1]['feature_std'] < 0.05
             if collapsing and step > warmup * steps:

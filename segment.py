@@ -464,6 +464,8 @@ if __name__ == '__main__':
                 raise UserError(f'step {step}: the gradient is not finite (loss {loss.item():.4g})'
                                 f': look for huge values with tools/check_data.py --data={data}, '
                                 'lower the learning rate, or pass --dtype=float32')
+            bar.write(f'step {step}: skipped, since float16 overflowed; its scale is now '
+                      f'{scaler.get_scale():g}')
 
         # ---- log
         step += 1

@@ -573,7 +573,7 @@ def test_labels_on_missing_pixels_are_no_labels(tmp_path):
     assert seen > 500 and sum(map(sum, meta['class_counts'].values())) == np.count_nonzero(kept)
 
 
-def test_flags_for_what_a_file_leaves_open_reach_the_reader_and_are_settings(tmp_path):
+def test_flags_for_what_a_file_leaves_open_reach_the_reader_and_are_settings(tmp_path, capsys):
     cube = np.random.default_rng(0).integers(1, 999, (30, 40, 48)).astype(np.int16)  # which axis the bands are, no one could tell
     cube[:, :6] = -5
     np.save(tmp_path / 's.npy', cube)
@@ -591,6 +591,9 @@ def test_flags_for_what_a_file_leaves_open_reach_the_reader_and_are_settings(tmp
         data.tile(tile_args(axes='chw', nodata=-5, drop_bands='2,7-8', keep_bad_bands='true', **args))
     plain = ['tile', '--root=a', '--out=b']
     assert data.parse([*plain, '--keep_bad_bands', '--nodata=nan']) == data.parse([*plain, '--keep_bad_bands=true'])
+    with pytest.raises(SystemExit):
+        data.parse([*plain, '--seed=-1'])
+    assert '--seed start at 0' in capsys.readouterr().err
 
 
 def test_an_array_in_a_file_is_named_for_scene_and_labels(tmp_path):
@@ -950,6 +953,43 @@ def test_floors_see_what_there_is_to_see(scene_data):
     assert rows['pixel']['miou'] > 0.9  # the stripes differ by spectrum
     assert rows['majority']['mean_acc'] == pytest.approx(1 / 3) and rows['chance']['mean_acc'] == pytest.approx(1 / 3)
     assert data.floors(scene_data, 'ts') == rows  # from floors.json
+
+
+def test_floors_are_those_of_the_labels_and_tiles_that_are_there(scene_data, tmp_path):
+    shutil.copytree(scene_data, tmp_path / 'tiles')
+    before = data.floors(str(tmp_path / 'tiles'), 'ts')
+    assert before == data.floors(scene_data, 'ts')
+    labels = np.load(tmp_path / 'tiles' / 'ts_labels.npy')
+    np.save(tmp_path / 'tiles' / 'ts_labels.npy', np.where(labels == 1, 2, labels).astype(np.uint8))  # the map of labels is corrected
+    after = data.floors(str(tmp_path / 'tiles'), 'ts')
+    assert after['majority'] != before['majority'] and after['pixel']['iou'][0] is None
+    own_labels = np.load(os.path.join(os.path.dirname(scene_data), 'scene.npz'))['labels']
+    scene = make_scene(tmp_path / 'other.npz', height=64, width=96, seed=3, labels=own_labels)  # other spectra alone
+    os.remove(tmp_path / 'tiles' / 'meta.json')
+    run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path / "tiles"}', '--tile_size=16', '--split_block=8')
+    assert len(json.load(open(tmp_path / 'tiles' / 'floors.json'))) == 2
+    data.floors(str(tmp_path / 'tiles'), 'ts')
+    assert len(json.load(open(tmp_path / 'tiles' / 'floors.json'))) == 3
+
+
+def test_tiles_that_a_run_has_open_outlive_tiling_anew(scene_data, tmp_path):
+    shutil.copytree(scene_data, tmp_path / 'tiles')
+    tiles = data.Tiles(str(tmp_path / 'tiles'), 'tr')
+    before = np.array(tiles.images)
+    os.remove(tmp_path / 'tiles' / 'meta.json')
+    scene = make_scene(tmp_path / 'other.npz', height=32, width=32, seed=3)
+    run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path / "tiles"}', '--tile_size=16', '--split_block=8')
+    assert len(data.Tiles(str(tmp_path / 'tiles'), 'tr')) < len(tiles)
+    np.testing.assert_array_equal(tiles.images, before)  # and no bus error
+
+
+def test_the_demo_is_made_under_any_spelling_of_its_place(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, 'demo', lambda args: made.append(args.out))
+    for place in ('data/demo', 'data/demo/', './data/demo', 'data/mine'):
+        data.demo_if_missing(place)
+    assert made == ['data/demo', 'data/demo/', './data/demo']
 
 
 def test_demo_is_hard_enough_but_not_noise(demo):

@@ -179,7 +179,7 @@ def test_a_grey_image_gives_the_same_response_in_any_bands(nm):
     torch.testing.assert_close(response(grey.expand(-1, C, -1, -1), spread), response(grey.expand(-1, 3, -1, -1), kernel), rtol=1e-5, atol=1e-5)
 
 
-def test_bands_take_the_kernels_nearest_in_wavelength():
+def test_bands_take_the_kernels_nearest_in_wavelength(capsys):
     kernel = torch.eye(3).reshape(3, 3, 1, 1)  # answers with red, green, blue
     r, g, b = RGB_NM
     shares = spread_bands(kernel, 6, [b - 100, b, (b + g) / 2, g, r, 2400.0])[:, :, 0, 0]
@@ -187,7 +187,9 @@ def test_bands_take_the_kernels_nearest_in_wavelength():
     unsorted = spread_bands(kernel, 3, [b, g, r])[:, :, 0, 0]
     torch.testing.assert_close(unsorted, torch.eye(3).flip(1))
     assert torch.equal(spread_bands(kernel, 3, None), kernel)  # principal components, or a picture
+    assert not capsys.readouterr().out
     torch.testing.assert_close(spread_bands(kernel, 4, None)[:, :, 0, 0], torch.full((3, 4), 1 / 4))
+    assert 'each of 4 bands takes the mean of the 3 kernels' in capsys.readouterr().out  # no spectrum is left
 
 
 def test_a_converted_file_has_the_kernels_of_its_datas_wavelengths(tmp_path):

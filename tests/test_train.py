@@ -305,7 +305,7 @@ def test_mistakes_are_told_in_a_sentence(script, flags, code, words, scene_data,
     assert done.returncode == code and words in done.stderr and 'Traceback' not in done.stderr, done.stderr
 
 
-RANGES = [(pretrain_mae, '--mask_ratio=1.5', 'a share, from 0 to 1'), (pretrain_mae, '--scale_min=1.5', 'a share'), (pretrain_mae, '--dropout=2', 'a share'),
+RANGES = [(pretrain_mae, '--seed=1000000000000', 'up to 2,147,483,648'), (pretrain_mae, '--mask_ratio=1.5', 'a share, from 0 to 1'), (pretrain_mae, '--scale_min=1.5', 'a share'), (pretrain_mae, '--dropout=2', 'a share'),
           (pretrain_mae, '--base_lr=-1', 'choose 0 or more'), (pretrain_mae, '--base_lr=nan', 'choose 0'), (pretrain_mae, '--probe_tiles=0', 'choose 1 or more'), (pretrain_mae, '--whiten=-1', 'choose 0'),
           (pretrain_mae, '--max_steps=-1', 'choose 0'), (pretrain_dino, '--mask_ratio_max=1.5', 'a share'), (pretrain_dino, '--mask_ratio_min=-0.1', 'a share'),
           (pretrain_dino, '--mask_probability=2', 'a share'), (pretrain_dino, '--momentum_teacher=1.5', 'a share'), (pretrain_dino, '--local_scale_max=2', 'a share'),

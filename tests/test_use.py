@@ -21,7 +21,7 @@ import data
 import pretrain_mae
 from conftest import MAE_TINY, ROOT, made_once, make_scene, run
 from data import Tiles, UserError, lock_directory, next_command
-from models import MaskedAutoencoder, dense_features, load_checkpoint, load_encoder, start_from
+from models import MaskedAutoencoder, dense_features, load_checkpoint, load_encoder, save_checkpoint, start_from
 from test_train import FLAGS, JUDGES, PRETRAINERS, altered_copy, equal, losses, train, weights
 
 MAE = [*MAE_TINY, '--whiten=3', '--max_steps=2']
@@ -137,6 +137,19 @@ def test_a_lock_goes_with_its_process_however_that_ends(tmp_path):
     lock_directory(str(tmp_path)).close()
 
 
+def test_a_notebook_runs_a_script_again_and_others_stay_out(scene_data, tmp_path):
+    """As `%run` does it: one process, and the globals of the first run, with its lock, are still alive at the second."""
+    cells = "import runpy, sys\nscript, *flags = sys.argv[1:]\nkept = []\nfor last in '12':\n    sys.argv = [script, *flags, f'--max_steps={last}']\n"
+    (tmp_path / 'notebook.py').write_text(cells + "    kept.append(runpy.run_path(script, run_name='__main__'))\n")
+    run(tmp_path / 'notebook.py', os.path.join(ROOT, 'pretrain_mae.py'), *MAE, f'--data={scene_data}', f'--out_dir={tmp_path}/run')
+    assert load_checkpoint(tmp_path / 'run' / 'last.pt')['step'] == 2
+    first, again = lock_directory(str(tmp_path / 'run')), lock_directory(f'{tmp_path}/./run/')
+    assert first.closed and not again.closed
+    done = run('pretrain_mae.py', *MAE, f'--data={scene_data}', f'--out_dir={tmp_path}/run', check=False)
+    assert done.returncode == 1 and 'another process writes here' in done.stderr
+    again.close()
+
+
 def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
     def no_locks(*args):
         raise OSError(errno.ENOLCK, 'No locks available')
@@ -195,6 +208,14 @@ def test_a_judge_whose_best_state_is_gone_says_so(scene_data, tmp_path):
     assert 'best.pt with' in done.stdout + done.stderr and 'is gone: this state replaces it' in done.stdout + done.stderr
 
 
+def test_what_could_not_be_read_again_is_not_saved(tmp_path):
+    save_checkpoint(tmp_path / 'own.pt', {'losses': [0.5], 'step': 1})
+    for value in (np.float64(0.4), [np.ones(3)], np.float32(1)):
+        with pytest.raises(UserError, match='own.pt: not written, since its numpy.* could not be read again safely: make it a tensor, number'):
+            save_checkpoint(tmp_path / 'own.pt', {'losses': value, 'step': 2})
+        assert load_checkpoint(tmp_path / 'own.pt')['step'] == 1
+
+
 # ============ weights that go from run to run ============
 
 @pytest.mark.parametrize('script, source, fresh, left_out', [
@@ -208,6 +229,7 @@ def test_a_run_starts_from_the_encoder_of_any_other(script, source, fresh, left_
     done = train(script, scene_data, tmp_path / 'run', f'--init_from={path}', '--max_steps=1', '--whiten=2', *still)
     assert re.search(rf'{path}: \d+ tensors taken; what starts fresh: {fresh}(; what is left out of the file: {left_out}.*)?; they learned with --whiten=3, here it is 2\n', done.stdout)
     assert ('left out of the file' in done.stdout) == bool(left_out)
+    assert 'Warning' not in done.stderr  # torch's remarks on a script's own lines are no news to a user
     given, got = load_encoder(path).state_dict(), load_encoder(tmp_path / 'run' / 'last.pt').state_dict()
     shared = given.keys() & got.keys()
     assert len(shared) > 70 and all(torch.equal(given[name], got[name]) for name in shared)
@@ -295,6 +317,19 @@ def test_constants_of_the_autoencoder_that_cannot_go_together_are_refused(change
         pretrain_mae.check_constants({'tile_size': 64})
 
 
+def test_labels_edited_to_numbers_that_are_no_classes_are_told_and_not_a_traceback(scene_data, tmp_path):
+    shutil.copytree(scene_data, tmp_path / 'tiles')
+    for split in ('tr', 'val', 'ts'):
+        labels = np.load(tmp_path / 'tiles' / f'{split}_labels.npy')
+        np.save(tmp_path / 'tiles' / f'{split}_labels.npy', np.where(labels == 3, 7, labels).astype(np.uint8))
+    commands = [['segment.py', f'--out_dir={tmp_path}/a'], ['segment.py', '--decoder=linear', '--steps=1', f'--out_dir={tmp_path}/b'],
+                ['pretrain_mae.py', *MAE, f'--out_dir={tmp_path}/c'], ['tools/check_data.py']]
+    for command in commands:
+        done = run(*command, f'--data={tmp_path}/tiles', check=False)
+        assert done.returncode == 1 and 'Traceback' not in done.stderr and '_labels.npy: has labels above 3, the number of classes in meta.json' in done.stderr
+    assert 'label values above 3 (up to 7)' in done.stderr  # the doctor has said all it found before
+
+
 @pytest.mark.parametrize('script, flags', [('pretrain_mae.py', []), ('pretrain_dino.py', ['--local_crops_size=8'])])
 def test_tiles_that_do_not_divide_into_patches_are_refused_before_the_first_step(script, flags, tmp_path):
     scene = make_scene(tmp_path / 's.npz', height=60, width=60, labels=None)
@@ -308,5 +343,8 @@ def test_a_float16_run_that_diverges_stops_whether_its_loss_or_only_its_gradient
     done = train('pretrain_mae.py', scene_data, tmp_path / 'loss', '--dtype=float16', '--base_lr=30', check=False)
     assert done.returncode == 1 and 'the gradient is not finite (loss nan)' in done.stderr and '--dtype=float32' in done.stderr
     copy = altered_copy('pretrain_mae.py', tmp_path / 'copy', ('scaler.scale(loss).backward()', 'scaler.scale(1e9 * loss).backward()'))
+    short = ['--max_steps=3', f'--out_dir={tmp_path}/short']  # it ends before the scale is down: not without a word
+    done = run(copy, *MAE_TINY, f'--data={scene_data}', *short, '--dtype=float16')
+    assert re.findall(r'step (\d): skipped, since float16 overflowed; its scale is now (\d+)', done.stdout) == [('0', '32768'), ('1', '16384'), ('2', '8192')]
     done = run(copy, *MAE_TINY, f'--data={scene_data}', f'--out_dir={tmp_path}/gradient', '--dtype=float16', check=False)
     assert done.returncode == 1 and re.search(r'step 1\d: the gradient is not finite \(loss \d', done.stderr)

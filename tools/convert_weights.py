@@ -135,6 +135,8 @@ def spread_bands(kernel, C, wavelengths_nm=None):
                 mixture[(nm - RGB_NM[k]).abs().argmin(), k] = 1
     elif C == c:
         mixture = torch.eye(c, dtype=torch.float64)
+    else:
+        print(f'each of {C} bands takes the mean of the {c} kernels: their sum is all that is seen')
     mixture = mixture / mixture.sum(0)
     return torch.einsum('dcpq,Cc->dCpq', kernel.double(), mixture).to(kernel.dtype)
 
