@@ -10,8 +10,10 @@ losses, scores and report are those of segment.py, the network is another.
 Writes out_dir: last.pt, log.jsonl, curves.png, and of the best state on the validation split
 best.pt, report.json, confusion.png, examples.png. The same command again resumes a run.
 
-Where to start: the training loop, and models.DeepLabV3Plus. Blocks headed `shell` are the same in
-other scripts: skip them at first. Shapes: B crops, C bands, K classes.
+Where to start: the training loop, and models.DeepLabV3Plus. Blocks headed `judge` are the same in
+segment.py, those headed `shell` in every script: skip these at first.
+
+Shapes: B crops, C bands, K classes.
 """
 import json
 import os
@@ -94,7 +96,7 @@ def learning_rate(step):
     return lr * (1 - step / steps) ** 0.9
 
 
-# ============ shell: batches with labels ============
+# ============ judge: batches with labels ============
 
 class Batch(NamedTuple):
     """One rank's share of a step's batch"""
@@ -168,7 +170,7 @@ if __name__ == '__main__':
     if world > 1:
         dist.barrier()
 
-    # ---- shell: tiles with labels
+    # ---- judge: tiles with labels
     train = Tiles(data, 'tr', on_gpu, label_share, seed)
     test = Tiles(data, 'ts')
     meta = train.meta
@@ -199,7 +201,7 @@ if __name__ == '__main__':
     torch.backends.cudnn.deterministic = True
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), fused=True)
 
-    # ---- shell: scores
+    # ---- judge: scores
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
     best_path = os.path.join(out_dir, 'best.pt')
     resume_from(best_path, __file__, config, meta)  # refuses that of another run
@@ -255,7 +257,7 @@ if __name__ == '__main__':
             dist.destroy_process_group()
         sys.exit()
 
-    # ---- shell: validation split, weights of the classes in the loss
+    # ---- judge: validation split, weights of the classes in the loss
     val = Tiles(data, 'val', False, label_share, seed)
     if not sum(meta['class_counts']['val']):
         raise UserError(f'{data}: its tiles of "val" have no labels, and the best state is chosen '
@@ -276,7 +278,7 @@ if __name__ == '__main__':
         step, log = checkpoint['step'], checkpoint['log']
     last_step = min(max_steps or steps, steps)
     if main_process:
-        # written anew: entries after the last checkpoint are of steps that are made again
+        # rewritten: the steps after the last checkpoint will run again
         log_file = open(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8', buffering=1)
         log_file.writelines(json.dumps(entry) + '\n' for entry in log)
         if wandb_log:
@@ -299,7 +301,7 @@ if __name__ == '__main__':
           f'{device}, {dtype}, {world} process(es); {out_dir}')
 
     # ---- shell: compile and DDP
-    if compile and on_gpu:  # in place: names in the checkpoint stay plain
+    if compile and on_gpu:  # in place: parameters keep their names
         model.compile(mode='reduce-overhead' if cuda_graphs and world == 1 else 'default')
     net = DistributedDataParallel(model) if world > 1 else model
 
@@ -338,7 +340,7 @@ if __name__ == '__main__':
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
 
         # ---- shell: update the weights
-        # where found_inf is 1, fused AdamW leaves them as they are. No one waits to see it here
+        # fused AdamW skips this step where found_inf is 1: the GPU decides, the host does not wait
         optimizer.found_inf = 1.0 - torch.isfinite(norm).float()
         scaler.step(optimizer)
         scaler.update()
@@ -372,7 +374,7 @@ if __name__ == '__main__':
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
         if main_process and (told or step == last_step or step % save_every == 0):
             save_checkpoint(last_path, {
-                'model': model.state_dict(),  # all networks, teacher and decoder too
+                'model': model.state_dict(),  # all networks of this script
                 'optimizer': optimizer.state_dict(),
                 'scaler': scaler.state_dict(),  # of float16
                 'step': step, 'log': log,
@@ -385,7 +387,7 @@ if __name__ == '__main__':
                       f'{last_path}; the same command goes on there')
             sys.exit(128 + int(told))
 
-    # ---- shell: the best state, on the test split
+    # ---- judge: the best state, on the test split
     bar.close()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # all is saved: from here on a signal ends at once

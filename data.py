@@ -42,7 +42,7 @@ except ImportError:  # Windows has no such locks: see to it that one process wri
     fcntl = None
 
 from scenes import (OHS_NM, READERS, UserError, band_matrix, mix_bands, normalized, one_line,
-                    parse_bands, read_scene, same_bands, strips, valid_pixels)
+                    parse_bands, read_scene, same_bands, split_name, strips, valid_pixels)
 
 SPLITS = ('tr', 'val', 'ts')
 IGNORE_INDEX = 255
@@ -345,6 +345,11 @@ def check_same(meta, inputs, args):
     if changed:
         raise UserError(f'{args.out}: was made with other settings or inputs: '
                         f'{", ".join(changed[:9])}: choose another --out or delete it')
+    path = os.path.join(args.out, 'meta.json')
+    for file in (split_name(name)[0] for item in inputs for name in (item.path, item.labels)):
+        if os.path.isfile(file) and os.path.getmtime(file) > os.path.getmtime(path):
+            raise UserError(f'{file}: is newer than the tiles in {args.out}: delete these and run '
+                            f'the same command again, or, if it is as it was, touch {path}')
 
 
 HEADER = 128  # bytes of a .npy file before its items, whatever their number
@@ -1556,6 +1561,9 @@ def demo(args):
     """The command `demo`: synthetic scenes in the WHU-OHS layout under OUT/scenes, tiled into
     OUT. Nothing to download."""
     import tifffile
+    if os.path.exists(os.path.join(args.out, 'meta.json')):
+        print(f'{args.out}: complete, nothing to do')
+        return
     rng = np.random.default_rng(0)
     bias = -0.09 * np.arange(24)[rng.permutation(24)]  # common classes win the argmax more often
     root = os.path.join(args.out, 'scenes')

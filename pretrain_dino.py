@@ -1,10 +1,11 @@
 """Self-distillation of a ViT on hyperspectral tiles: DINOv2 (arXiv 2304.07193).
 
-A student and a teacher have the same network: a Vision Transformer (ViT), and a head that makes
-a distribution over K learned prototypes of a token. The student sees two large ("global") crops of
-a tile, most with some patches masked, and small ("local") ones. The teacher, a running average of
-the student, sees the two large crops whole. The student learns to predict the teacher's
-distribution: of the other crop as a whole (DINO), and of each masked patch (iBOT; off in `tiny`).
+A student and a teacher have the same network: a Vision Transformer (ViT), and a head that compares
+a token with K learned vectors ("prototypes") and gives a distribution over them. The student sees
+two large ("global") crops of a tile, most with some patches masked, and small ("local") ones. The
+teacher, a running average of the student, sees the two large crops whole. The student learns to
+predict the teacher's distribution: of the other crop as a whole (DINO), and of each masked patch
+(iBOT; off in `tiny`).
 
 What keeps all images from getting the same output ("collapse"): Sinkhorn-Knopp spreads the
 teacher's targets over all prototypes, KoLeo pushes the features of different tiles apart, and no
@@ -18,8 +19,8 @@ Writes into out_dir: last.pt (all that a resumed run, or a user of the encoder, 
 and curves.png. The same command again resumes a run that was stopped.
 
 Where to start: "one step" in the training loop, stream_loss(), get_batch(). Blocks headed `shell`
-are the same in every script: skip them at first. What is in a checkpoint stands at the last of
-them. The second stream is what `diff pretrain_dino.py pretrain_dino_hsi.py` shows.
+are the same in every script: skip them at first. What is in a checkpoint stands at the call of
+save_checkpoint. The second stream is what `diff pretrain_dino.py pretrain_dino_hsi.py` shows.
 
 Shapes: B tiles, C bands, S side of a global and s of a local crop, V views (crops) of a tile,
 L local crops of a tile, N patches of a global crop, M masked tokens of a batch, T tokens of a
@@ -51,16 +52,16 @@ from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by,
 from models import (SIZES, DINOHead, ViT, check_bands, dense_features, encoder_shape, load_encoder,
                     native_bfloat16, parameter_groups, resume_from, save_checkpoint, start_from)
 
-# Each line `name = value  # help` is a flag, --name=other. data.read_flags checks it by its help.
+# Each line `name = value  # help` is a flag, --name=other; `a | b: ` in its help are the choices.
 # ---- data
-data = 'data/demo'  # tile directory (python data.py tile); the demo is made on first use
+data = 'data/demo'  # tile directory; its bands are the encoder's
 img_size = 16  # side of the global crops, px
 local_crops_size = 8  # side of the local crops, px
 local_crops_number = 2  # local crops of a tile
 global_scale_min = 0.7  # smallest global crop, share of the window read (0.32 in DINOv2)
 local_scale_min = 0.3  # smallest local crop, likewise a share (0.05 in DINOv2)
 local_scale_max = 0.4  # largest share: it should see less than the teacher does
-whiten = 16  # ZCA-whiten by so many principal components; 0: standardise each band
+whiten = 16  # components that decorrelate the bands (ZCA); 0: standardise each
 blur = 0.3  # probability that a crop is blurred
 gain = 0.02  # all bands times a factor of 1 +- this: illumination
 offset = 0.1  # all bands plus +- this many standard deviations: haze
@@ -71,9 +72,9 @@ solarize = 0.0  # probability that values above the mean are mirrored; dissertat
 # ---- model
 size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)
 patch_size = 4  # side of a patch, px
-ffn = 'swiglu'  # swiglu | mlp: layers between attentions (DINOv2 has swiglu)
+ffn = 'swiglu'  # swiglu | mlp: the MLP of a block (DINOv2 has swiglu)
 drop_path_rate = 0.1  # probability that a sample skips a residual branch
-init_from = ''  # last.pt to start from; it sets the encoder's size
+init_from = ''  # last.pt to start from, whose size it gets
 # ---- method
 out_dim = 256  # prototypes K; 65,536 in DINOv2, for 100 million images
 ibot_weight = 0.0  # weight of the loss on masked tokens; use 1 for many different scenes
@@ -101,7 +102,7 @@ save_every = 100  # steps between checkpoints
 probe_tiles = 64  # tiles of each split that the probe looks at
 dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 if native, else float32
 compile = True  # torch.compile, on a GPU
-cuda_graphs = False  # no use: masked tokens change in number
+cuda_graphs = False  # keep: masked tokens change in number
 wandb_log = False  # send the log to wandb.ai as well
 
 LARGE = dict(img_size=64, local_crops_size=32, local_crops_number=8, global_scale_min=0.4,
@@ -259,7 +260,7 @@ def koleo_loss(features, eps=1e-8):
     if dist.is_initialized():
         everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, x.detach())
-        # DDP takes the mean of gradients, here their sum is due: times their number
+        # DDP averages gradients over processes, but KoLeo needs their sum: times their number
         everyone[dist.get_rank()] = x.detach() + len(everyone) * (x - x.detach())
         x = torch.cat(everyone)
     with torch.no_grad():
@@ -285,7 +286,7 @@ def signs_of_collapse(student_out, teacher_out, temp):
 def block_masks(n, h, w, rng):
     """Masks of rectangles (BEiT, arXiv 2106.08254) -> (n, h * w) bool, True = masked.
 
-    `mask_probability` of the n crops get one, of mask_ratio_min to max of the patches.
+    `mask_probability` of the n crops get one, which hides mask_ratio_min to _max of its patches.
     """
     count = round(n * mask_probability)
     share = (rng.permutation(count) + rng.random(count)) / count  # evenly spread
@@ -335,8 +336,8 @@ def get_batch(tiles, step, rank=0, world=1):
     the same crops, and a resumed run needs no generator's state.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
-    ids = epoch_ids(windows, batch_size, step, seed) % len(tiles)
+    num_windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
+    ids = epoch_ids(num_windows, batch_size, step, seed) % len(tiles)
     # a window of img_size, in which all crops of a tile lie
     window = draw_crops(batch_size, tiles.meta['tile_size'], img_size, 1.0, 1.0, generator, False)
     corners = window.corners + window.boxes[:, :2]
@@ -352,7 +353,7 @@ def get_batch(tiles, step, rank=0, world=1):
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
-    next_ids = epoch_ids(windows, batch_size, step + 1, seed) % len(tiles)
+    next_ids = epoch_ids(num_windows, batch_size, step + 1, seed) % len(tiles)
     tiles.read_ahead(next_ids[here], img_size)
     return Batch(raw, boxes[here], flips[here], draws[here], *masks_of_rank(mask, here))
 
@@ -364,7 +365,7 @@ def masks_of_rank(mask, here):
     """
     mask = mask.reshape(batch_size, 2, -1)[here].transpose(0, 1).flatten(0, 1)
     masked_ids = mask.flatten().nonzero()[:, 0]
-    return mask, masked_ids if ibot_weight else masked_ids[:0]
+    return mask, (masked_ids if ibot_weight else masked_ids[:0])
 
 
 def to_device(batch, device):
@@ -492,8 +493,8 @@ def save_curves(path, log):
             left.plot(at, [entry[name] for entry in trained], label=name)
     left.axhline(math.log(out_dim), color='gray', linestyle=':', label='ln K: nothing learned')
     left.set(xlabel='step', ylabel='cross-entropy')
-    for name in ('teacher_entropy', 'feature_std', 'prototypes_used'):
-        middle.plot(at, [entry[name] for entry in trained], label=name)
+    for name, bad in {'teacher_entropy': 1, 'feature_std': 0, 'prototypes_used': 0}.items():
+        middle.plot(at, [entry[name] for entry in trained], label=f'{name} (bad: {bad})')
     middle.set(xlabel='step', ylabel='signs of collapse', ylim=(0, 1.05))
     left.legend(fontsize=8)
     middle.legend(fontsize=8)
@@ -566,7 +567,7 @@ if __name__ == '__main__':
         step, log = checkpoint['step'], checkpoint['log']
     last_step = min(max_steps or steps, steps)
     if main_process:
-        # written anew: entries after the last checkpoint are of steps that are made again
+        # rewritten: the steps after the last checkpoint will run again
         log_file = open(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8', buffering=1)
         log_file.writelines(json.dumps(entry) + '\n' for entry in log)
         if wandb_log:
@@ -581,7 +582,7 @@ if __name__ == '__main__':
             if wandb_log:
                 wandb.log(entry, step=entry['step'])
 
-    # ---- what this run is
+    # ---- shell: what this run is
     epochs = steps * batch_size / crops_per_epoch(train)
     print(f'{sum(p.numel() for p in model.parameters()):,} parameters; '
           f'{meta["num_bands"]} bands, crops of {img_size} px, patches of {patch_size} px; '
@@ -608,13 +609,15 @@ if __name__ == '__main__':
         model.train()
 
     # ---- shell: compile and DDP
-    if compile and on_gpu:  # in place: names in the checkpoint stay plain
+    if compile and on_gpu:  # in place: parameters keep their names
         model.compile(mode='reduce-overhead' if cuda_graphs and world == 1 else 'default')
     net = DistributedDataParallel(model) if world > 1 else model
 
-    # ---- training loop
+    # ---- the teacher is compiled too
     if compile and on_gpu:
         model.teacher.compile()  # model.compile() above is of forward(), the student's
+
+    # ---- training loop
     batch = get_batch(train, step, rank, world)
     bar = tqdm(total=last_step, initial=step, disable=not main_process)
     started = time.time()
@@ -642,13 +645,13 @@ if __name__ == '__main__':
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
 
         # ---- shell: update the weights
-        # where found_inf is 1, fused AdamW leaves them as they are. No one waits to see it here
+        # fused AdamW skips this step where found_inf is 1: the GPU decides, the host does not wait
         optimizer.found_inf = 1.0 - torch.isfinite(norm).float()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-        # ---- the teacher follows the student
+        # ---- method: the teacher follows the student
         model.update_teacher(cosine(step, momentum_teacher, 1.0))
 
         # ---- shell: stop if the gradient was not finite (here the host waits for the GPU)
@@ -687,7 +690,7 @@ if __name__ == '__main__':
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
         if main_process and (told or step == last_step or step % save_every == 0):
             save_checkpoint(last_path, {
-                'model': model.state_dict(),  # all networks, teacher and decoder too
+                'model': model.state_dict(),  # all networks of this script
                 'optimizer': optimizer.state_dict(),
                 'scaler': scaler.state_dict(),  # of float16
                 'step': step, 'log': log,
@@ -700,7 +703,7 @@ if __name__ == '__main__':
                       f'{last_path}; the same command goes on there')
             sys.exit(128 + int(told))
 
-    # ---- end
+    # ---- shell: end
     bar.close()
     if main_process:
         print(f'{step} steps in {time.time() - started:.0f} s; encoder in {last_path}; next:')

@@ -1,13 +1,13 @@
 """LeJEPA on hyperspectral tiles (Balestriero and LeCun 2025, arXiv 2511.08544).
 
 A Vision Transformer (ViT) sees two large ("global") crops of a tile and small ("local") ones, each
-in a light of its own. The mean of a crop's patch tokens is its embedding. The ViT learns to give
-all crops of a tile the same embedding.
+with illumination, noise and missing bands of its own. The mean of a crop's patch tokens is its
+embedding. The ViT learns to give all crops of a tile the same embedding.
 
 What keeps all tiles from getting the same one ("collapse"): the embeddings of a batch are pulled
 towards a standard normal distribution, whose points lie apart (SIGReg). There is no teacher, no
-head, no temperature: one weight, lambda, stands between the two terms. Labels are used by the probe
-only, a linear classifier that watches.
+head, no temperature: loss = (1 - lambda) * invariance + lambda * SIGReg. Labels are used by the
+probe only, a linear classifier that watches.
 
     python pretrain_lejepa.py                                  # demo data, minutes on a CPU
     python pretrain_lejepa.py --size=base --data=data/mine --out_dir=runs/mine     # on one GPU
@@ -17,8 +17,8 @@ Writes into out_dir: last.pt (all that a resumed run, or a user of the encoder, 
 and curves.png. The same command again resumes a run that was stopped.
 
 Where to start: "one step" in the training loop, invariance(), sigreg(), get_batch(). Blocks headed
-`shell` are the same in every script: skip them at first. What is in a checkpoint stands at the last
-of them. What DINOv2 needs beyond this shows `diff pretrain_lejepa.py pretrain_dino.py`.
+`shell` are the same in every script: skip them at first. What is in a checkpoint stands at the
+call of save_checkpoint.
 
 Shapes: B tiles, C bands, S side of a global and s of a local crop, V views (crops) of a tile,
 L local crops of a tile, D width, M directions.
@@ -47,16 +47,16 @@ from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by,
 from models import (SIZES, ViT, check_bands, dense_features, encoder_shape, load_encoder,
                     native_bfloat16, parameter_groups, resume_from, save_checkpoint, start_from)
 
-# Each line `name = value  # help` is a flag, --name=other. data.read_flags checks it by its help.
+# Each line `name = value  # help` is a flag, --name=other; `a | b: ` in its help are the choices.
 # ---- data
-data = 'data/demo'  # tile directory (python data.py tile); the demo is made on first use
+data = 'data/demo'  # tile directory; its bands are the encoder's
 img_size = 16  # side of the global crops, px
 local_crops_size = 8  # side of the local crops, px
 local_crops_number = 2  # local crops of a tile
 global_scale_min = 0.7  # smallest global crop, share of the window read
 local_scale_min = 0.3  # smallest local crop, likewise a share
 local_scale_max = 0.4  # largest local crop, likewise a share
-whiten = 16  # ZCA-whiten by so many principal components; 0: standardise each band
+whiten = 16  # components that decorrelate the bands (ZCA); 0: standardise each
 blur = 0.3  # probability that a crop is blurred
 gain = 0.02  # all bands times a factor of 1 +- this: illumination
 offset = 0.1  # all bands plus +- this many standard deviations: haze
@@ -65,10 +65,10 @@ band_dropout = 0.3  # probability that a crop lacks a run of neighbouring bands
 # ---- model
 size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)
 patch_size = 4  # side of a patch, px
-init_from = ''  # last.pt to start from; it sets the encoder's size
+init_from = ''  # last.pt to start from, whose size it gets
 # ---- method
 sigreg_weight = 0.2  # lambda, the share of SIGReg in the loss; the invariance has the rest
-num_directions = 256  # directions in which a step looks at the embeddings
+num_directions = 256  # random projections of the embeddings in a step, for SIGReg
 # ---- optimizer
 steps = 400  # length of the run
 warmup = 0.1  # share of the steps in which the learning rate rises
@@ -101,15 +101,15 @@ PRESETS = {
 # ============ method: embeddings and losses ============
 
 class LeJEPA(nn.Module):
-    """The encoder, and with forward() the embeddings: all that is learned"""
+    """The encoder, whose forward() here gives embeddings. Nothing else is learned."""
 
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder
 
     def forward(self, big, small):
-        """Global crops (2B, C, S, S), local (L * B, C, s, s) -> embeddings z (V, B, D): of all
-        first crops, all second crops ... Each is the mean of a crop's patch tokens."""
+        """Global crops (2B, C, S, S), local (L * B, C, s, s) -> embeddings z (V, B, D), z[v]
+        those of view v of every tile. Each is the mean of a crop's patch tokens."""
         prefix = self.encoder.num_prefix_tokens
         z = [self.encoder(crops)[:, prefix:].float().mean(1) for crops in (big, small)]
         return torch.cat(z).unflatten(0, (-1, len(big) // 2))
@@ -127,14 +127,14 @@ def invariance(z):
 def sigreg(z, directions):
     """How far the embeddings of each view are from a standard normal distribution.
 
-    z (V, B, D), directions (D, M) of length 1. A distribution is a standard normal one if its
-    shadow in every direction is one (Cramer and Wold). The shadow of B embeddings, x = z @ a, is
-    judged by its characteristic function phi(t) = mean of exp(i t x), which is exp(-t^2 / 2) of a
-    standard normal one (Epps and Pulley 1983):
+    z (V, B, D), directions (D, M) of length 1. A distribution is standard normal if its projection
+    on every direction is (Cramer and Wold). The projection x = z @ a of B embeddings is measured by
+    its characteristic function phi(t) = mean of exp(i t x). A standard normal one has exp(-t^2 / 2)
+    (Epps and Pulley 1983), so the statistic is
 
         B * integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt
 
-    by the trapezoidal rule at 17 points from 0 to 3, twice, as the integrand is the same at -t.
+    by the trapezoidal rule at 17 points from 0 to 3, doubled, since the integrand is even.
     """
     t = torch.linspace(0, 3, 17, device=z.device)
     normal = (-t.square() / 2).exp()
@@ -153,7 +153,7 @@ def batch_mean(x):
         everyone = mean.detach().clone()
         dist.all_reduce(everyone)
         everyone /= dist.get_world_size()
-        # the value is everyone's, the gradient this process's share: DDP takes the mean of these
+        # the value is that of all processes, the gradient this one's, which DDP averages
         mean = mean + (everyone - mean.detach())
     return mean
 
@@ -187,8 +187,8 @@ def get_batch(tiles, step, rank=0, world=1):
     the same crops, and a resumed run needs no generator's state.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
-    ids = epoch_ids(windows, batch_size, step, seed) % len(tiles)
+    num_windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
+    ids = epoch_ids(num_windows, batch_size, step, seed) % len(tiles)
     # a window of img_size, in which all crops of a tile lie
     window = draw_crops(batch_size, tiles.meta['tile_size'], img_size, 1.0, 1.0, generator, False)
     corners = window.corners + window.boxes[:, :2]
@@ -201,7 +201,7 @@ def get_batch(tiles, step, rank=0, world=1):
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
-    next_ids = epoch_ids(windows, batch_size, step + 1, seed) % len(tiles)
+    next_ids = epoch_ids(num_windows, batch_size, step + 1, seed) % len(tiles)
     tiles.read_ahead(next_ids[here], img_size)
     return Batch(raw, boxes[here], flips[here], draws[here])
 
@@ -361,7 +361,7 @@ if __name__ == '__main__':
         step, log = checkpoint['step'], checkpoint['log']
     last_step = min(max_steps or steps, steps)
     if main_process:
-        # written anew: entries after the last checkpoint are of steps that are made again
+        # rewritten: the steps after the last checkpoint will run again
         log_file = open(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8', buffering=1)
         log_file.writelines(json.dumps(entry) + '\n' for entry in log)
         if wandb_log:
@@ -376,7 +376,7 @@ if __name__ == '__main__':
             if wandb_log:
                 wandb.log(entry, step=entry['step'])
 
-    # ---- what this run is
+    # ---- shell: what this run is
     epochs = steps * batch_size / crops_per_epoch(train)
     print(f'{sum(p.numel() for p in model.parameters()):,} parameters; '
           f'{meta["num_bands"]} bands, crops of {img_size} px, patches of {patch_size} px; '
@@ -403,7 +403,7 @@ if __name__ == '__main__':
         model.train()
 
     # ---- shell: compile and DDP
-    if compile and on_gpu:  # in place: names in the checkpoint stay plain
+    if compile and on_gpu:  # in place: parameters keep their names
         model.compile(mode='reduce-overhead' if cuda_graphs and world == 1 else 'default')
     net = DistributedDataParallel(model) if world > 1 else model
 
@@ -422,7 +422,7 @@ if __name__ == '__main__':
         big, small = make_crops(batch, statistics, meta['nodata'], step)
         with autocast:
             z = net(big, small)
-        # those of a tile are to be one point, those of all tiles a normal distribution
+        # pull a tile's embeddings together, and all tiles' towards a normal distribution
         same = invariance(z)
         normal = sigreg(z, draw_directions(z.shape[2], step, device))
         loss = (1 - sigreg_weight) * same + sigreg_weight * normal
@@ -432,7 +432,7 @@ if __name__ == '__main__':
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # only measured
 
         # ---- shell: update the weights
-        # where found_inf is 1, fused AdamW leaves them as they are. No one waits to see it here
+        # fused AdamW skips this step where found_inf is 1: the GPU decides, the host does not wait
         optimizer.found_inf = 1.0 - torch.isfinite(norm).float()
         scaler.step(optimizer)
         scaler.update()
@@ -473,7 +473,7 @@ if __name__ == '__main__':
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
         if main_process and (told or step == last_step or step % save_every == 0):
             save_checkpoint(last_path, {
-                'model': model.state_dict(),  # all networks, teacher and decoder too
+                'model': model.state_dict(),  # all networks of this script
                 'optimizer': optimizer.state_dict(),
                 'scaler': scaler.state_dict(),  # of float16
                 'step': step, 'log': log,
@@ -486,7 +486,7 @@ if __name__ == '__main__':
                       f'{last_path}; the same command goes on there')
             sys.exit(128 + int(told))
 
-    # ---- end
+    # ---- shell: end
     bar.close()
     if main_process:
         print(f'{step} steps in {time.time() - started:.0f} s; encoder in {last_path}; next:')

@@ -2,8 +2,8 @@
 
 Three quarters of a crop's patches are hidden. A Vision Transformer (ViT) encodes the visible ones,
 and a small decoder predicts the pixels of the hidden ones. The target is the crop itself, whitened
-(bands decorrelated): it comes from the data and not from a network, so that an encoder which says
-the same of every image ("collapse") cannot win. Labels are used by the probe only, a linear
+(bands decorrelated): it comes from the data and not from a network, so that an encoder which gives
+every image the same output ("collapse") cannot win. Labels are used by the probe only, a linear
 classifier that watches.
 
     python pretrain_mae.py                                     # demo data, minutes on a CPU
@@ -15,9 +15,9 @@ curves.png and reconstruction.png. The same command again resumes a run that was
 
 Where to start: "one step" in the training loop, get_batch(), models.MaskedAutoencoder. Blocks
 headed `shell` are the same in every script: skip them at first. What is in a checkpoint stands at
-the last of them. pretrain_lejepa.py and pretrain_dino.py learn without a decoder.
+the call of save_checkpoint. `diff pretrain_mae.py pretrain_lejepa.py`: learning without a decoder.
 
-Shapes: B crops, C bands, H W pixels of a window, N patches of a crop.
+Shapes: B crops, C bands, N patches of a crop, D width.
 """
 import json
 import math
@@ -41,11 +41,11 @@ from models import (SIZES, MaskedAutoencoder, check_bands, dense_features, encod
                     load_encoder, native_bfloat16, parameter_groups, patchify, resume_from,
                     save_checkpoint, start_from, unpatchify)
 
-# Each line `name = value  # help` is a flag, --name=other. data.read_flags checks it by its help.
+# Each line `name = value  # help` is a flag, --name=other; `a | b: ` in its help are the choices.
 # ---- data
-data = 'data/demo'  # tile directory (python data.py tile); the demo is made on first use
+data = 'data/demo'  # tile directory; its bands are the encoder's
 img_size = 16  # side of a crop, px
-whiten = 16  # ZCA-whiten by so many principal components; 0: standardise each band
+whiten = 16  # components that decorrelate the bands (ZCA); 0: standardise each
 scale_min = 0.4  # smallest crop, as a share of img_size x img_size (0.2 in MAE)
 # ---- model
 size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)
@@ -53,13 +53,13 @@ patch_size = 4  # side of a patch, px
 dropout = 0.0  # probability that a unit is dropped; 0 in MAE, 0.1 in the dissertation
 mask_ratio = 0.75  # share of the patches that is hidden (MAE, Table 1a)
 norm_pix_loss = False  # targets of mean 0 and std 1 in each patch (MAE, Table 1d)
-init_from = ''  # last.pt to start from; it sets the encoder's size
+init_from = ''  # last.pt to start from, whose size it gets
 freeze_encoder = False  # only the decoder learns (the dissertation's proof of concept)
 # ---- optimizer
 steps = 400  # length of the run
 warmup = 0.1  # share of the steps in which the learning rate rises
 batch_size = 64  # crops per step, over all processes
-base_lr = 6e-3  # per 256 crops: lr = base_lr * batch_size / 256
+base_lr = 6e-3  # per 256 crops: lr = base_lr * batch_size / 256; high, as the run is short
 weight_decay = 0.05  # not on biases, norms and tokens
 # ---- run
 out_dir = 'runs/mae'  # one directory a run
@@ -101,8 +101,8 @@ def get_batch(tiles, step, rank=0, world=1):
     needs no generator's state.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
-    ids = epoch_ids(windows, batch_size, step, seed) % len(tiles)
+    num_windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
+    ids = epoch_ids(num_windows, batch_size, step, seed) % len(tiles)
     corners, side, boxes, flips = draw_crops(batch_size, tiles.meta['tile_size'], img_size,
                                              scale_min, 1.0, generator)
     num_patches = (img_size // patch_size) ** 2
@@ -110,7 +110,7 @@ def get_batch(tiles, step, rank=0, world=1):
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], side, reuse=True)
-    next_ids = epoch_ids(windows, batch_size, step + 1, seed) % len(tiles)
+    next_ids = epoch_ids(num_windows, batch_size, step + 1, seed) % len(tiles)
     tiles.read_ahead(next_ids[here], side)
     return Batch(raw, boxes[here], flips[here], mask_noise[here])
 
@@ -146,7 +146,8 @@ def build_model(meta):
     model = MaskedAutoencoder(**encoder_args, decoder_embed_dim=decoder_dim,
                               decoder_depth=decoder_depth, decoder_num_heads=decoder_heads,
                               norm_pix_loss=norm_pix_loss, freeze_encoder=freeze_encoder)
-    return model, {**encoder_args, 'fixed_positions': True}  # sine-cosine positions, not learned
+    # the autoencoder has sine-cosine positions always; who builds its encoder again is told
+    return model, {**encoder_args, 'fixed_positions': True}
 
 
 def check_constants(meta):
@@ -205,7 +206,7 @@ def save_curves(path, log):
     left, right = figure.subplots(1, 2)
     trained = [entry for entry in log if 'loss' in entry]
     left.plot([entry['step'] for entry in trained], [entry['loss'] for entry in trained])
-    left.set(xlabel='step', ylabel='loss (mean squared error)', ylim=(0, None))
+    left.set(xlabel='step', ylabel='loss (mean squared error)')
     draw_probe(right, log, init_from)
     save_figure(figure, path)
 
@@ -278,7 +279,7 @@ if __name__ == '__main__':
         step, log = checkpoint['step'], checkpoint['log']
     last_step = min(max_steps or steps, steps)
     if main_process:
-        # written anew: entries after the last checkpoint are of steps that are made again
+        # rewritten: the steps after the last checkpoint will run again
         log_file = open(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8', buffering=1)
         log_file.writelines(json.dumps(entry) + '\n' for entry in log)
         if wandb_log:
@@ -293,7 +294,7 @@ if __name__ == '__main__':
             if wandb_log:
                 wandb.log(entry, step=entry['step'])
 
-    # ---- what this run is
+    # ---- shell: what this run is
     epochs = steps * batch_size / crops_per_epoch(train)
     print(f'{sum(p.numel() for p in model.parameters()):,} parameters; '
           f'{meta["num_bands"]} bands, crops of {img_size} px, patches of {patch_size} px; '
@@ -316,13 +317,15 @@ if __name__ == '__main__':
                 miou = probe(features, labelled, probe_tiles, device)
             record({'step': step, 'probe_miou': miou, **floors})
             tqdm.write(f'step {step}: probe mIoU {100 * miou:.1f} %')
-        crops = prepare(torch.from_numpy(train.images[:4, :, :img_size, :img_size].copy()))
+        start = (meta['tile_size'] - img_size) // 2
+        middle = slice(start, start + img_size)
+        crops = prepare(torch.from_numpy(train.images[:4, :, middle, middle].copy()))
         save_reconstruction(os.path.join(out_dir, 'reconstruction.png'), model, crops, to_raw, meta)
         save_curves(os.path.join(out_dir, 'curves.png'), log)
         model.train()
 
     # ---- shell: compile and DDP
-    if compile and on_gpu:  # in place: names in the checkpoint stay plain
+    if compile and on_gpu:  # in place: parameters keep their names
         model.compile(mode='reduce-overhead' if cuda_graphs and world == 1 else 'default')
     net = DistributedDataParallel(model) if world > 1 else model
 
@@ -338,7 +341,7 @@ if __name__ == '__main__':
             group['lr'] = learning_rate(step)
 
         # one step: the crop is the input, and its hidden patches are the target. The network hides
-        # patches, encodes the others, decodes, and compares (mean squared error, in models.py)
+        # patches, encodes the others, decodes, and compares: models.MaskedAutoencoder.forward()
         x = resized_crop(prepare(batch.raw), batch.boxes, batch.flips, img_size)
         mask_noise = batch.mask_noise.to(device, non_blocking=True)
         with autocast:
@@ -349,7 +352,7 @@ if __name__ == '__main__':
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # only measured
 
         # ---- shell: update the weights
-        # where found_inf is 1, fused AdamW leaves them as they are. No one waits to see it here
+        # fused AdamW skips this step where found_inf is 1: the GPU decides, the host does not wait
         optimizer.found_inf = 1.0 - torch.isfinite(norm).float()
         scaler.step(optimizer)
         scaler.update()
@@ -385,7 +388,7 @@ if __name__ == '__main__':
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
         if main_process and (told or step == last_step or step % save_every == 0):
             save_checkpoint(last_path, {
-                'model': model.state_dict(),  # all networks, teacher and decoder too
+                'model': model.state_dict(),  # all networks of this script
                 'optimizer': optimizer.state_dict(),
                 'scaler': scaler.state_dict(),  # of float16
                 'step': step, 'log': log,
@@ -398,7 +401,7 @@ if __name__ == '__main__':
                       f'{last_path}; the same command goes on there')
             sys.exit(128 + int(told))
 
-    # ---- end
+    # ---- shell: end
     bar.close()
     if main_process:
         print(f'{step} steps in {time.time() - started:.0f} s; encoder in {last_path}; next:')

@@ -1,10 +1,10 @@
 """Judge an encoder: a decoder on its features, scored on the labelled tiles of the test split.
 
-The encoder is frozen. The maps of its last four blocks go through a decoder to one class per pixel,
-and beside them the pixel's spectrum and its means over small windows. By default the decoder is
+The encoder is frozen. A decoder sees the feature maps of its last four blocks, and beside them the
+pixel's spectrum and its means over small windows, and gives each pixel a class. By default it is
 linear and solved to its end (logistic regression), so that nothing but its inputs decides. The
-scores stand beside those of floors, which use no network: the window floor sees such spectra
-without the features. Compare with a random encoder as well.
+scores stand beside those of floors, which use no network: the window floor is the same decoder on
+averaged spectra alone. Compare with a random encoder as well.
 
     python segment.py                                          # a random encoder: minutes on a CPU
     python segment.py --encoder=runs/mae/last.pt --out_dir=runs/mae_logistic
@@ -16,7 +16,8 @@ decoder has last.pt, log.jsonl and curves.png as well; the same command again re
 best state on the validation split is scored.
 
 Where to start: the block `a solved decoder` is all that happens by default, the training loop is
-for the other decoders. Blocks headed `shell` are the same in other scripts: skip them at first.
+for the other decoders. Blocks headed `judge` are the same in baseline_deeplab.py, those headed
+`shell` in every script: skip these at first.
 
 Shapes: B tiles or crops, C bands, D width of the encoder, h w its grid of patches, K classes.
 """
@@ -69,7 +70,7 @@ class_weights = 'none'  # none | sqrt | inverse: of 1 / (a class's training pixe
 steps = 1000  # length of the run; the dissertation stopped after 500 to 5,000
 batch_size = 16  # tiles or crops per step, over all processes
 lr = 0.0  # of AdamW; 0: 1e-2 for a linear decoder on a frozen encoder, else 1e-3
-layer_decay = 0.75  # fine-tuning: learning rate of a block over that of the block above it
+layer_decay = 1.0  # fine-tuning: learning rate of a block over that of the one above it
 weight_decay = 0.01  # on matrices only
 # ---- run
 out_dir = 'runs/segment'  # one directory a run
@@ -105,7 +106,7 @@ def note_signal(number, frame):
 # ============ method ============
 
 def get_encoder(meta):
-    """-> the encoder to be judged, with .args and .whiten as of load_encoder(), and its name"""
+    """-> the encoder to be judged, with .args and .whiten as load_encoder() sets them; its name"""
     if not encoder:
         args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
                     fixed_positions=True, **SIZES[size])
@@ -143,7 +144,7 @@ def learning_rate(step):
     return peak * (1 - step / steps) ** 0.9
 
 
-# ============ shell: batches with labels ============
+# ============ judge: batches with labels ============
 
 class Batch(NamedTuple):
     """One rank's share of a step's batch"""
@@ -222,7 +223,7 @@ if __name__ == '__main__':
     if world > 1:
         dist.barrier()
 
-    # ---- shell: tiles with labels
+    # ---- judge: tiles with labels
     train = Tiles(data, 'tr', on_gpu, label_share, seed)
     test = Tiles(data, 'ts')
     meta = train.meta
@@ -261,7 +262,7 @@ if __name__ == '__main__':
           f'{"frozen" if freeze else "trained"}; {len(labelled)} labelled training tiles, crops of '
           f'{crop_size} px; {device}, {dtype}, {world} process(es); {out_dir}')
 
-    # ---- shell: scores
+    # ---- judge: scores
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
     best_path = os.path.join(out_dir, 'best.pt')
     resume_from(best_path, __file__, config, meta)  # refuses that of another run
@@ -335,7 +336,8 @@ if __name__ == '__main__':
             signal.signal(number, signal.SIG_DFL)  # there is nothing to save before the end
         inputs = features_and_spectra if pixel else features
         x, y, _ = labelled_pixels(train, inputs, 50_000, device=device)
-        print(f'solving it on {len(y):,} labelled pixels of the training tiles')
+        print(f'solving it on {len(y):,} labelled pixels of the training tiles (twice where these '
+              'overlap), which takes minutes')
         about, rows = {'best_step': 0}, {}
         if pixel:  # first without it
             columns = 4 * vit.embed_dim
@@ -346,7 +348,7 @@ if __name__ == '__main__':
         fill_decoder(model, fit_logistic(x, y, meta['num_classes']))
         if main_process:
             save_checkpoint(best_path, {'model': model.state_dict(), 'step': 0, **facts})
-        judge_and_leave(about, rows)
+        judge_and_leave(about, rows)  # the script ends here
 
     # ---- a trained decoder: maps of a frozen encoder are kept where 4 GB hold them
     known_maps = {}
@@ -358,14 +360,14 @@ if __name__ == '__main__':
         sample = labelled[::1 + len(labelled) // 2000].tolist()
         calibrate_norm(model.head.norm, known_maps.values() if known_maps else
                        (features(train.batch([i])[0]) for i in sample))
-    else:  # parameters that features do not use (mask tokens) would make DDP wait for a gradient
+    else:  # DDP would wait for gradients of what features do not use (mask tokens): find it once
         x = prepare(train.batch([0])[0])[..., :crop_size, :crop_size]
         model.eval()(x).sum().backward()
         for parameter in model.train().parameters():
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None
 
-    # ---- shell: validation split, weights of the classes in the loss
+    # ---- judge: validation split, weights of the classes in the loss
     val = Tiles(data, 'val', False, label_share, seed)
     if not sum(meta['class_counts']['val']):
         raise UserError(f'{data}: its tiles of "val" have no labels, and the best state is chosen '
@@ -391,7 +393,7 @@ if __name__ == '__main__':
         step, log = checkpoint['step'], checkpoint['log']
     last_step = min(max_steps or steps, steps)
     if main_process:
-        # written anew: entries after the last checkpoint are of steps that are made again
+        # rewritten: the steps after the last checkpoint will run again
         log_file = open(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8', buffering=1)
         log_file.writelines(json.dumps(entry) + '\n' for entry in log)
         if wandb_log:
@@ -411,7 +413,7 @@ if __name__ == '__main__':
     print(f'steps {step} to {last_step} of {steps} ({epochs:.1f} epochs)')
 
     # ---- shell: compile and DDP
-    if compile and on_gpu:  # in place: names in the checkpoint stay plain
+    if compile and on_gpu:  # in place: parameters keep their names
         model.compile(mode='reduce-overhead' if cuda_graphs and world == 1 else 'default')
     net = DistributedDataParallel(model) if world > 1 else model
 
@@ -451,7 +453,7 @@ if __name__ == '__main__':
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # only measured
 
         # ---- shell: update the weights
-        # where found_inf is 1, fused AdamW leaves them as they are. No one waits to see it here
+        # fused AdamW skips this step where found_inf is 1: the GPU decides, the host does not wait
         optimizer.found_inf = 1.0 - torch.isfinite(norm).float()
         scaler.step(optimizer)
         scaler.update()
@@ -485,7 +487,7 @@ if __name__ == '__main__':
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
         if main_process and (told or step == last_step or step % save_every == 0):
             save_checkpoint(last_path, {
-                'model': model.state_dict(),  # all networks, teacher and decoder too
+                'model': model.state_dict(),  # all networks of this script
                 'optimizer': optimizer.state_dict(),
                 'scaler': scaler.state_dict(),  # of float16
                 'step': step, 'log': log,
@@ -498,7 +500,7 @@ if __name__ == '__main__':
                       f'{last_path}; the same command goes on there')
             sys.exit(128 + int(told))
 
-    # ---- shell: the best state, on the test split
+    # ---- judge: the best state, on the test split
     bar.close()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # all is saved: from here on a signal ends at once

@@ -352,6 +352,22 @@ data.tile(data.parse(sys.argv[2:]))
 """
 
 
+def test_a_scene_that_changed_after_it_was_tiled_is_told(tmp_path):
+    scene, out = make_scene(tmp_path / 's.npz'), tmp_path / 'tiles'
+    labels = tmp_path / 'l.npy'
+    np.save(labels, np.load(scene)['labels'])
+    command = ['data.py', 'tile', f'--root={scene}', f'--labels={labels}', f'--out={out}', '--tile_size=16']
+    run(*command)
+    assert 'nothing to do' in run(*command).stdout
+    for path in (scene, str(labels)):
+        later = os.path.getmtime(out / 'meta.json') + 10
+        os.utime(path, (later, later))
+        done = run(*command, check=False)
+        assert done.returncode == 1 and f'{path}: is newer than the tiles' in done.stderr and 'Traceback' not in done.stderr
+        os.utime(out / 'meta.json', (later, later))  # as the sentence says, where the file is as it was
+        assert 'nothing to do' in run(*command).stdout
+
+
 def test_killed_tiling_is_no_data_set_and_the_same_command_gives_the_same_bytes(tmp_path):
     root = tmp_path / 'whu'
     whu_layout(str(root), (64, 64), 'YXC', None, n=6)

@@ -24,8 +24,8 @@ HEADING = r'^ *# (?:----|====)'  # where a block ends
 
 
 def shell(text):
-    """heading -> text of each block headed `shell`, up to the next heading"""
-    found = re.findall(rf'^( *# (?:----|=+) shell: [^\n]*)\n(.*?)(?={HEADING}|\Z)', text, re.S | re.M)
+    """heading -> text of each block headed `shell` or `judge`, up to the next heading"""
+    found = re.findall(rf'^( *# (?:----|=+) (?:shell|judge): [^\n]*)\n(.*?)(?={HEADING}|\Z)', text, re.S | re.M)
     return {re.sub(r'[\s#=-]+', ' ', heading): block for heading, block in found}
 
 
