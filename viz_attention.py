@@ -121,7 +121,7 @@ def draw_row(row, raw, encoder, meta, pixel):
         look = {}
         if values.ndim == 2:
             look = dict(cmap='viridis', norm=PowerNorm(0.5, 0, np.quantile(values, 0.99)))
-            axis.set_xlabel(f'max. {values.max():.1f}', fontsize=7)
+            axis.set_xlabel(f'max. {values.max():.1f} x mean', fontsize=7)
         axis.imshow(values, extent=(0, W, H, 0), interpolation='nearest', **look)
     for axis in (row[0], row[2]):
         corner = (pixel[1] // P * P, pixel[0] // P * P)
@@ -138,7 +138,7 @@ def draw_spectrum(axis, raw, meta, encoder, attention):
     axis.axis('on')
     axis.plot(nm[order], spectrum[order], color='black', linewidth=1)
     axis.set_xlabel('wavelength, nm' if meta['wavelengths_nm'] else 'band', fontsize=7)
-    axis.set_ylabel('mean value', fontsize=7)
+    axis.set_ylabel('mean of stored values', fontsize=7)
     axis.tick_params(labelsize=6)
     groups, size = encoder.num_groups, encoder.spectral_patch_size
     share = attention[:, 0, encoder.num_prefix_tokens:].mean(0).numpy() * groups
