@@ -416,6 +416,8 @@ def settle_values(scene, path, nodata=None):
     small_integers = cube.dtype.kind in 'iu' and cube.dtype.itemsize <= 2
     dtype = cube.dtype.newbyteorder('=') if small_integers else np.dtype(np.float32)
     differ = any(isinstance(number, np.ndarray) for number in (stated, factor, offset))
+    if cube.dtype.kind in 'iu' and not small_integers:
+        notes.append(f'{cube.dtype} becomes float32, which is exact up to 16,777,216')
     scale, value = None, None
     if differ:
         dtype = np.dtype(np.float32)

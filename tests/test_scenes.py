@@ -890,3 +890,10 @@ def test_types_that_are_no_pixels_are_refused(tmp_path):
     wide = settle_values(scene_of(CUBE.astype(np.int32), nodata=-9999), 'x', None)
     assert wide.cube.dtype == np.float32 and wide.nodata == -9999
     assert json.dumps(wide.nodata) and os.path.isdir(tmp_path) and re.match('a', 'a')
+
+
+@pytest.mark.parametrize('kind, told', [(np.uint32, True), (np.int64, True), (np.uint16, False), (np.float64, False)])
+def test_whole_numbers_that_float32_may_round_are_told(kind, told, tmp_path):
+    np.savez(tmp_path / 's.npz', cube=np.arange(1, 4 * 5 * 3 + 1).reshape(4, 5, 3).astype(kind))
+    notes = read_scene(str(tmp_path / 's.npz')).notes
+    assert any('becomes float32, which is exact up to 16,777,216' in note for note in notes) == told
