@@ -202,8 +202,8 @@ def sinkhorn_knopp(logits, temp, n_iterations=3):
     """
     log_q = logits.float() / temp
     for _ in range(n_iterations):
-        log_q = log_q - total_logsumexp(log_q)
-        log_q = log_q - torch.logsumexp(log_q, dim=1, keepdim=True)
+        log_q -= total_logsumexp(log_q)
+        log_q -= torch.logsumexp(log_q, dim=1, keepdim=True)
     return log_q.exp()
 
 

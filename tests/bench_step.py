@@ -1,9 +1,14 @@
-"""Speed of the main job at ViT-B/8, 65,536 prototypes: python tests/bench_step.py [batch]. Prints ratios measured in this run.
+"""Speed of the main job at ViT-B/8, 65,536 prototypes. Prints ratios measured in this run.
+
+    python tests/bench_step.py [batch]          # needs a minute or two for each tile of the batch
+    python tests/bench_step.py peers [batch]    # 4 below alone
 
 1. pretrain_dino's step in bfloat16 against float32, plain and compiled, and each against a matrix product of its type: a step is divided by
    the mean of the products just before and after it, so that a busy machine slows both alike.
 2. The student's crops in two passes (one for each size) against one pass a crop.
 3. Augmentation of 32 tiles into 2 + 8 crops, batched, against a loop over samples with torch's own operations.
+4. A step of pretrain_mae and of pretrain_dino against the same step of public code, where that is installed
+   (pip install transformers lightly timm): transformers' ViTMAEForPreTraining, lightly's DINOv2 parts on timm's ViT.
 """
 import os
 import statistics
@@ -172,7 +177,104 @@ def augmentation(rounds=5):
           f'{median[loop] / median[batched]:.2f} times as fast')
 
 
+def compare_steps(name, steps, rounds=5):
+    """{whose: function} -> prints seconds a step, and the ratio of each round's pair"""
+    for step in steps.values():
+        step()
+    times = {whose: [] for whose in steps}
+    for _ in range(rounds):
+        for whose, step in steps.items():
+            times[whose].append(seconds(step))
+    ours, *others = steps
+    print(f'{name}: {ours} {statistics.median(times[ours]):.2f} s a step')
+    for whose in others:
+        ratios = sorted(other / our for other, our in zip(times[whose], times[ours]))
+        print(f'    {whose} {statistics.median(times[whose]):.2f} s: ours is {statistics.median(ratios):.2f} '
+              f'times as fast ({ratios[0]:.2f} to {ratios[-1]:.2f} in {rounds} rounds)', flush=True)
+
+
+def training_step(parameters, loss_of, after=lambda: None):
+    """-> function that makes one optimizer step"""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.05, fused=True)
+
+    def step():
+        with torch.autocast('cpu', torch.bfloat16, enabled=BFLOAT16):
+            loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 3.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
+    return step
+
+
+def mae_peer(batch):
+    """pretrain_mae and transformers' ViTMAEForPreTraining, ViT-B/8 with a decoder of 8 blocks of 512"""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    import models
+    sizes = dict(img_size=64, patch_size=8, in_chans=32, embed_dim=768, depth=12, num_heads=12)
+    ours = models.MaskedAutoencoder(**sizes, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
+    theirs = ViTMAEForPreTraining(ViTMAEConfig(image_size=64, patch_size=8, num_channels=32))
+    x = torch.randn(batch, 32, 64, 64)
+    print('parameters:', *(sum(p.numel() for p in model.parameters()) for model in (ours, theirs)))
+    compare_steps(f'masked autoencoder, batch {batch}', {
+        'pretrain_mae': training_step(ours.parameters(), lambda: ours(x, 0.75)[0]),
+        'transformers': training_step(theirs.parameters(), lambda: theirs(x).loss)})
+
+
+def dino_peer(batch):
+    """pretrain_dino and DINOv2 put together from lightly's parts and timm's ViT, as lightly's example is: the
+    same crops, prototypes and masks, one head for both losses"""
+    import copy
+    import timm
+    from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
+    from lightly.models.modules import DINOv2ProjectionHead, MaskedVisionTransformerTIMM
+    from lightly.models.utils import update_momentum
+    step, model, (big, small) = make_step('bfloat16' if BFLOAT16 else 'float32', batch)
+    vit = timm.models.vision_transformer.VisionTransformer(
+        img_size=64, patch_size=8, in_chans=32, num_classes=0, reg_tokens=4, init_values=1e-5,
+        dynamic_img_size=True)
+    backbone = MaskedVisionTransformerTIMM(vit=vit)
+    teacher_backbone = copy.deepcopy(backbone).requires_grad_(False)
+    head, teacher_head = (DINOv2ProjectionHead(input_dim=768, output_dim=65_536) for _ in range(2))
+    teacher_head.load_state_dict(head.state_dict())
+    teacher_head.requires_grad_(False)
+    dino, ibot, koleo = DINOLoss(), IBOTPatchLoss(), KoLeoLoss()
+    masks = pretrain_dino.block_masks(2 * batch, 8, 8, np.random.default_rng(0)).reshape(-1, 8, 8)
+    token_mask = torch.cat([torch.zeros(2 * batch, 5, dtype=torch.bool), masks.flatten(1)], 1)
+    prefix = vit.num_prefix_tokens
+
+    def loss_of():
+        with torch.no_grad():
+            taught = teacher_backbone.encode(big)
+            taught_cls, taught_masked = teacher_head(taught[:, 0]), teacher_head(taught[:, prefix:][masks.flatten(1)])
+        said = backbone.encode(big, mask=token_mask)
+        said_cls, said_masked = head(said[:, 0]), head(said[:, prefix:][masks.flatten(1)])
+        local = head(backbone.encode(small)[:, 0])
+        return (dino(list(taught_cls.chunk(2)), [*said_cls.chunk(2), *local.chunk(8)], teacher_temp=0.05)
+                + ibot(taught_masked, said_masked, masks, teacher_temp=0.05)
+                + 0.1 * sum(koleo(half) for half in said[:, 0].chunk(2)))
+
+    def move_teacher():
+        update_momentum(backbone, teacher_backbone, m=0.99)
+        update_momentum(head, teacher_head, m=0.99)
+    theirs = training_step([*backbone.parameters(), *head.parameters()], loss_of, move_teacher)
+    compare_steps(f'DINOv2, batch {batch}', {'pretrain_dino': step, 'lightly and timm': theirs})
+
+
+def peers(batch):
+    for compare in (mae_peer, dino_peer):
+        try:
+            compare(batch)
+        except ImportError as error:
+            print(f'{compare.__name__}: not measured ({error})')
+
+
 if __name__ == '__main__':
+    if sys.argv[1:2] == ['peers']:
+        peers(int(sys.argv[2]) if len(sys.argv) > 2 else 8)
+        sys.exit()
     augmentation()
     steps = steps_and_products(int(sys.argv[1]) if len(sys.argv) > 1 else 8)
     _, model, crops = steps['bfloat16' if BFLOAT16 else 'float32', False]
