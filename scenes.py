@@ -1772,12 +1772,27 @@ def h5_arrays(path):
         if text_of(item.attrs.get('MATLAB_class', '')) != 'char':
             axes = [([os.path.basename(scale.name) for scale in axis.values()] or [axis.label])[0]
                     for axis in item.dims]
-            found[name] = Stored(item.shape[leading(item):], item.dtype, read_from(item),
-                                 dict(item.attrs), tuple(axes[leading(item):]))
+            dtype, read = item.dtype, read_from(item)
+            if is_unsigned(item) and dtype.kind == 'i':
+                dtype = np.dtype(dtype.str.replace('i', 'u'))
+                read = viewed(read, dtype)
+            found[name] = Stored(item.shape[leading(item):], dtype, read, dict(item.attrs),
+                                 tuple(axes[leading(item):]))
 
     with h5py.File(path, 'r') as file:
         file.visititems(collect)
     return found
+
+
+def is_unsigned(array):
+    """Whether signed integers are meant unsigned: NetCDF's `_Unsigned`, since its older versions had
+    no others"""
+    return array.dtype.kind in 'iu' and attribute(array.attrs, 'unsigned').lower() == 'true'
+
+
+def viewed(read, dtype):
+    """The same reader, its bytes taken for `dtype`"""
+    return lambda key: read(key).view(dtype)
 
 
 def read_h5(path, mmap, name, axes):
@@ -1819,10 +1834,12 @@ def read_h5(path, mmap, name, axes):
         factor = 1 / float(factor)
     nodata = [attribute(image.attrs, name) for name in MISSING_VALUES]
     nodata = list(dict.fromkeys(filter(None, nodata)))
+    if is_unsigned(image):  # so is the filler: -1 is 255 in one byte
+        nodata = [str(int(float(value)) % 256 ** image.dtype.itemsize) for value in nodata]
     if len(nodata) > 1:
         scene = say(scene, f'WARNING: states {" and ".join(nodata)} for missing pixels, of which '
                     f'{nodata[0]} is used: --nodata= chooses another')
-    for name in ('validrange', 'validmin', 'validmax', 'unsigned'):
+    for name in ('validrange', 'validmin', 'validmax'):
         if attribute(image.attrs, name):
             scene = say(scene, f'WARNING: its attribute "{name}" is not used')
     if any(other.endswith('glt_x') for other in arrays):

@@ -562,8 +562,19 @@ def test_nodata_in_the_spellings_of_hdf5(facts, nodata, tmp_path):
 def test_scales_in_the_spellings_of_hdf5_and_what_is_not_used(tmp_path):
     for facts, factor in (({'Scale_Factor': 10000.0}, 1e-4), ({'Scale Factor': 10000.0}, 1e-4), ({'Scale_Factor': 1e-4}, 1e-4), ({'scale_factor': 2.0}, 2)):
         assert read(h5(tmp_path / 'a.h5', {'cube': (HWC, facts)})).scale == (factor, 0)
-    scene = read(h5(tmp_path / 'a.h5', {'cube': (HWC, {'valid_range': np.int16([0, 9]), '_Unsigned': 'true'})}))
-    assert told(scene, 'WARNING', 'validrange') and told(scene, 'WARNING', 'unsigned')
+    scene = read(h5(tmp_path / 'a.h5', {'cube': (HWC, {'valid_range': np.int16([0, 9])})}))
+    assert told(scene, 'WARNING', 'validrange')
+
+
+@pytest.mark.parametrize('kind', ['i1', '<i2', '>i2'])
+def test_signed_numbers_that_are_meant_unsigned(kind, tmp_path):
+    """NetCDF's _Unsigned, and the filler that is then unsigned as well"""
+    signed = (np.arange(6 * 9 * 11) % 250 - 125).reshape(9, 11, 6).astype(kind)
+    unsigned = signed.view(kind.replace('i', 'u'))
+    for facts, expected in (({'_Unsigned': 'true', '_FillValue': np.array(-1, kind)}, unsigned), ({'_Unsigned': 'false', '_FillValue': np.array(-1, kind)}, signed)):
+        scene = read(h5(tmp_path / 'a.h5', {'cube': (signed, facts)}))
+        np.testing.assert_array_equal(np.asarray(scene.cube), expected.transpose(2, 0, 1))
+        assert scene.nodata == (-1 if expected is signed else 256 ** signed.itemsize - 1)
 
 
 def test_an_axis_of_one_time_is_taken_off_and_of_several_the_arrays_are_listed(tmp_path):
