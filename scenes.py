@@ -1776,8 +1776,9 @@ def h5_arrays(path):
             if is_unsigned(item) and dtype.kind == 'i':
                 dtype = np.dtype(dtype.str.replace('i', 'u'))
                 read = viewed(read, dtype)
-            found[name] = Stored(item.shape[leading(item):], dtype, read, dict(item.attrs),
-                                 tuple(axes[leading(item):]))
+            inner = slice(leading(item), None)
+            found[name] = Stored(item.shape[inner], dtype, read, dict(item.attrs),
+                                 tuple(axes[inner]))
 
     with h5py.File(path, 'r') as file:
         file.visititems(collect)
@@ -1785,8 +1786,7 @@ def h5_arrays(path):
 
 
 def is_unsigned(array):
-    """Whether signed integers are meant unsigned: NetCDF's `_Unsigned`, since its older versions had
-    no others"""
+    """NetCDF's `_Unsigned`: numbers stored as signed, since older versions had no others"""
     return array.dtype.kind in 'iu' and attribute(array.attrs, 'unsigned').lower() == 'true'
 
 
@@ -1835,7 +1835,8 @@ def read_h5(path, mmap, name, axes):
     nodata = [attribute(image.attrs, name) for name in MISSING_VALUES]
     nodata = list(dict.fromkeys(filter(None, nodata)))
     if is_unsigned(image):  # so is the filler: -1 is 255 in one byte
-        nodata = [str(int(float(value)) % 256 ** image.dtype.itemsize) for value in nodata]
+        numbers = 256 ** image.dtype.itemsize
+        nodata = [str(int(float(value)) % numbers) for value in nodata]
     if len(nodata) > 1:
         scene = say(scene, f'WARNING: states {" and ".join(nodata)} for missing pixels, of which '
                     f'{nodata[0]} is used: --nodata= chooses another')
