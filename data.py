@@ -41,8 +41,8 @@ try:
 except ImportError:  # Windows has no such locks: see to it that one process writes a directory
     fcntl = None
 
-from scenes import (OHS_NM, READERS, UserError, band_matrix, mix_bands, normalized, one_line,
-                    parse_bands, read_scene, same_bands, split_name, strips, valid_pixels)
+from scenes import (OHS_NM, READERS, UserError, band_matrix, both_files, mix_bands, normalized,
+                    one_line, parse_bands, read_scene, same_bands, split_name, strips, valid_pixels)
 
 SPLITS = ('tr', 'val', 'ts')
 IGNORE_INDEX = 255
@@ -346,8 +346,9 @@ def check_same(meta, inputs, args):
         raise UserError(f'{args.out}: was made with other settings or inputs: '
                         f'{", ".join(changed[:9])}: choose another --out or delete it')
     path = os.path.join(args.out, 'meta.json')
-    for file in (split_name(name)[0] for item in inputs for name in (item.path, item.labels)):
-        if os.path.isfile(file) and os.path.getmtime(file) > os.path.getmtime(path):
+    named = {split_name(name)[0] for item in inputs for name in (item.path, item.labels)}
+    for file in sorted(file for name in named if os.path.isfile(name) for file in both_files(name)):
+        if os.path.getmtime(file) > os.path.getmtime(path):
             raise UserError(f'{file}: is newer than the tiles in {args.out}: delete these and run '
                             f'the same command again, or, if it is as it was, touch {path}')
 

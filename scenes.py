@@ -1404,6 +1404,14 @@ def envi_header_of(path):
     return found[0] if found else None
 
 
+def both_files(path):
+    """-> the file, and what may belong to it: the header of ENVI data, the data of a header"""
+    if path.lower().endswith('.hdr'):
+        return [path, *files_beside(path[:-4], ENVI_ENDINGS)]
+    header = envi_header_of(path)
+    return [path, header] if header else [path]
+
+
 def read_envi(path, mmap, name, axes):
     """An ENVI image, by its header or by its data file"""
     if path.lower().endswith('.hdr'):
