@@ -46,6 +46,7 @@ from scenes import (OHS_NM, READERS, UserError, band_matrix, both_files, mix_ban
 
 SPLITS = ('tr', 'val', 'ts')
 IGNORE_INDEX = 255
+BY_FOLDERS = 'as the folders say'  # meta['split'] of a folder of scenes
 OHS_CLASSES = (
     'Paddy field', 'Dry farm', 'Woodland', 'Shrubbery', 'Sparse woodland', 'Other forest land',
     'High-covered grassland', 'Medium-covered grassland', 'Low-covered grassland', 'River canal',
@@ -144,12 +145,15 @@ def list_inputs(root, labels):
             raise UserError(f'--labels names {len(label_paths)} files for {len(paths)} scenes: '
                             'give one for each, separated by commas')
         return [Input(path, path, label_path, '') for path, label_path in zip(paths, label_paths)]
+    if labels:
+        raise UserError(f'--labels={labels}: goes with scene files. In the folder {root} labels '
+                        'lie beside the images: tr/image/x.tif, tr/label/x.tif')
     inputs = []
     for split in SPLITS:
-        images, labels = (os.path.join(root, split, kind) for kind in ('image', 'label'))
+        images, label_dir = (os.path.join(root, split, kind) for kind in ('image', 'label'))
         for name in sorted(os.listdir(images)) if os.path.isdir(images) else []:
             if name.lower().endswith(tuple(READERS)):
-                label_path = os.path.join(labels, name) if os.path.isdir(labels) else ''
+                label_path = os.path.join(label_dir, name) if os.path.isdir(label_dir) else ''
                 path = os.path.join(images, name)
                 inputs.append(Input(f'{split}/{name}', path, label_path, split))
     if not any(item.split == 'tr' for item in inputs):
@@ -221,9 +225,10 @@ def split_by_blocks(labels, shares, block, gap, seed):
     """(H, W) labels -> (H, W) split numbers 0, 1, 2: blocks dealt out so that each class has its
     share of each split.
 
-    tr takes the black squares of a checkerboard first (all of them at a share of 0.5), ts the
-    white ones last; the best of 500 random deals counts, and a class still missing from tr gets
-    its largest block. Pixels within `gap` of a block of another split get 3 (unused).
+    Blocks have the colours of a checkerboard. In random order all of one colour come first, then
+    the others: tr takes its share from the front, ts from the end. Of 500 such deals the one
+    nearest to the shares is kept, and a class still missing from tr gets its largest block.
+    Pixels within `gap` of a block of another split get 3 (unused).
     """
     H, W = labels.shape
     h, w = math.ceil(H / block), math.ceil(W / block)
@@ -242,8 +247,8 @@ def split_by_blocks(labels, shares, block, gap, seed):
     price = np.array([[100], [1], [10]])  # of a class that is missing from tr, val, ts
     best_cost = np.inf
     for _ in range(500):
-        shuffled = rng.random(num_blocks)
-        order = np.lexsort((shuffled, white ^ rng.integers(2)))  # one colour, then the other
+        luck = rng.random(num_blocks)
+        order = np.lexsort((luck, white ^ rng.integers(2)))  # one colour, then the other
         trial = np.empty(num_blocks, int)
         trial[order] = split_of_place
         got = np.stack([counts[trial == split].sum(0) for split in range(3)]) / pixels.clip(1)
@@ -263,8 +268,8 @@ def split_by_blocks(labels, shares, block, gap, seed):
 
 def cut_positions(length, size, stride):
     """Starts of tiles or windows of `size` that cover `length`; the last one is moved back to end
-    at the border."""
-    starts = list(range(0, length - size + 1, stride))
+    at the border, and one that is larger than `length` starts at 0."""
+    starts = list(range(0, max(length - size, 0) + 1, stride))
     if starts[-1] + size < length:
         starts.append(length - size)
     return starts
@@ -289,8 +294,8 @@ def cut(scene, regions, args):
             for left in cut_positions(cols.stop - cols.start, size, strides[split]):
                 col = cols.start + left
                 tile_labels = labels[row:row + size, col:col + size].copy()
-                if split != 'tr':  # of tiles that overlap at the border only the first keeps them
-                    labels[row:row + size, col:col + size] = 0  # a test pixel counts once
+                if split != 'tr':  # where tiles overlap at the border, a pixel is scored once
+                    labels[row:row + size, col:col + size] = 0
                 wanted = split == 'tr' or scene.labels is None or tile_labels.any()
                 if wanted and valid[:, col:col + size].any():
                     yield split, row, col, strip[:, :, col:col + size], tile_labels
@@ -383,7 +388,7 @@ def write_tiles(inputs, args):
     images, labels = ({split: new_array(os.path.join(args.out, f'{split}_{kind}.npy'))
                        for split in SPLITS} for kind in ('images', 'labels'))
     statistics = {'pixels': 0, 'valid': 0}
-    names, skipped, failures = [], [], []
+    names, failures = [], {}  # failures: name -> why the scene cannot be used
     first = None  # what all scenes have alike
     said = set()
     for item in tqdm(inputs, 'tiling', unit='file', disable=len(inputs) == 1):
@@ -392,8 +397,7 @@ def write_tiles(inputs, args):
             regions = regions_of(scene, item, args)
             first = check_fits(item.path, scene, first)
         except UserError as error:
-            failures.append(str(error))
-            skipped.append(item.name)
+            failures[item.name] = str(error)
             continue
         if args.pca > first['num_bands']:
             raise UserError(f'--pca={args.pca}: choose from 1 to {first["num_bands"]} components, '
@@ -409,10 +413,10 @@ def write_tiles(inputs, args):
             tiles[split].append([len(names), row, col])
         names.append(item.name)
     if failures and not (args.skip_bad and names):
-        raise UserError('\n'.join(failures) + f'\n{args.out}: {len(failures)} of {len(inputs)} '
-                        'inputs could not be used: repair or remove them and run the same command '
-                        'again, or go on without them with --skip_bad=true')
-    for sentence in failures:
+        raise UserError('\n'.join(failures.values()) + f'\n{args.out}: {len(failures)} of '
+                        f'{len(inputs)} inputs could not be used: repair or remove them and run '
+                        'the same command again, or go on without them with --skip_bad=true')
+    for sentence in failures.values():
         print('skipped:', sentence)
     S = args.tile_size
     for split, places in tiles.items():
@@ -424,21 +428,21 @@ def write_tiles(inputs, args):
     if args.split == 'halves':
         how_split = 'the scene is cut: the splits share no pixel (inductive)'
     if os.path.isdir(args.root):
-        how_split = 'as the folders say'
+        how_split = BY_FOLDERS
     return {'settings': settings_of(args), **first, **moments(statistics, args.root),
             **name_classes(first['class_names'], class_counts), 'split': how_split,
-            'scenes': names, 'skipped': skipped, 'tile_size': args.tile_size, 'tiles': tiles}
+            'scenes': names, 'skipped': list(failures), 'tile_size': args.tile_size, 'tiles': tiles}
 
 
 def check_fits(path, scene, first):
     """-> what all scenes of a directory have alike, as meta.json lists it: that of the `first`,
     or of this scene if there is none. Refuses one that has something else."""
-    stated = ('nodata', 'scale', 'wavelengths_nm', 'bands', 'class_names', 'fwhm_nm',
-              'class_colors', 'file_bands')
+    must_agree = ('nodata', 'scale', 'wavelengths_nm', 'bands', 'class_names')
+    stated = (*must_agree, 'fwhm_nm', 'class_colors', 'file_bands')
     facts = {'num_bands': len(scene.cube), 'dtype': scene.cube.dtype.name,
              **{name: getattr(scene, name) for name in stated}}
     first = first or facts
-    for name in ('num_bands', 'dtype', *stated[:5]):
+    for name in ('num_bands', 'dtype', *must_agree):
         here, there = facts[name], first[name]
         alike = here == there or (None in (here, there) and name != 'nodata')
         if name == 'wavelengths_nm' and not alike:
@@ -465,7 +469,8 @@ def say_notes(path, notes, said, whole):
 
 
 def add_statistics(stats, cube, nodata, rows, cols):
-    """Add an area's valid pixels to float64 sums about the first strip's mean: nothing cancels"""
+    """Add an area's valid pixels to float64 sums of values minus the first strip's mean: large sums
+    that are nearly equal, once subtracted, would lose digits"""
     for strip in strips(cube, rows):
         values = cube[:, strip, cols]
         valid = valid_pixels(values, nodata)
@@ -508,7 +513,7 @@ def to_components(meta, args):
     C, K, S = meta['num_bands'], args.pca, args.tile_size
     variance, vectors = np.linalg.eigh(meta['covariance'])
     components = vectors[:, ::-1][:, :K].T  # (K, C) unit vectors, the leading ones first
-    components = components * np.sign(components.sum(1, keepdims=True))  # any would do
+    components = components * np.sign(components.sum(1, keepdims=True))  # either would do
     explained = variance[::-1][:K] / variance.sum()
     print(f'{K} principal components have of the variance:',
           ', '.join(f'{share:.2%}' for share in explained))
@@ -671,9 +676,9 @@ class Tiles:
         """Tiles `ids` -> images (B, C, S, S) in the stored type, labels (B, S, S) uint8 or None.
 
         With `corners` (B, 2) only the window of `side` pixels at that row and column is read.
-        With `reuse` the tensors are kept buffers, two in turn, valid until the next call but one:
-        fresh memory takes the system longer than the reading. Pinned ones, if that was asked for,
-        reach a GPU while it does other work. That copy has ended before its buffer is written
+        With `reuse` the tensors are two kept buffers in turn: a batch stays valid while the next
+        one is read. Fresh memory would take the system longer than the reading. Pinned ones reach
+        a GPU while it does other work. That copy has ended before its buffer is written
         again, since a training loop waits for the GPU once a step.
         """
         ids = np.asarray(ids)
@@ -697,7 +702,7 @@ class Tiles:
             if reuse:
                 self._buffers[kind, self._turn] = tensor
             if window == whole:
-                np.take(source, ids, axis=0, out=tensor.numpy(), mode='clip')  # no copy between
+                np.take(source, ids, axis=0, out=tensor.numpy(), mode='clip')  # straight into it
             else:
                 for item, i, (row, col) in zip(tensor.numpy(), ids, np.asarray(corners)):
                     item[:] = source[i, ..., row:row + window, col:col + window]
@@ -805,9 +810,6 @@ def standardization(meta, whiten=0):
     if whiten == 0:
         std = torch.tensor(meta['std'], dtype=torch.float32)
         return mean, 1 / std.clamp(min=1e-6 * (max(meta['std']) or 1))
-    if whiten < 0:
-        raise UserError(f'--whiten={whiten}: choose 0 for per-band standardisation, or a number '
-                        'of components')
     covariance = torch.tensor(meta['covariance'], dtype=torch.float64)
     bands = len(covariance)
     whiten = min(whiten, bands)
@@ -878,7 +880,7 @@ def resize_weights(start, length, source, out, flip, softness):
     and, where flip (...) is True, flips one axis.
 
     Triangle filter, widened when shrinking: bilinear interpolation with anti-aliasing, as torch's
-    interpolate(antialias=True). `softness` (...) or 1 widens it more: a blur that costs nothing.
+    interpolate(antialias=True). `softness` (...) or 1 widens it more, which blurs at no cost.
     """
     scale = length / out  # source pixels per output pixel
     steps = torch.arange(out, device=start.device) + 0.5
@@ -977,16 +979,18 @@ def augment_spectra(x, draws, field, statistics, light):
     """x (B, C + 1, H, W), crops of standardize_rows -> (B, C, H, W) standardised, each sample in
     a light of its own; invalid pixels are 0.
 
-    draws (B, 11) are uniform in 0..1. field (C, F, S) is standard normal, F >= H, S >= W: runs of
-    its rows are the noise of all samples, so that it need not be drawn for each.
+    draws (B, 11) are uniform in 0..1. field (C, F, S) is standard normal, F >= H, S >= W: the noise
+    of a sample is H rows of it from a random start, which is faster than drawing each its own.
     """
     C = x.shape[1] - 1
     H, W = x.shape[2:]
     x, valid = x[:, :C], x[:, C:]
     mean, std, matrix = statistics
-    signed = 2 * draws - 1
-    gain = light.gain * signed[:, :1]  # (B, 1)
-    offset = light.offset * signed[:, 2:3]
+    # a number of each sample for each thing that varies, (B, 1); the second is not used
+    gain, _, offset, first_row, strength, contrast, brightness, mirror, drop, length, start = (
+        draws[:, None].unbind(-1))
+    gain = light.gain * (2 * gain - 1)
+    offset = light.offset * (2 * offset - 1)
 
     # standardising is linear: a change of the sensor's values is one of the standardised ones
     shift = gain * mean + offset * std  # (B, C)
@@ -994,32 +998,32 @@ def augment_spectra(x, draws, field, statistics, light):
     y = x * (1 + gain[..., None, None])
     y.add_(shift[..., None, None])
     if light.noise:
-        first_row = (draws[:, 3:4] * (field.shape[1] - H + 1)).long()
+        first_row = (first_row * (field.shape[1] - H + 1)).long()
         rows = first_row + torch.arange(H, device=x.device)  # (B, H)
         noise = field[:, :, :W].index_select(1, rows.flatten())
         noise = noise.reshape(C, -1, H, W).transpose(0, 1)  # (B, C, H, W)
-        y.addcmul_(noise, light.noise * draws[:, 4, None, None, None])
+        y.addcmul_(noise, light.noise * strength[..., None, None])
     if light.jitter:
         middle = y.mean((1, 2, 3), keepdim=True)
-        contrast = 1 + light.jitter * signed[:, 5, None, None, None]
-        brightness = light.jitter * signed[:, 6, None, None, None]
+        contrast = 1 + light.jitter * (2 * contrast - 1)[..., None, None]
+        brightness = light.jitter * (2 * brightness - 1)[..., None, None]
         y.sub_(middle).mul_(contrast).add_(middle + brightness)
     if light.solarize:
-        mirrored = (draws[:, 7] < light.solarize)[:, None, None, None]
+        mirrored = (mirror < light.solarize)[..., None, None]
         y.copy_(torch.where(mirrored, -y.abs(), y))
     if light.band_dropout and C >= 3:  # of one or two bands nothing would be left
-        length = (draws[:, 9] * C / 3).ceil()
-        start = (draws[:, 10] * (C - length + 1)).floor()
+        length = (length * C / 3).ceil()
+        start = (start * (C - length + 1)).floor()
         band = torch.arange(C, device=x.device)
-        dropped = (band >= start[:, None]) & (band < (start + length)[:, None])  # (B, C)
-        dropped &= (draws[:, 8] < light.band_dropout)[:, None]
+        dropped = (band >= start) & (band < start + length)  # (B, C)
+        dropped &= drop < light.band_dropout
         y.mul_(~dropped[..., None, None])
     return y.mul_(valid)
 
 
 # ============ linear classifiers: probes and floors ============
 
-def labelled_pixels(tiles, features, limit=50_000, max_tiles=2000, seed=0, device='cpu'):
+def labelled_pixels(tiles, features, limit=50_000, max_tiles=2000, device='cpu'):
     """Features and classes of labelled pixels: x (n, D) float32, y (n,), blocks (n,); about
     `limit` of them at the most, drawn at random from at most `max_tiles` tiles that have labels.
 
@@ -1029,17 +1033,17 @@ def labelled_pixels(tiles, features, limit=50_000, max_tiles=2000, seed=0, devic
     """
     if tiles.labels is None:
         raise UserError(f'{tiles.directory}: the split "{tiles.split}" has no labels')
-    order = np.random.default_rng(seed).permutation(len(tiles))
+    order = np.random.default_rng(0).permutation(len(tiles))
     with_labels = (i for i in order if tiles.labels[i].any())
     chosen = np.sort(list(itertools.islice(with_labels, max_tiles))).astype(int)
     if not len(chosen):
         raise UserError(f'{tiles.directory}: the split "{tiles.split}" has no labelled pixel')
     share = limit / sum(np.count_nonzero(tiles.labels[i]) for i in chosen)
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     places = torch.tensor(tiles.meta['tiles'][tiles.split])
     block = tiles.meta['settings']['split_block']
-    one_scene = tiles.meta['split'] != 'as the folders say'
+    one_scene = tiles.meta['split'] != BY_FOLDERS
     batch_size = 4 if tiles.meta['tile_size'] <= 128 else 1  # maps of large tiles are large
     xs, ys, blocks = [], [], []
     for ids in torch.from_numpy(chosen).split(batch_size):
@@ -1065,15 +1069,15 @@ def ridge_probe(x, y, blocks, num_classes, folds=5, strength=1e-3):
     """Features x (n, D), classes y (n,) -> scores() of a linear classifier, cross-validated.
 
     It is ridge regression on one-hot targets, in closed form: seconds, no tuning. Each pixel is
-    judged by the one fitted without its fold. Folds are of whole `blocks` (n,): a pixel's
-    neighbours do not vote on it.
+    judged by the one fitted without its fold. Folds are of whole `blocks` (n,), so that a pixel is
+    not judged by what was fitted on its neighbours.
     """
     x = (x - x.mean(0)) / x.std(0).clamp(min=1e-6)
     x = torch.cat([x, x.new_ones(len(x), 1)], 1).double()
     targets = F.one_hot(y, num_classes).double()
     names, block = blocks.unique(return_inverse=True)
-    shuffled = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
-    fold = (shuffled.to(x.device) % folds)[block]  # (n,)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
+    fold = (order.to(x.device) % folds)[block]  # (n,)
     inputs = [x[fold == i] for i in range(folds)]
     grams = [z.T @ z for z in inputs]  # (D + 1, D + 1) each
     products = [z.T @ targets[fold == i] for i, z in enumerate(inputs)]  # (D + 1, K)
@@ -1090,14 +1094,10 @@ def ridge_probe(x, y, blocks, num_classes, folds=5, strength=1e-3):
 def probe(features, splits, max_tiles, device='cpu'):
     """mIoU of ridge_probe() on features(raw images) -> maps (B, D, h, w), over labelled pixels of
     at most `max_tiles` tiles of each of the Tiles in `splits`"""
-    xs, ys, blocks = [], [], []
-    for tiles in splits:
-        x, y, block = labelled_pixels(tiles, features, 10_000, max_tiles, device=device)
-        xs.append(x)
-        ys.append(y)
-        blocks.append(block)
-    num_classes = splits[0].meta['num_classes']
-    return ridge_probe(torch.cat(xs), torch.cat(ys), torch.cat(blocks), num_classes)['miou']
+    drawn = [labelled_pixels(tiles, features, 10_000, max_tiles, device=device)
+             for tiles in splits]
+    x, y, blocks = (torch.cat(of_splits) for of_splits in zip(*drawn))
+    return ridge_probe(x, y, blocks, splits[0].meta['num_classes'])['miou']
 
 
 def probe_splits(directory):
@@ -1111,11 +1111,11 @@ def probe_splits(directory):
 
 def probe_floors(splits, max_tiles, device='cpu'):
     """What the probe has to beat: its mIoU on spectra instead of features -> name: mIoU"""
-    floors = {}
+    found = {}
     for name, windows in FLOORS.items() if splits else ():
         features = spectrum_features(splits[0].meta, windows, device)
-        floors[f'{name} floor'] = probe(features, splits, max_tiles, device)
-    return floors
+        found[f'{name} floor'] = probe(features, splits, max_tiles, device)
+    return found
 
 
 def draw_probe(axis, log, init_from=''):
@@ -1163,7 +1163,10 @@ def fit_logistic(x, y, num_classes, max_iter=500):
     return torch.cat([matrix, bias[None]])
 
 
-def window_means(x, valid, windows=(1, 3, 5, 9)):
+FLOORS = {'pixel': (1,), 'window': (1, 3, 5, 9)}  # sides of the windows they average over, px
+
+
+def window_means(x, valid, windows):
     """x (B, C, H, W), valid (B, 1, H, W) -> (B, C * len(windows), H, W): means over square
     windows, missing pixels left out"""
     def mean(values, side):
@@ -1182,9 +1185,6 @@ def spectrum_features(meta, windows, device='cpu'):
         valid = valid_pixels(raw, meta['nodata'])[:, None]
         return window_means(standardize(raw, mean, matrix, meta['nodata']), valid, windows)
     return features
-
-
-FLOORS = {'pixel': (1,), 'window': (1, 3, 5, 9)}  # sides of the windows they average over, px
 
 
 def floors(directory, split='ts', label_share=1.0, seed=0):
@@ -1246,8 +1246,8 @@ def sliding_window(predict, cube, window, stride, num_classes, batch_size=8):
     memory holds one row of windows, however large the scene.
     """
     _, H, W = cube.shape
-    tops = cut_positions(max(H, window), window, stride)
-    lefts = cut_positions(max(W, window), window, stride)
+    tops = cut_positions(H, window, stride)
+    lefts = cut_positions(W, window, stride)
     weight = blend_weights(window).numpy() if stride < window else 1.0
     weight = weight + 1e-6  # corners of the scene have one window only
     total = np.zeros((num_classes, window, max(W, window)), np.float32)
@@ -1282,8 +1282,8 @@ def predict_tile(probabilities, raw, window, num_classes):
     blended windows of that side. probabilities(raw (B, C, h, w)) -> (B, K, h, w)"""
     if window >= raw.shape[-1]:
         return probabilities(raw)
-    strips = sliding_window(probabilities, raw[0].numpy(), window, window // 2, num_classes)
-    rows = np.concatenate([strip for _, strip in strips], axis=1)
+    finished = sliding_window(probabilities, raw[0].numpy(), window, window // 2, num_classes)
+    rows = np.concatenate([rows for _, rows in finished], axis=1)
     return torch.from_numpy(rows)[None]
 
 
@@ -1664,7 +1664,7 @@ def next_command(script, **flags):
 def scene_of(meta):
     """The path of one of the scenes that the tiles of `meta` were cut from, the last one"""
     name = meta['scenes'][-1]
-    if meta['split'] != 'as the folders say':
+    if meta['split'] != BY_FOLDERS:
         return name
     split, file = name.split('/')
     return os.path.join(meta['settings']['root'], split, 'image', file)

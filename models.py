@@ -21,8 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (FLOORS, IGNORE_INDEX, UserError, blend_weights, cut_positions, one_line,
-                  kept_meta, standardization, standardize, window_means)
+from data import (FLOORS, IGNORE_INDEX, UserError, blend_weights, cut_positions, kept_meta,
+                  one_line, same_bands, standardization, standardize, window_means)
 
 SIZES = {  # tiny is for laptops; small and base are ViT-S and ViT-B (arXiv 2012.12877, 2010.11929)
     'tiny': dict(embed_dim=128, depth=6, num_heads=4),
@@ -204,8 +204,8 @@ class Block(nn.Module):
         return self.ls2(self.mlp(self.norm2(x)))
 
     def forward(self, x, wanted=None):
-        """x (B, T, D) -> (B, T, D), or of the first `wanted` tokens only: the MLP is each token's
-        own affair, so the others can be spared it."""
+        """x (B, T, D) -> (B, T, D), or the first `wanted` tokens only: the MLP works on each token
+        alone, so the others need none."""
         if self.training and self.drop_path:
             x = drop_path(x, self.attention_branch, self.drop_path)[:, :wanted]
             return drop_path(x, self.mlp_branch, self.drop_path)
@@ -249,11 +249,9 @@ class ViT(nn.Module):
 
     prepare = prepare
 
-    def __init__(self, img_size: int = 64, patch_size: int = 8, in_chans: int = 32,
-                 embed_dim: int = 768, depth: int = 12, num_heads: int = 12,
-                 mlp_ratio: float = 4.0, ffn: str = 'mlp', num_register_tokens: int = 0,
-                 init_values: float = 0.0, drop_path_rate: float = 0.0, dropout: float = 0.0,
-                 fixed_positions: bool = False, mask_token: bool = False):
+    def __init__(self, img_size=64, patch_size=8, in_chans=32, embed_dim=768, depth=12,
+                 num_heads=12, mlp_ratio=4.0, ffn='mlp', num_register_tokens=0, init_values=0.0,
+                 drop_path_rate=0.0, dropout=0.0, fixed_positions=False, mask_token=False):
         super().__init__()
         if img_size % patch_size:
             raise UserError(f'img_size {img_size} is not a multiple of patch_size {patch_size}: '
@@ -390,8 +388,9 @@ class SpatialSpectralViT(ViT):
         # the streams start apart and learn what to take from each other
         for parameter in self.fuse.parameters():
             nn.init.zeros_(parameter)
-        # Fusion is slowed down. AdamW moves a weight by lr whatever its gradient, and what is added
-        # to all tokens alike soon drowns what tells them apart: the probe fell by 4 points without.
+        # Fusion is slowed down. AdamW changes each weight by about lr, however small its gradient,
+        # and fusion adds nearly the same vector to all tokens, which soon outweighs what tells them
+        # apart: the probe fell by 4 points without.
         self.fuse_scale = 0.1
 
     def fill_last_group(self, x):
@@ -452,9 +451,10 @@ class SpatialSpectralViT(ViT):
             if self.fusion == 'token':
                 for_spatial = for_spectral = torch.cat([spatial, spectral], dim=1)
             else:  # twice as wide: beside each token the mean token of the other stream
-                means = [x.mean(1, keepdim=True) for x in (spatial, spectral)]
-                for_spatial = torch.cat([spatial, means[1].expand_as(spatial)], dim=2)
-                for_spectral = torch.cat([spectral, means[0].expand_as(spectral)], dim=2)
+                spatial_mean = spatial.mean(1, keepdim=True)
+                spectral_mean = spectral.mean(1, keepdim=True)
+                for_spatial = torch.cat([spatial, spectral_mean.expand_as(spatial)], dim=2)
+                for_spectral = torch.cat([spectral, spatial_mean.expand_as(spectral)], dim=2)
             spatial = spatial + self.fuse_scale * fuse_spatial[i](for_spatial)
             spectral = spectral + self.fuse_scale * fuse_spectral[i](for_spectral)
             yield spatial, spectral
@@ -483,8 +483,7 @@ class DINOHead(nn.Module):
     (`norm_last_layer` in DINO): lengths that learn make training unstable.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048,
-                 bottleneck_dim: int = 256):
+    def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(),
                                  nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
@@ -515,9 +514,8 @@ class MaskedAutoencoder(nn.Module):
     named here. With `freeze_encoder` only the decoder learns.
     """
 
-    def __init__(self, *args, decoder_embed_dim: int = 512, decoder_depth: int = 8,
-                 decoder_num_heads: int = 16, norm_pix_loss: bool = False,
-                 freeze_encoder: bool = False, dropout: float = 0.0, **kwargs):
+    def __init__(self, *args, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16,
+                 norm_pix_loss=False, freeze_encoder=False, dropout=0.0, **kwargs):
         super().__init__()
         self.norm_pix_loss = norm_pix_loss
         self.freeze_encoder = freeze_encoder
@@ -634,8 +632,8 @@ def dense_features(encoder, x, n=4):
         return torch.cat(encoder.get_intermediate_layers(x, n), dim=1)
 
     stride = max(P, window // 2 // P * P)
-    tops = cut_positions(max(H, window), window, stride)
-    lefts = cut_positions(max(W, window), window, stride)
+    tops = cut_positions(H, window, stride)
+    lefts = cut_positions(W, window, stride)
     weight = blend_weights(window // P).to(x.device)
     total = None
     count = x.new_zeros(H // P, W // P, dtype=torch.float32)
@@ -690,11 +688,11 @@ class ConvHead(nn.Module):
     size (UNETR, arXiv 2103.10504). Maps that find no step (small patches) join at the bottom.
     """
 
-    def __init__(self, in_dim, num_classes, patch_size, width=256):
+    def __init__(self, in_dim, num_classes, patch_size):
         super().__init__()
         D = in_dim // 4
         steps = round(math.log2(patch_size))
-        widths = [max(min(width, D) >> step, 32) for step in range(steps + 1)]
+        widths = [max(min(256, D) // 2 ** step, 32) for step in range(steps + 1)]
         self.num_skips = min(steps, 3)
         self.norm = nn.BatchNorm2d(in_dim)
         self.bottom = conv3x3((4 - self.num_skips) * D, widths[0])
@@ -727,13 +725,13 @@ class TransformerHead(nn.Module):
     patches and to each other; a patch's logits are its cosines with the class tokens, normalised
     over the classes."""
 
-    def __init__(self, in_dim, num_classes, num_heads=12, depth=2):
+    def __init__(self, in_dim, num_classes, num_heads):
         super().__init__()
         D = in_dim // 4
         self.norm = nn.BatchNorm2d(in_dim)
         self.embed = nn.Linear(in_dim, D)
         self.class_tokens = nn.Parameter(torch.empty(1, num_classes, D))
-        self.blocks = nn.ModuleList(Block(D, num_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(D, num_heads) for _ in range(2))
         self.final_norm = nn.LayerNorm(D, eps=1e-6)
         self.patch_proj = nn.Linear(D, D, bias=False)
         self.class_proj = nn.Linear(D, D, bias=False)
@@ -789,7 +787,7 @@ class Segmenter(nn.Module):
         """x (B, C, H, W) standardised, missing pixels 0 -> (B, 4*C, H, W): the pixel's spectrum
         and its means over the windows of the window floor"""
         missing = (x == 0).all(1, keepdim=True)
-        return window_means(x, ~missing)
+        return window_means(x, ~missing, FLOORS['window'])
 
     def forward(self, x, maps=None):
         """x (B, C, H, W), maps of features() where they are known -> logits (B, K, H, W)"""
@@ -837,7 +835,7 @@ def calibrate_norm(norm, batches):
 def segmentation_loss(logits, target, weight, kind):
     """logits (B, K, H, W), target (B, H, W) classes or 255 = ignored, weight (K,) -> sum of losses
     over the pixels ('dice': over the images). The caller divides it by loss_count() over all
-    processes: with sparse labels a mean of means is far from the mean.
+    processes: where few pixels have labels, the mean of their means is not the mean of all.
 
     ce: -log p, with p the probability of the right class; focal: -(1 - p)^2 log p.
     dice: 1 - mean over the image's classes of 2 sum(p t) / (sum(p) + sum(t)), sums over its known
@@ -876,7 +874,7 @@ def loss_count(target, weight, kind):
 class Bottleneck(nn.Module):
     """Residual block of ResNet-50 (arXiv 1512.03385) with torchvision's names of parameters."""
 
-    def __init__(self, in_dim, dim, stride=1, dilation=1):
+    def __init__(self, in_dim, dim, stride, dilation):
         super().__init__()
         out_dim = 4 * dim
         self.conv1 = nn.Conv2d(in_dim, dim, 1, bias=False)
@@ -923,9 +921,8 @@ class DeepLabV3Plus(nn.Module):
 
     prepare = prepare
 
-    def __init__(self, in_chans: int = 32, num_classes: int = 24, output_stride: int = 16,
-                 stem: str = 'three', width: int = 64, blocks: tuple = (3, 4, 6, 3),
-                 head_dim: int = 256):
+    def __init__(self, in_chans=32, num_classes=24, output_stride=16, stem='three', width=64,
+                 blocks=(3, 4, 6, 3), head_dim=256):
         super().__init__()
         if output_stride not in (8, 16):
             raise UserError(f'--output_stride={output_stride}: choose 16 or 8')
@@ -951,7 +948,7 @@ class DeepLabV3Plus(nn.Module):
         # ---- head
         self.aspp = nn.ModuleList([conv_bn(in_dim, head_dim, 1)])
         self.aspp.extend(separable(in_dim, head_dim, rate) for rate in rates)
-        # of the mean over the image; no norm, one value a tile has no batch to speak of
+        # of the mean over the image; no batch norm: one value a tile is too few to norm by
         self.pool = nn.Conv2d(in_dim, head_dim, 1)
         self.bottleneck = conv_bn(5 * head_dim, head_dim, 1)
         self.low_level = conv_bn(4 * width, 48, 1)
@@ -988,10 +985,8 @@ def native_bfloat16(device):
     slower than in float32."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'):
-        if hasattr(torch.cpu, name) and getattr(torch.cpu, name)():
-            return True
-    return False
+    checks = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+    return any(hasattr(torch.cpu, check) and getattr(torch.cpu, check)() for check in checks)
 
 
 def parameter_groups(model, weight_decay, layer_decay=1.0):
@@ -1065,7 +1060,7 @@ def load_checkpoint(path):
                         'pass a file written by one of these scripts') from None
 
 
-# what a resumed run may have otherwise (of data and encoder, their contents are compared)
+# constants that may differ when a run resumes; of data and encoder the contents are compared
 MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', 'compile',
               'cuda_graphs', 'wandb_log', 'data', 'encoder')
 
@@ -1185,7 +1180,7 @@ def check_bands(encoder, meta, path):
     count = encoder.meta['num_bands']
     same = count == meta['num_bands']
     if same and own and given:
-        same = np.allclose(own, given, rtol=0, atol=1)
+        same = same_bands(own, given)
     if not same:
         bands = ','.join(f'{nm:g}' for nm in own) if own else '...'
         raise UserError(f'{path}: the encoder was trained on {count} bands, and those of the data '
@@ -1239,17 +1234,15 @@ def start_from(path, model, script, whiten):
         name_in_file = {name: re.sub(r'^(student|teacher)\.', '', name) for name in state}
     own = {name_in_file[name]: value for name, value in state.items()}
     weights = resize_positions(weights, own)
-    shapes, own_shapes = ({(name, value.shape) for name, value in tensors.items()}
-                          for tensors in (weights, own))
-    differ = {name for name, _ in shapes ^ own_shapes}
+    taken = {name for name in own.keys() & weights.keys()
+             if own[name].shape == weights[name].shape}
+    differ = (own.keys() | weights.keys()) - taken
     if not same_script:
         # the decoder is taken whole or not at all, but for its last layer: that makes pixels, and
         # fits only where patch and bands are the same
         decoder = {name for name in own if name.startswith(('decoder_', 'mask_token'))}
-        left_out = decoder & differ
-        if not left_out <= {'decoder_pred.weight', 'decoder_pred.bias'}:
-            left_out = decoder
-        weights = {name: value for name, value in weights.items() if name not in left_out}
+        if not decoder - taken <= {'decoder_pred.weight', 'decoder_pred.bias'}:
+            taken -= decoder
         # the encoder has to be complete, but for mask tokens and the second stream
         optional = ('encoder.mask_token', 'encoder.spectral_', 'encoder.fuse.')
         differ = {name for name in differ
@@ -1258,13 +1251,13 @@ def start_from(path, model, script, whiten):
         raise UserError(f'{path}: does not fit this network: {len(differ)} tensors differ '
                         f'({", ".join(sorted(differ)[:4])} ...): pass the --size, --patch_size, '
                         '--out_dim and data of the command that wrote it')
-    model.load_state_dict({name: weights.get(name_in_file[name], value)
-                           for name, value in state.items()})
-    taken = own.keys() & weights.keys()
+    model.load_state_dict({name: weights[source] for name, source in name_in_file.items()
+                           if source in taken}, strict=False)  # the others stay as they are
     sentence = (f'{path}: {len(taken)} tensors taken; what starts fresh: '
                 f'{names_of(own.keys() - taken)}')
-    if weights.keys() - taken:
-        sentence += f'; what is left out of the file: {names_of(weights.keys() - taken)}'
+    left_out = weights.keys() - own.keys()
+    if left_out:
+        sentence += f'; what is left out of the file: {names_of(left_out)}'
     learned = checkpoint['config']['whiten']
     if learned != whiten:
         sentence += f'; they learned with --whiten={learned}, here it is {whiten}'

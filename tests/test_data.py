@@ -395,6 +395,13 @@ def test_killed_tiling_is_no_data_set_and_the_same_command_gives_the_same_bytes(
     assert 'nothing to do' in run('data.py', 'tile', *flags, f'--out={tmp_path / "b"}').stdout
 
 
+def test_a_label_file_beside_a_folder_is_refused_and_not_overlooked(tmp_path):
+    root = tmp_path / 'whu'
+    whu_layout(str(root), (64, 64), 'YXC', None, n=2)
+    with pytest.raises(UserError, match='--labels=l.npy: goes with scene files'):
+        data.tile(data.parse(['tile', f'--root={root}', '--labels=l.npy', f'--out={tmp_path / "out"}', '--tile_size=32']))
+
+
 def test_a_folder_with_bad_files_keeps_the_good_ones_and_can_be_finished(tmp_path):
     root, out = tmp_path / 'whu', tmp_path / 'out'
     whu_layout(str(root), (64, 64), 'YXC', 'zlib', n=6)

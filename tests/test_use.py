@@ -21,7 +21,7 @@ import data
 import pretrain_mae
 from conftest import MAE_TINY, ROOT, made_once, make_scene, run
 from data import Tiles, UserError, lock_directory, next_command
-from models import MaskedAutoencoder, dense_features, load_checkpoint, load_encoder, save_checkpoint, start_from
+from models import MaskedAutoencoder, SpatialSpectralViT, dense_features, load_checkpoint, load_encoder, save_checkpoint, start_from
 from test_train import FLAGS, JUDGES, PRETRAINERS, altered_copy, equal, losses, train, weights
 
 MAE = [*MAE_TINY, '--whiten=3', '--max_steps=2']
@@ -249,6 +249,21 @@ def test_what_cannot_start_a_run_is_told_in_a_sentence(scene_data, runs, tmp_pat
     assert done.returncode == 1 and 'does not fit this network' in done.stderr and 'Traceback' not in done.stderr
     with pytest.raises(UserError, match='decoder_pred.*does not fit|does not fit'):  # its own script's run is taken whole or not at all
         start_from(str(runs / 'runs' / 'mae' / 'last.pt'), MaskedAutoencoder(16, 4, 7, 128, 6, 4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2), 'pretrain_mae.py', 3)
+
+
+def test_a_second_stream_of_other_groups_starts_fresh(runs, tmp_path):
+    """An encoder of two streams in another script's file, while this one groups its bands otherwise"""
+    checkpoint = load_checkpoint(runs / 'runs' / 'dino_hsi' / 'last.pt')
+    weights = {name.removeprefix('teacher.'): value for name, value in checkpoint['model'].items() if name.startswith('teacher.encoder.')}
+    path = str(tmp_path / 'last.pt')
+    save_checkpoint(path, {**checkpoint, 'model': weights, 'script': 'segment.py'})
+    model = torch.nn.Module()
+    model.encoder = SpatialSpectralViT(**{**checkpoint['encoder_args'], 'spectral_patch_size': 3})
+    before = model.state_dict()['encoder.spectral_embed.weight'].clone()
+    assert 'starts fresh: spectral' in start_from(path, model, 'pretrain_dino_hsi.py', checkpoint['config']['whiten'])
+    after = model.state_dict()
+    assert torch.equal(after['encoder.spectral_embed.weight'], before)
+    assert torch.equal(after['encoder.blocks.0.attn.qkv.weight'], weights['encoder.blocks.0.attn.qkv.weight'])
 
 
 def test_the_first_probe_of_a_run_that_started_from_weights_is_not_called_random():
