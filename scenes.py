@@ -643,20 +643,20 @@ def read_labels(path):
     scene = read_png(path) if path.lower().endswith('.png') else read_file(path)
     if scene.labels is not None:
         return scene._replace(labels=one_of(scene.labels, path))
-    raw = scene.cube
-    if raw.ndim == 3 and 1 < len(raw):
+    cube = scene.cube
+    if len(cube) > 1:
         looks = 'an image or several layers'
-        sample = raw[:, ::7, ::7]
+        sample = cube[:, ::7, ::7]
         if ((sample == 0) | (sample == 1)).all() and sample.sum(0).max() <= 1:
             looks = 'one-hot classes (numpy.argmax gives their numbers)'
-        elif len(raw) in (3, 4) and raw.dtype == np.uint8:
+        elif len(cube) in (3, 4) and cube.dtype == np.uint8:
             looks = 'a picture in the colours of the classes'
-        raise UserError(f'{path}: has {len(raw)} bands, which looks like {looks}: give one band of '
-                        'class numbers, 0 = unlabelled')
-    raw = raw[0] if raw.ndim == 3 else raw
+        raise UserError(f'{path}: has {len(cube)} bands, which looks like {looks}: give one band '
+                        'of class numbers, 0 = unlabelled')
+    raw = cube[0]
     if raw.dtype.kind not in 'iubf':  # refused later
         return scene._replace(labels=raw)
-    valid = valid_pixels(raw[None], of_bands(scene.nodata, None, []))
+    valid = valid_pixels(cube, of_bands(scene.nodata, None, []))
     if scene.mask is not None:
         valid &= scene.mask
     if not valid.all() and (raw[valid] == 0).any():
@@ -1030,8 +1030,6 @@ def normalized(scene):
 
 def shape_note(cube, words):
     """The first note of a scene; words: how it is known which axis the bands are"""
-    if cube.ndim != 3:
-        return f'shape {shape_text(cube)}'  # refused later
     C, H, W = cube.shape
     bands = '1 band' if C == 1 else f'{C} bands'
     return f'{bands} of {H} x {W} px, {cube.dtype.name} ({words})'
@@ -1050,9 +1048,10 @@ def choose_axes(shape, path, axes='', stated='', num_bands=None, pixels=None):
     if stated and axes not in ('', stated):
         raise UserError(f'--axes={axes}: {path} itself states that its axes are {stated}: leave '
                         '--axes out, or correct the file')
-    if axes or stated:
-        where = POSITIONS[(axes or stated).index('c')]
-        return axes or stated, f'{where}, {"by --axes=" + axes if axes else "as the file states"}'
+    order = axes or stated
+    if order:
+        where = ('first', 'in the middle', 'last')[order.index('c')]
+        return order, f'bands {where}, {"by --axes=" + axes if axes else "as the file states"}'
     first, middle, last = shape
     lengths = 'by the lengths of its sides; else pass --axes='
     for hwc, chw, why in (
@@ -1066,9 +1065,6 @@ def choose_axes(shape, path, axes='', stated='', num_bands=None, pixels=None):
             return ('hwc', f'bands last, {why}') if hwc else ('chw', f'bands first, {why}')
     raise UserError(f'{path}: an array of {first} x {middle} x {last}, and nothing says which '
                     'axis the bands are: pass --axes=hwc (bands last) or --axes=chw (first)')
-
-
-POSITIONS = 'bands first', 'bands in the middle', 'bands last'
 
 
 def refuse_table(path, name, shape, folded=False):
@@ -1474,19 +1470,6 @@ def envi_list(header, field):
     return [word.strip() for word in text.split(',')] if text else []
 
 
-def envi_numbers(header, field, path, counts=()):
-    """-> the numbers of a field, [] where it is missing; `counts`: how many it may have"""
-    try:
-        numbers = [float(word) for word in envi_list(header, field)]
-    except ValueError:
-        raise UserError(f'{path}: its field "{field}" holds no numbers '
-                        f'({one_line(header[field])[:40]}): correct the header') from None
-    if numbers and counts and len(numbers) not in counts:
-        raise UserError(f'{path}: its field "{field}" has {len(numbers)} values for {counts[0]} '
-                        'bands: correct the header')
-    return numbers
-
-
 def envi_layout(path, header):
     """-> numpy type, offset in bytes, shape as it lies in the file, its axes ('hwc')"""
     whole, zeros = '0*[1-9][0-9]{0,8}', r'\{?[0, ]*\}?'
@@ -1512,7 +1495,16 @@ def envi_facts(scene, header, path):
     C = len(scene.cube)
 
     def numbers(field, *counts):
-        return envi_numbers(header, field, path, counts)
+        """The numbers of a field, [] where it is missing; counts: how many it may have"""
+        try:
+            found = [float(word) for word in envi_list(header, field)]
+        except ValueError:
+            raise UserError(f'{path}: its field "{field}" holds no numbers '
+                            f'({one_line(header[field])[:40]}): correct the header') from None
+        if found and counts and len(found) not in counts:
+            raise UserError(f'{path}: its field "{field}" has {len(found)} values for {C} bands: '
+                            'correct the header')
+        return found
     gains, offsets = numbers('data gain values', C, 1), numbers('data offset values', C, 1)
     scale = (gains or 1, offsets or 0) if gains or offsets else None
     divisor = numbers('reflectance scale factor')
@@ -1665,7 +1657,8 @@ def named_labels(scene, layers):
 
 
 def attribute(attrs, *names):
-    """The first of these attributes of HDF5, in whatever spelling -> its text, '' where none is"""
+    """The first of these attributes of HDF5 -> its text, '' where none is; names: in small letters
+    without spaces and underlines, however the file spells them"""
     spelt = {re.sub('[ _]', '', name).lower(): value for name, value in attrs.items()}
     return next((text_of(spelt[name]) for name in names if name in spelt), '')
 
@@ -1840,7 +1833,8 @@ def read_h5(path, mmap, name, axes):
     factor, offset = attribute(image.attrs, 'scalefactor'), attribute(image.attrs, 'addoffset')
     if factor and float(factor) > 1 and 'scale_factor' not in image.attrs:
         factor = 1 / float(factor)
-    nodata = [attribute(image.attrs, name) for name in MISSING_VALUES]
+    nodata = [attribute(image.attrs, name) for name in (
+        'fillvalue', 'missingvalue', 'dataignorevalue', 'nodata', 'nodatavalue')]
     nodata = list(dict.fromkeys(filter(None, nodata)))
     if is_unsigned(image):  # so is the filler: -1 is 255 in one byte
         numbers = 256 ** image.dtype.itemsize
@@ -1856,10 +1850,6 @@ def read_h5(path, mmap, name, axes):
                     'not applied')
     return scene._replace(scale=(factor or None, offset or None), nodata=(nodata or [None])[0],
                           geotags=h5_place(arrays, key, order))
-
-
-# attributes in small letters, without spaces and lines
-MISSING_VALUES = 'fillvalue', 'missingvalue', 'dataignorevalue', 'nodata', 'nodatavalue'
 
 
 def h5_place(arrays, key, order):
