@@ -551,7 +551,11 @@ def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
         raise UserError(f'{path}: of its {C} bands {len(marked)} are marked as bad and '
                         f'{len(dropped)} are dropped: none is left, drop fewer')
     found = survey(take_bands(scene.cube, kept), scene.nodata)
-    empty, zeros = ([kept[number] for number in numbers] for numbers in (found.empty, found.zeros))
+
+    def in_file(numbers):
+        """Numbers of surveyed bands -> those that they have in the file"""
+        return [kept[number] for number in numbers]
+    empty, zeros = in_file(found.empty), in_file(found.zeros)
     for numbers, reason in ((marked, 'marked as bad'), (dropped, 'dropped as asked'),
                             (empty, 'without one value'), (zeros, '0 everywhere')):
         if numbers:
@@ -559,18 +563,18 @@ def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
     if found.missing.any():
         scene = say(scene, f'{found.missing.mean():.1%} of the pixels are missing')
     if found.some_bands:
-        worst = name_bands([kept[found.lacking.argmax()]], nm)
+        worst = name_bands(in_file([found.lacking.argmax()]), nm)
         scene = say(scene, f'{found.some_bands:.1%} of the pixels are missing in some bands only, '
                     f'most in {worst}: --drop_bands= leaves bands out')
     for value, numbers in found.fillers.items():
-        bands = name_bands([kept[number] for number in numbers], nm)
+        bands = name_bands(in_file(numbers), nm)
         scene = say(scene, f'{bands}: values far outside the rest ({value:g}): a filler? pass '
                     f'--nodata={short_text(value)}')
-    kept = [band for band in kept if band not in {*empty, *zeros}]
-    scene = with_bands(scene._replace(file_bands=C, bands=list(range(C))), kept)
+    remaining = [band for band in kept if band not in {*empty, *zeros}]
+    scene = with_bands(scene._replace(file_bands=C, bands=list(range(C))), remaining)
     if nm:
         nm = checked_wavelengths(scene.wavelengths_nm, path).tolist()
-    bands = kept if len(kept) < C else None
+    bands = remaining if len(remaining) < C else None
     return scene._replace(wavelengths_nm=nm, bands=bands), found.missing
 
 
@@ -1316,11 +1320,9 @@ NPZ_FACTS = ('wavelengths_nm', 'fwhm_nm', 'class_names', 'class_colors', 'nodata
 
 def read_numpy(path, mmap, name, axes):
     labels, facts, others = None, {}, []
+    array_path, folder = path, None
     loaded = np.load(path, allow_pickle=False, mmap_mode='r')
-    if isinstance(loaded, np.ndarray):
-        def stored():
-            return np.load(path, mmap_mode='r')
-    else:
+    if not isinstance(loaded, np.ndarray):
         images = set(loaded) - {'labels', *NPZ_FACTS}
         name = name or ('cube' if images else 'labels')  # or a file of labels only
         if name not in loaded:
@@ -1333,11 +1335,11 @@ def read_numpy(path, mmap, name, axes):
         if len(facts.get('scale', [])) > 2:
             raise UserError(f'{path}: its "scale" has {len(facts["scale"])} numbers: give factor '
                             'and offset')
-        folder = tempfile.TemporaryDirectory()  # goes with the last one who knows stored()
-        unpacked = loaded.zip.extract(f'{name}.npy', folder.name)
+        folder = tempfile.TemporaryDirectory()
+        array_path = loaded.zip.extract(f'{name}.npy', folder.name)
 
-        def stored(folder=folder):
-            return np.load(unpacked, mmap_mode='r')
+    def stored(folder=folder):  # the folder is deleted when nothing refers to stored() any more
+        return np.load(array_path, mmap_mode='r')
 
     # which axis is which
     shape = stored().shape
@@ -1557,7 +1559,9 @@ def last_part(name):
 def list_arrays(arrays):
     """'HSI (80 x 96 x 8, uint16), ...'"""
     words = [f'{name} ({shape_text(stored)}, {stored.dtype})' for name, stored in arrays.items()]
-    return ', '.join(words[:8] + ['...'] * (len(words) > 8))
+    if len(words) > 8:
+        words[8:] = ['...']
+    return ', '.join(words)
 
 
 def pick_array(path, arrays, name):
@@ -1566,19 +1570,20 @@ def pick_array(path, arrays, name):
     The one that `name` asks for; else the only one of three axes whose name does not speak of
     labels, heights or abundances; else the only one of three axes, or of two.
     """
-    everything = arrays
-    arrays = {key: stored for key, stored in arrays.items() if stored.dtype.kind in 'iufb'
+    usable = {key: stored for key, stored in arrays.items() if stored.dtype.kind in 'iufb'
               and len(stored.shape) in (2, 3) and sorted(stored.shape)[-2] > 1}
-    cubes = {key: stored for key, stored in arrays.items()
+    if name in usable:
+        return name
+    cubes = {key: stored for key, stored in usable.items()
              if len(stored.shape) == 3 and min(stored.shape) > 1}
     images = {key: stored for key, stored in cubes.items() if not (
         OTHER_LAYERS.search(last_part(key)) or LABEL_NAMES.search(last_part(key)))}
-    candidates = images or cubes or arrays
+    candidates = images or cubes or usable
     if name:
-        candidates = {key: stored for key, stored in arrays.items() if last_part(key) == name}
-    if name in arrays or len(candidates) == 1:
-        return name if name in arrays else next(iter(candidates))
-    listed = candidates or arrays or everything
+        candidates = {key: stored for key, stored in usable.items() if last_part(key) == name}
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    listed = candidates or usable or arrays
     what = 'any of them could be meant' if candidates else f'none is "{name or "an image"}"'
     raise UserError(f'{path}: holds {list_arrays(listed) or "other arrays"}, and {what}: choose '
                     f'one, as {os.path.basename(path)}:{next(iter(listed), "NAME")}')
@@ -1658,7 +1663,7 @@ def named_labels(scene, layers):
 
 def attribute(attrs, *names):
     """The first of these attributes of HDF5 -> its text, '' where none is; names: in small letters
-    without spaces and underlines, however the file spells them"""
+    without spaces and underscores, however the file spells them"""
     spelt = {re.sub('[ _]', '', name).lower(): value for name, value in attrs.items()}
     return next((text_of(spelt[name]) for name in names if name in spelt), '')
 
@@ -1736,11 +1741,12 @@ def h5_arrays(path):
     import h5py
     found = {}
 
-    def read_from(item):
+    def read_from(item, first):
+        """A reader of item[first], for Stored"""
         name, shape, dtype = item.name, item.shape, item.dtype
-        first = (0,) * leading(item)
-        # a piece of a chunk costs as much as all of it: a large array is unpacked once. No
-        # compression makes it 2000 times as small: such an array is mostly empty, or damaged.
+        # HDF5 must decompress a whole chunk to read any part of it, so a large array is unpacked
+        # once into a temporary file. No compression makes it 2000 times as small: such an array
+        # is mostly empty, or damaged.
         packed = item.chunks and item.ndim == 3 and item.nbytes > 4 * STRIP_BYTES
         packed = packed and item.nbytes < 2000 * item.id.get_storage_size()
         unpacked = []
@@ -1758,10 +1764,6 @@ def h5_arrays(path):
             return read_mapped(lambda: np.memmap(unpacked[0], dtype, 'r', 0, shape), key)
         return read
 
-    def leading(item):
-        """How many axes of length 1 stand before the last three, as one of a single time"""
-        return max(item.ndim - 3, 0) if set(item.shape[:-3]) <= {1} else 0
-
     def collect(name, item):
         if isinstance(item, h5py.Group) or name.startswith('#'):
             return
@@ -1773,11 +1775,13 @@ def h5_arrays(path):
         if text_of(item.attrs.get('MATLAB_class', '')) != 'char':
             axes = [([os.path.basename(scale.name) for scale in axis.values()] or [axis.label])[0]
                     for axis in item.dims]
-            dtype, read = item.dtype, read_from(item)
+            # axes of length 1 before the last three, as one of a single time
+            extra = item.shape[:-3] if set(item.shape[:-3]) <= {1} else ()
+            inner = slice(len(extra), None)
+            dtype, read = item.dtype, read_from(item, (0,) * len(extra))
             if is_unsigned(item) and dtype.kind == 'i':
                 dtype = np.dtype(dtype.str.replace('i', 'u'))
                 read = viewed(read, dtype)
-            inner = slice(leading(item), None)
             found[name] = Stored(item.shape[inner], dtype, read, dict(item.attrs),
                                  tuple(axes[inner]))
 
