@@ -185,10 +185,9 @@ def open_input(item, args):
                             'file has none: save it as .npz with wavelengths_nm')
         nm, fwhm = parse_bands(args.bands)
         weights = band_matrix(scene.wavelengths_nm, nm, fwhm, item.path)
-        scene = mix_bands(scene, weights, nm.tolist())
-        scene = scene._replace(bands=None, fwhm_nm=fwhm.tolist())
+        scene = mix_bands(scene, weights, nm.tolist(), fwhm.tolist())
     if args.normalize == 'scene':
-        scene = normalized(scene)._replace(scale=None)
+        scene = normalized(scene)
     return scene
 
 

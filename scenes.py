@@ -53,10 +53,10 @@ class Scene(NamedTuple):
     `unit`; nodata and scale as numbers or texts, or lists of one for each band; raw labels; names
     and colours of labels 0, 1, 2, ...; and as `bands` those that are not marked as bad."""
     cube: object  # (C, H, W): a numpy array, or a Lazy of a file that stays on disk
-    labels: np.ndarray  # (H, W) uint8, 0 = unlabelled; or None
-    wavelengths_nm: list  # of length C; or None
-    nodata: float  # value that marks missing pixels; or None. NaN always does
-    class_names: list  # names of classes 1, 2, ...; or None
+    labels: np.ndarray = None  # (H, W) uint8, 0 = unlabelled
+    wavelengths_nm: list = None  # of length C
+    nodata: float = None  # value that marks missing pixels; NaN always does
+    class_names: list = None  # names of classes 1, 2, ...
     geotags: tuple = ()  # GeoTIFF tags (code, type, count, value) of its place; () = none
     fwhm_nm: list = None  # widths of the bands, where the file states them
     class_colors: list = None  # (r, g, b), 0 to 255, of classes 1, 2, ..., where it states them
@@ -148,17 +148,20 @@ def mapped_cube(mapped):
 
 
 def read_mapped(mapped, key):
-    """mapped()[key], three slices, of an array that mapped() maps anew for each piece: what was
-    read does not stay in memory, nor what the system maps around it, up to 2 MB at each place"""
+    """mapped()[key], three slices, of an array that mapped() maps.
+
+    The file is mapped anew for each block. Otherwise pages already read, and up to 2 MB that the
+    system loads around each, would stay counted as this process's memory.
+    """
     array = mapped()
-    sides = [range(length)[part] for length, part in zip(array.shape, key)]
+    sides = [range(length)[along] for length, along in zip(array.shape, key)]
     made = np.empty([len(side) for side in sides], array.dtype)
     outer = int(np.argmax(array.strides))  # of bands one behind the other, the bands
     number = max(int(STRIP_BYTES / array.strides[outer] / sides[outer].step), 1)
     for start in range(0, len(sides[outer]), number):
         there, here = list(key), [slice(None)] * 3
-        piece = sides[outer][start:start + number]
-        there[outer] = slice(piece.start, piece.stop, piece.step)
+        block = sides[outer][start:start + number]
+        there[outer] = slice(block.start, block.stop, block.step)
         here[outer] = slice(start, start + number)
         made[tuple(here)] = mapped()[tuple(there)]
     return made
@@ -174,10 +177,10 @@ def to_chw(array, axes):
     return array.transpose([axes.index(letter) for letter in 'chw'])
 
 
-def unpacked_file(path, dtype, shape, pieces):
+def unpacked_file(path, dtype, shape, blocks):
     """The packed numbers of the file `path` -> a temporary file of them, one behind the other.
 
-    pieces: (place in the array of this shape, block, of which what lies beyond the border is cut).
+    blocks: (where in the array of this shape, block, of which what lies beyond the border is cut).
     """
     folder = tempfile.gettempdir()
     size, free = math.prod(shape) * dtype.itemsize, shutil.disk_usage(folder).free
@@ -187,11 +190,11 @@ def unpacked_file(path, dtype, shape, pieces):
     file = tempfile.TemporaryFile()
     file.truncate(size)
     written = np.inf
-    for place, block in pieces:
+    for where, block in blocks:
         if written > STRIP_BYTES:  # what is mapped anew needs no memory
             numbers = np.memmap(file, dtype, 'r+', 0, shape)
             written = 0
-        area = numbers[place]
+        area = numbers[where]
         area[...] = block[tuple(slice(side) for side in area.shape)]
         written += area.nbytes
     return file
@@ -205,19 +208,19 @@ def shape_text(array):
     return ' x '.join(str(side) for side in array.shape)
 
 
-def valid_pixels(x, nodata, band_dim=-3):
+def valid_pixels(x, nodata):
     """True where a pixel is real: no band is NaN, infinite or `nodata`.
 
     Only in 8-bit images 0 is a value like others: with nodata 0 all their bands have to be 0.
-    x: numpy or torch, any leading dimensions; the dimension of the bands goes.
+    x: numpy or torch, (..., C, H, W) -> (..., H, W).
     """
     library = torch if isinstance(x, torch.Tensor) else np
-    valid = library.isfinite(x).all(band_dim)
+    valid = library.isfinite(x).all(-3)
     if nodata is None:
         return valid
     if nodata == 0 and x.dtype in (np.uint8, torch.uint8):
-        return valid & (x != 0).any(band_dim)
-    return valid & (x != nodata).all(band_dim)
+        return valid & (x != 0).any(-3)
+    return valid & (x != nodata).all(-3)
 
 
 # ============ reading a scene ============
@@ -463,7 +466,7 @@ def settle_values(scene, path, nodata=None):
 class Survey(NamedTuple):
     """What one pass over a cube finds"""
     missing: np.ndarray  # (H, W) True where a pixel is missing; empty bands are not counted
-    some_bands: float  # share of the pixels that are missing in some of their bands only
+    partly_missing: float  # share of the pixels that are missing in some of their bands only
     lacking: np.ndarray  # (C,) share of the pixels that have no value in this band; 0 in empty ones
     empty: list  # bands without one value, where others have some
     zeros: list  # bands that are 0 everywhere, where others are not
@@ -498,11 +501,11 @@ def survey(cube, nodata):
     missing = missing_bands > len(empty)
     if nodata == 0 and cube.dtype == np.uint8:  # there 0 is a value like others
         missing = missing_bands == C
-    some_bands = missing & (missing_bands < C)
+    partly_missing = missing & (missing_bands < C)
     zeros = np.flatnonzero((low == 0) & (high == 0)).tolist()
     zeros = zeros if len(zeros) + len(empty) < C else []
     fillers = find_fillers(np.concatenate(samples, 1), low, high)
-    return Survey(missing, some_bands.mean(), lacking / (H * W), empty, zeros, fillers)
+    return Survey(missing, partly_missing.mean(), lacking / (H * W), empty, zeros, fillers)
 
 
 def find_fillers(sample, low, high):
@@ -551,26 +554,30 @@ def choose_bands(scene, path, drop_bands='', keep_bad_bands=False):
         raise UserError(f'{path}: of its {C} bands {len(marked)} are marked as bad and '
                         f'{len(dropped)} are dropped: none is left, drop fewer')
     found = survey(take_bands(scene.cube, kept), scene.nodata)
-    empty, zeros = ([kept[number] for number in numbers] for numbers in (found.empty, found.zeros))
+
+    def in_file(numbers):
+        """Numbers of surveyed bands -> those that they have in the file"""
+        return [kept[number] for number in numbers]
+    empty, zeros = in_file(found.empty), in_file(found.zeros)
     for numbers, reason in ((marked, 'marked as bad'), (dropped, 'dropped as asked'),
                             (empty, 'without one value'), (zeros, '0 everywhere')):
         if numbers:
             scene = say(scene, f'{name_bands(numbers, nm)} left out: {reason}')
     if found.missing.any():
         scene = say(scene, f'{found.missing.mean():.1%} of the pixels are missing')
-    if found.some_bands:
-        worst = name_bands([kept[found.lacking.argmax()]], nm)
-        scene = say(scene, f'{found.some_bands:.1%} of the pixels are missing in some bands only, '
-                    f'most in {worst}: --drop_bands= leaves bands out')
+    if found.partly_missing:
+        worst = name_bands(in_file([found.lacking.argmax()]), nm)
+        scene = say(scene, f'{found.partly_missing:.1%} of the pixels are missing in some bands '
+                    f'only, most in {worst}: --drop_bands= leaves bands out')
     for value, numbers in found.fillers.items():
-        bands = name_bands([kept[number] for number in numbers], nm)
+        bands = name_bands(in_file(numbers), nm)
         scene = say(scene, f'{bands}: values far outside the rest ({value:g}): a filler? pass '
                     f'--nodata={short_text(value)}')
-    kept = [band for band in kept if band not in {*empty, *zeros}]
-    scene = with_bands(scene._replace(file_bands=C, bands=list(range(C))), kept)
+    remaining = [band for band in kept if band not in {*empty, *zeros}]
+    scene = with_bands(scene._replace(file_bands=C, bands=list(range(C))), remaining)
     if nm:
         nm = checked_wavelengths(scene.wavelengths_nm, path).tolist()
-    bands = kept if len(kept) < C else None
+    bands = remaining if len(remaining) < C else None
     return scene._replace(wavelengths_nm=nm, bands=bands), found.missing
 
 
@@ -643,20 +650,20 @@ def read_labels(path):
     scene = read_png(path) if path.lower().endswith('.png') else read_file(path)
     if scene.labels is not None:
         return scene._replace(labels=one_of(scene.labels, path))
-    raw = scene.cube
-    if raw.ndim == 3 and 1 < len(raw):
+    cube = scene.cube
+    if len(cube) > 1:
         looks = 'an image or several layers'
-        sample = raw[:, ::7, ::7]
+        sample = cube[:, ::7, ::7]
         if ((sample == 0) | (sample == 1)).all() and sample.sum(0).max() <= 1:
             looks = 'one-hot classes (numpy.argmax gives their numbers)'
-        elif len(raw) in (3, 4) and raw.dtype == np.uint8:
+        elif len(cube) in (3, 4) and cube.dtype == np.uint8:
             looks = 'a picture in the colours of the classes'
-        raise UserError(f'{path}: has {len(raw)} bands, which looks like {looks}: give one band of '
-                        'class numbers, 0 = unlabelled')
-    raw = raw[0] if raw.ndim == 3 else raw
+        raise UserError(f'{path}: has {len(cube)} bands, which looks like {looks}: give one band '
+                        'of class numbers, 0 = unlabelled')
+    raw = cube[0]
     if raw.dtype.kind not in 'iubf':  # refused later
         return scene._replace(labels=raw)
-    valid = valid_pixels(raw[None], of_bands(scene.nodata, None, []))
+    valid = valid_pixels(cube, of_bands(scene.nodata, None, []))
     if scene.mask is not None:
         valid &= scene.mask
     if not valid.all() and (raw[valid] == 0).any():
@@ -682,7 +689,7 @@ def read_png(path):
         if kind == 0 and 1 < depth < 8:  # 2 or 4 bits were stretched to 0 to 255
             numbers //= 255 // (2 ** depth - 1)
         colors = np.reshape(picture.getpalette() or (), (-1, 3)).astype(int).tolist()
-    return Scene(numbers[None], None, None, None, None, class_colors=colors or None)
+    return Scene(numbers[None], class_colors=colors or None)
 
 
 def one_of(labels, path):
@@ -788,8 +795,8 @@ def place_text(geotags):
         unit = 'degrees'
     elif epsg and epsg // 100 in (326, 327):
         system, unit = f'UTM zone {epsg % 100}{"N" if epsg // 100 == 326 else "S"}', 'm'
-    turned = math.degrees(math.atan2(dy, dx))
-    rotation = f', rotated by {turned:.1f} degrees' if turned or dx_row else ''
+    angle = math.degrees(math.atan2(dy, dx))
+    rotation = f', rotated by {angle:.1f} degrees' if angle or dx_row else ''
     return (f'place: {system}, pixels of {math.hypot(dx, dy):g} {unit}, upper left corner at '
             f'{x:.10g}, {y:.10g}{rotation}')
 
@@ -990,9 +997,9 @@ def resample_bands(x, from_nm, to_nm, fwhm=15.0):
     return np.tensordot(weights.astype(np.float32), x.astype(np.float32), 1)
 
 
-def mix_bands(scene, weights, wavelengths_nm=None):
+def mix_bands(scene, weights, wavelengths_nm=None, fwhm_nm=None):
     """-> the Scene whose bands are weighted sums, weights (C', C), of those of `scene`, as float32;
-    missing pixels NaN"""
+    missing pixels NaN. wavelengths_nm, fwhm_nm: lists of the new bands."""
     weights = np.asarray(weights, np.float32)
 
     def mixed(x, rows, cols):
@@ -1000,7 +1007,8 @@ def mix_bands(scene, weights, wavelengths_nm=None):
         values[:, ~valid_pixels(x, scene.nodata)] = np.nan
         return np.tensordot(weights, values, 1)
     cube = when_read(scene.cube, mixed, np.float32, len(weights))
-    return scene._replace(cube=cube, wavelengths_nm=wavelengths_nm, fwhm_nm=None, nodata=None)
+    return scene._replace(cube=cube, wavelengths_nm=wavelengths_nm, fwhm_nm=fwhm_nm, bands=None,
+                          nodata=None)
 
 
 def normalized(scene):
@@ -1023,15 +1031,14 @@ def normalized(scene):
         z = (x - mean[..., None]) / std[..., None]
         z[:, ~valid_pixels(x, scene.nodata)] = np.nan
         return z
-    return scene._replace(cube=when_read(scene.cube, standard, np.float32), nodata=None)
+    cube = when_read(scene.cube, standard, np.float32)
+    return scene._replace(cube=cube, nodata=None, scale=None)
 
 
 # ============ what readers share ============
 
 def shape_note(cube, words):
     """The first note of a scene; words: how it is known which axis the bands are"""
-    if cube.ndim != 3:
-        return f'shape {shape_text(cube)}'  # refused later
     C, H, W = cube.shape
     bands = '1 band' if C == 1 else f'{C} bands'
     return f'{bands} of {H} x {W} px, {cube.dtype.name} ({words})'
@@ -1050,9 +1057,10 @@ def choose_axes(shape, path, axes='', stated='', num_bands=None, pixels=None):
     if stated and axes not in ('', stated):
         raise UserError(f'--axes={axes}: {path} itself states that its axes are {stated}: leave '
                         '--axes out, or correct the file')
-    if axes or stated:
-        where = POSITIONS[(axes or stated).index('c')]
-        return axes or stated, f'{where}, {"by --axes=" + axes if axes else "as the file states"}'
+    order = axes or stated
+    if order:
+        where = ('first', 'in the middle', 'last')[order.index('c')]
+        return order, f'bands {where}, {"by --axes=" + axes if axes else "as the file states"}'
     first, middle, last = shape
     lengths = 'by the lengths of its sides; else pass --axes='
     for hwc, chw, why in (
@@ -1068,9 +1076,6 @@ def choose_axes(shape, path, axes='', stated='', num_bands=None, pixels=None):
                     'axis the bands are: pass --axes=hwc (bands last) or --axes=chw (first)')
 
 
-POSITIONS = 'bands first', 'bands in the middle', 'bands last'
-
-
 def refuse_table(path, name, shape, folded=False):
     """Refuses an array of bands x pixels or pixels x bands; folded: the file says that it is so"""
     if not folded and max(shape) <= 40 * min(shape):
@@ -1078,7 +1083,7 @@ def refuse_table(path, name, shape, folded=False):
     first, turned = ('bands x pixels', "'") if shape[0] < shape[1] else ('pixels x bands', '')
     raise UserError(f'{path}: "{name}" of {shape[0]} x {shape[1]} looks like {first}: save it as '
                     'rows x columns x bands, which in MATLAB is '
-                    f'reshape({last_part(name)}{turned}, nRow, nCol, [])')
+                    f'reshape({last_name(name)}{turned}, nRow, nCol, [])')
 
 
 # ============ GeoTIFF ============
@@ -1130,16 +1135,18 @@ def read_tiff(path, mmap, name, axes):
             notes.append(f'band {band + 1} is marked as alpha but has the values of an image: '
                          'kept as a band')
 
-    def of_bands(name, usual=None):
+    def each_band(name, usual=None):
         return [facts[band].get(name, usual) for band in bands]
     nm, fwhm, unit = gdal_wavelengths(facts, bands)
     colors = facts[0].get('colors')
     if COLOR_MAP in tags and not colors:
         colors = (np.array(tags[COLOR_MAP]).reshape(3, -1) >> 8).T.tolist()
     scene = Scene(
-        take_bands(cube, bands), None, nm, of_bands('nodatavalue', tags.get(GDAL_NODATA)),
-        facts[0].get('categories'), geotags, fwhm, colors, (of_bands('scale'), of_bands('offset')),
-        notes=tuple(notes), unit=unit, bands=good_bands(gdal_list(facts, bands, 'bbl')),
+        take_bands(cube, bands), wavelengths_nm=nm, fwhm_nm=fwhm, unit=unit,
+        nodata=each_band('nodatavalue', tags.get(GDAL_NODATA)),
+        class_names=facts[0].get('categories'), class_colors=colors, geotags=geotags,
+        scale=(each_band('scale'), each_band('offset')),
+        bands=good_bands(gdal_list(facts, bands, 'bbl')), notes=tuple(notes),
         mask=np.all([mask != 0 for mask in masks if mask.ndim == 2], 0) if masks else None)
     # ENVI writes what it is told of a TIFF into a header beside it
     header, beside = {}, envi_header_of(path)
@@ -1185,14 +1192,14 @@ def tiff_cube(tif, path, mmap, axes):
         dtype = dtype.newbyteorder(tif.byteorder)
         return file_cube(path, dtype, shape, axes, offset), words + added
     if mmap and None not in pages and len(pages) * first.size == math.prod(shape):
-        file = unpacked_file(path, dtype, (len(pages), *first.shaped), tiff_pieces(pages))
+        file = unpacked_file(path, dtype, (len(pages), *first.shaped), tiff_blocks(pages))
         return file_cube(file, dtype, shape, axes), words + added
     array = np.stack([page.asarray() for page in pages]) if by_pages else series.asarray()
     return to_chw(array.reshape(shape), axes), words + added
 
 
-def tiff_pieces(pages):
-    """Yield place, block of all strips or tiles"""
+def tiff_blocks(pages):
+    """Yield where, block of all strips or tiles, for unpacked_file()"""
     for number, page in enumerate(pages):
         for block, (s, d, h, w, _), shape in page.segments(buffersize=int(STRIP_BYTES)):
             if block is None:  # not stored, as in a sparse file
@@ -1320,11 +1327,9 @@ NPZ_FACTS = ('wavelengths_nm', 'fwhm_nm', 'class_names', 'class_colors', 'nodata
 
 def read_numpy(path, mmap, name, axes):
     labels, facts, others = None, {}, []
+    array_path, folder = path, None
     loaded = np.load(path, allow_pickle=False, mmap_mode='r')
-    if isinstance(loaded, np.ndarray):
-        def stored():
-            return np.load(path, mmap_mode='r')
-    else:
+    if not isinstance(loaded, np.ndarray):
         images = set(loaded) - {'labels', *NPZ_FACTS}
         name = name or ('cube' if images else 'labels')  # or a file of labels only
         if name not in loaded:
@@ -1337,11 +1342,11 @@ def read_numpy(path, mmap, name, axes):
         if len(facts.get('scale', [])) > 2:
             raise UserError(f'{path}: its "scale" has {len(facts["scale"])} numbers: give factor '
                             'and offset')
-        folder = tempfile.TemporaryDirectory()  # goes with the last one who knows stored()
-        unpacked = loaded.zip.extract(f'{name}.npy', folder.name)
+        folder = tempfile.TemporaryDirectory()
+        array_path = loaded.zip.extract(f'{name}.npy', folder.name)
 
-        def stored(folder=folder):
-            return np.load(unpacked, mmap_mode='r')
+    def stored(folder=folder):  # the folder is deleted when nothing refers to stored() any more
+        return np.load(array_path, mmap_mode='r')
 
     # which axis is which
     shape = stored().shape
@@ -1375,8 +1380,8 @@ def read_numpy(path, mmap, name, axes):
         else:
             notes.append(f'class_names: the first, "{names[0]}", is taken as that of label 0')
     scale = (*facts['scale'], 0)[:2] if 'scale' in facts else None  # an offset may be left out
-    return Scene(cube, labels, nm, facts.get('nodata'), names, (), facts.get('fwhm_nm'),
-                 colors and [(0, 0, 0), *colors], scale, None, tuple(notes),
+    return Scene(cube, labels, nm, facts.get('nodata'), names, fwhm_nm=facts.get('fwhm_nm'),
+                 class_colors=colors and [(0, 0, 0), *colors], scale=scale, notes=tuple(notes),
                  unit=('', 'wavelengths_nm'))
 
 
@@ -1444,7 +1449,7 @@ def read_envi(path, mmap, name, axes):
     notes = [shape_note(cube, f'ENVI {header["interleave"].lower()}, {words}')]
     if size > needed:
         notes.append(f'{data_path} has {size - needed} bytes more than its header speaks of')
-    return envi_facts(Scene(cube, None, None, None, None, notes=tuple(notes)), header, header_path)
+    return envi_facts(Scene(cube, notes=tuple(notes)), header, header_path)
 
 
 def envi_header(path):
@@ -1474,19 +1479,6 @@ def envi_list(header, field):
     return [word.strip() for word in text.split(',')] if text else []
 
 
-def envi_numbers(header, field, path, counts=()):
-    """-> the numbers of a field, [] where it is missing; `counts`: how many it may have"""
-    try:
-        numbers = [float(word) for word in envi_list(header, field)]
-    except ValueError:
-        raise UserError(f'{path}: its field "{field}" holds no numbers '
-                        f'({one_line(header[field])[:40]}): correct the header') from None
-    if numbers and counts and len(numbers) not in counts:
-        raise UserError(f'{path}: its field "{field}" has {len(numbers)} values for {counts[0]} '
-                        'bands: correct the header')
-    return numbers
-
-
 def envi_layout(path, header):
     """-> numpy type, offset in bytes, shape as it lies in the file, its axes ('hwc')"""
     whole, zeros = '0*[1-9][0-9]{0,8}', r'\{?[0, ]*\}?'
@@ -1512,7 +1504,16 @@ def envi_facts(scene, header, path):
     C = len(scene.cube)
 
     def numbers(field, *counts):
-        return envi_numbers(header, field, path, counts)
+        """The numbers of a field, [] where it is missing; counts: how many it may have"""
+        try:
+            found = [float(word) for word in envi_list(header, field)]
+        except ValueError:
+            raise UserError(f'{path}: its field "{field}" holds no numbers '
+                            f'({one_line(header[field])[:40]}): correct the header') from None
+        if found and counts and len(found) not in counts:
+            raise UserError(f'{path}: its field "{field}" has {len(found)} values for {C} bands: '
+                            'correct the header')
+        return found
     gains, offsets = numbers('data gain values', C, 1), numbers('data offset values', C, 1)
     scale = (gains or 1, offsets or 0) if gains or offsets else None
     divisor = numbers('reflectance scale factor')
@@ -1537,7 +1538,7 @@ def envi_facts(scene, header, path):
 # ============ arrays with names: MATLAB, HDF5 ============
 
 class Stored(NamedTuple):
-    """An array in a file: read(...) gives all of it as numpy, read((slice, ...)) a piece"""
+    """An array in a file: read(...) gives all of it as numpy, read((slice, ...)) a block"""
     shape: tuple
     dtype: np.dtype
     read: object
@@ -1545,7 +1546,7 @@ class Stored(NamedTuple):
     axes: tuple = ()  # names of its axes, of HDF5
 
 
-# what the last part of a name says
+# what the last name of a path says
 LABEL_NAMES = re.compile(r'(\b|_)gt|gt(\b|_)|label|truth|class|map|gnd|train|test|(^|_)t[res]$',
                          re.IGNORECASE)
 OTHER_LAYERS = re.compile(r'lidar|ds[mt]|dem$|dtm|height|elev|abund|endmem|conf'
@@ -1556,7 +1557,7 @@ ROWS = re.compile('^n_?(rows?|lines)$', re.IGNORECASE)
 WIDTHS = re.compile('fwhm', re.IGNORECASE)
 
 
-def last_part(name):
+def last_name(name):
     """'hsi.info.1' -> 'info': numbers are those of cells"""
     parts = [part for part in re.split('[./]', name) if not part.isdigit()]
     return parts[-1] if parts else name
@@ -1565,7 +1566,9 @@ def last_part(name):
 def list_arrays(arrays):
     """'HSI (80 x 96 x 8, uint16), ...'"""
     words = [f'{name} ({shape_text(stored)}, {stored.dtype})' for name, stored in arrays.items()]
-    return ', '.join(words[:8] + ['...'] * (len(words) > 8))
+    if len(words) > 8:
+        words[8:] = ['...']
+    return ', '.join(words)
 
 
 def pick_array(path, arrays, name):
@@ -1574,19 +1577,20 @@ def pick_array(path, arrays, name):
     The one that `name` asks for; else the only one of three axes whose name does not speak of
     labels, heights or abundances; else the only one of three axes, or of two.
     """
-    everything = arrays
-    arrays = {key: stored for key, stored in arrays.items() if stored.dtype.kind in 'iufb'
+    usable = {key: stored for key, stored in arrays.items() if stored.dtype.kind in 'iufb'
               and len(stored.shape) in (2, 3) and sorted(stored.shape)[-2] > 1}
-    cubes = {key: stored for key, stored in arrays.items()
+    if name in usable:
+        return name
+    cubes = {key: stored for key, stored in usable.items()
              if len(stored.shape) == 3 and min(stored.shape) > 1}
     images = {key: stored for key, stored in cubes.items() if not (
-        OTHER_LAYERS.search(last_part(key)) or LABEL_NAMES.search(last_part(key)))}
-    candidates = images or cubes or arrays
+        OTHER_LAYERS.search(last_name(key)) or LABEL_NAMES.search(last_name(key)))}
+    candidates = images or cubes or usable
     if name:
-        candidates = {key: stored for key, stored in arrays.items() if last_part(key) == name}
-    if name in arrays or len(candidates) == 1:
-        return name if name in arrays else next(iter(candidates))
-    listed = candidates or arrays or everything
+        candidates = {key: stored for key, stored in usable.items() if last_name(key) == name}
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    listed = candidates or usable or arrays
     what = 'any of them could be meant' if candidates else f'none is "{name or "an image"}"'
     raise UserError(f'{path}: holds {list_arrays(listed) or "other arrays"}, and {what}: choose '
                     f'one, as {os.path.basename(path)}:{next(iter(listed), "NAME")}')
@@ -1597,7 +1601,7 @@ def find_vector(arrays, pattern, counts):
     -> its name, the list of its numbers, their unit; '', [], '' where there is none"""
     for name, stored in arrays.items():
         size = math.prod(stored.shape)
-        if (pattern.search(last_part(name)) and size == max(stored.shape, default=1)
+        if (pattern.search(last_name(name)) and size == max(stored.shape, default=1)
                 and size in counts and stored.dtype.kind in 'iuf'):
             unit = attribute(stored.attrs, 'units', 'unit')
             if not unit and 'wavenumber' in name.lower():
@@ -1618,7 +1622,7 @@ def named_scene(path, arrays, name, axes, order=''):
         rows = find_vector(arrays, ROWS, [1])[1]
         refuse_table(path, key, image.shape, rows and int(rows[0]) not in image.shape)
         cube = image.read(...)[None]
-        return Scene(cube, None, None, None, None, notes=(shape_note(cube, f'array "{key}"'),))
+        return Scene(cube, notes=(shape_note(cube, f'array "{key}"'),))
     wave_name, values, unit = find_vector(arrays, WAVELENGTHS, image.shape)
     layers = {other: stored for other, stored in arrays.items()
               if stored.dtype.kind in 'iufb' and not OTHER_LAYERS.search(other)}
@@ -1632,7 +1636,7 @@ def named_scene(path, arrays, name, axes, order=''):
         return to_chw(image.read(tuple(sides[letter] for letter in order)), order)
     cube = Lazy([image.shape[order.index(letter)] for letter in 'chw'], image.dtype, read)
     C = len(cube)
-    scene = Scene(cube, None, values if len(values) == C else None, None, None,
+    scene = Scene(cube, wavelengths_nm=values if len(values) == C else None,
                   fwhm_nm=find_vector(arrays, WIDTHS, [C])[1],
                   bands=good_bands(find_vector(arrays, GOOD_BANDS, [C])[1]),
                   unit=(unit, f'"{wave_name}"'),
@@ -1651,7 +1655,7 @@ def named_labels(scene, layers):
     maps = {name: stored for name, stored in layers.items() if squeezed(stored) == pixels}
     labels = {name: stored.read(...) for name, stored in maps.items() if LABEL_NAMES.search(name)}
     unfit = {name: stored for name, stored in layers.items() if name not in maps
-             and LABEL_NAMES.search(last_part(name)) and squeezed(stored) != scene.cube.shape
+             and LABEL_NAMES.search(last_name(name)) and squeezed(stored) != scene.cube.shape
              and 2 * math.prod(stored.shape) >= math.prod(pixels)}
     if unfit and not labels:
         scene = say(scene, f'WARNING: not used, as the image has {pixels[0]} x {pixels[1]} pixels: '
@@ -1665,7 +1669,8 @@ def named_labels(scene, layers):
 
 
 def attribute(attrs, *names):
-    """The first of these attributes of HDF5, in whatever spelling -> its text, '' where none is"""
+    """The first of these attributes of HDF5 -> its text, '' where none is; names: in small letters
+    without spaces and underscores, however the file spells them"""
     spelt = {re.sub('[ _]', '', name).lower(): value for name, value in attrs.items()}
     return next((text_of(spelt[name]) for name in names if name in spelt), '')
 
@@ -1721,12 +1726,13 @@ def load_mat(path):
 def read_mat(path, mmap, name, axes):
     if not is_hdf5(path):
         return named_scene(path, load_mat(path), name, axes)
-    def turned(stored):
+    def reversed_axes(stored):
         def read(key):
             return stored.read(key if key is ... else key[::-1]).transpose()
         return stored._replace(shape=stored.shape[::-1], read=read)
     # MATLAB 7.3 is HDF5 with the axes reversed
-    arrays = {key.replace('/', '.'): turned(stored) for key, stored in h5_arrays(path).items()}
+    arrays = {key.replace('/', '.'): reversed_axes(stored)
+              for key, stored in h5_arrays(path).items()}
     return named_scene(path, arrays, name, axes)
 
 
@@ -1743,11 +1749,12 @@ def h5_arrays(path):
     import h5py
     found = {}
 
-    def read_from(item):
+    def read_from(item, first):
+        """A reader of item[first], for Stored"""
         name, shape, dtype = item.name, item.shape, item.dtype
-        first = (0,) * leading(item)
-        # a piece of a chunk costs as much as all of it: a large array is unpacked once. No
-        # compression makes it 2000 times as small: such an array is mostly empty, or damaged.
+        # HDF5 must decompress a whole chunk to read any part of it, so a large array is unpacked
+        # once into a temporary file. No compression makes it 2000 times as small: such an array
+        # is mostly empty, or damaged.
         packed = item.chunks and item.ndim == 3 and item.nbytes > 4 * STRIP_BYTES
         packed = packed and item.nbytes < 2000 * item.id.get_storage_size()
         unpacked = []
@@ -1760,14 +1767,10 @@ def h5_arrays(path):
                     return file[name][(*first, *key)]
                 if not unpacked:
                     item = file[name]
-                    pieces = ((chunk, item[chunk]) for chunk in item.iter_chunks())
-                    unpacked.append(unpacked_file(path, dtype, shape, pieces))
+                    blocks = ((chunk, item[chunk]) for chunk in item.iter_chunks())
+                    unpacked.append(unpacked_file(path, dtype, shape, blocks))
             return read_mapped(lambda: np.memmap(unpacked[0], dtype, 'r', 0, shape), key)
         return read
-
-    def leading(item):
-        """How many axes of length 1 stand before the last three, as one of a single time"""
-        return max(item.ndim - 3, 0) if set(item.shape[:-3]) <= {1} else 0
 
     def collect(name, item):
         if isinstance(item, h5py.Group) or name.startswith('#'):
@@ -1780,11 +1783,13 @@ def h5_arrays(path):
         if text_of(item.attrs.get('MATLAB_class', '')) != 'char':
             axes = [([os.path.basename(scale.name) for scale in axis.values()] or [axis.label])[0]
                     for axis in item.dims]
-            dtype, read = item.dtype, read_from(item)
+            # axes of length 1 before the last three, as one of a single time
+            extra = item.shape[:-3] if set(item.shape[:-3]) <= {1} else ()
+            inner = slice(len(extra), None)
+            dtype, read = item.dtype, read_from(item, (0,) * len(extra))
             if is_unsigned(item) and dtype.kind == 'i':
                 dtype = np.dtype(dtype.str.replace('i', 'u'))
                 read = viewed(read, dtype)
-            inner = slice(leading(item), None)
             found[name] = Stored(item.shape[inner], dtype, read, dict(item.attrs),
                                  tuple(axes[inner]))
 
@@ -1840,7 +1845,8 @@ def read_h5(path, mmap, name, axes):
     factor, offset = attribute(image.attrs, 'scalefactor'), attribute(image.attrs, 'addoffset')
     if factor and float(factor) > 1 and 'scale_factor' not in image.attrs:
         factor = 1 / float(factor)
-    nodata = [attribute(image.attrs, name) for name in MISSING_VALUES]
+    nodata = [attribute(image.attrs, name) for name in (
+        'fillvalue', 'missingvalue', 'dataignorevalue', 'nodata', 'nodatavalue')]
     nodata = list(dict.fromkeys(filter(None, nodata)))
     if is_unsigned(image):  # so is the filler: -1 is 255 in one byte
         numbers = 256 ** image.dtype.itemsize
@@ -1856,10 +1862,6 @@ def read_h5(path, mmap, name, axes):
                     'not applied')
     return scene._replace(scale=(factor or None, offset or None), nodata=(nodata or [None])[0],
                           geotags=h5_place(arrays, key, order))
-
-
-# attributes in small letters, without spaces and lines
-MISSING_VALUES = 'fillvalue', 'missingvalue', 'dataignorevalue', 'nodata', 'nodatavalue'
 
 
 def h5_place(arrays, key, order):
@@ -1947,10 +1949,10 @@ def read_prisma(path, arrays):
         matrix = (left - width / 2, width, 0.0, top + height / 2, 0.0, -height)
         if 0.98 * height < width < 1.02 * height:  # else they are those of another image
             geotags = place_tags(matrix, epsg=int(attrs['Epsg_Code']))
-    return Scene(cube, None, nm[order].tolist(), None, None, notes=tuple(notes), mask=mask,
-                 geotags=geotags, fwhm_nm=stated('List_Fwhm_{}')[order].tolist(),
-                 scale=(gains[order], offsets[order]), bands=bands,
-                 unit=('nm', 'List_Cw_Vnir and List_Cw_Swir'))
+    return Scene(cube, wavelengths_nm=nm[order].tolist(),
+                 fwhm_nm=stated('List_Fwhm_{}')[order].tolist(),
+                 unit=('nm', 'List_Cw_Vnir and List_Cw_Swir'), geotags=geotags,
+                 scale=(gains[order], offsets[order]), bands=bands, notes=tuple(notes), mask=mask)
 
 
 # ============ the readers by the ending of a name ============

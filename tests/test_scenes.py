@@ -293,7 +293,7 @@ def test_one_pass_in_strips_finds_what_the_whole_array_shows(monkeypatch):
     monkeypatch.setattr(scenes, 'STRIP_BYTES', 3 * C * W * 4)
     pieces = survey(Lazy(array.shape, array.dtype, lambda rows, cols: array[:, rows, cols]), -1)
     np.testing.assert_array_equal(whole.missing, pieces.missing)
-    assert whole.empty == pieces.empty == [2] and whole.some_bands == pieces.some_bands == pytest.approx(2 * (W - 3) / H / W)
+    assert whole.empty == pieces.empty == [2] and whole.partly_missing == pieces.partly_missing == pytest.approx(2 * (W - 3) / H / W)
     np.testing.assert_allclose(whole.lacking, pieces.lacking)
     assert whole.lacking[0] == 0.125 and whole.missing.sum() == H * 3 + 2 * (W - 3)
 

@@ -40,6 +40,7 @@ def read_facts(tiles):
     counts once."""
     meta = tiles['tr'].meta
     size = meta['tile_size']
+    nodata = meta['nodata']
     counts = {split: np.zeros(256, np.int64) for split in tiles}
     unseen = dict.fromkeys(tiles, 0)
     sums = np.zeros((2, meta['num_classes'] + 1, meta['num_bands']))
@@ -58,7 +59,7 @@ def read_facts(tiles):
             labels = np.zeros(image.shape[1:], np.uint8)
             if tiles[split].labels is not None:
                 labels = np.asarray(tiles[split].labels[i])
-            valid = valid_pixels(image, meta['nodata'])
+            valid = valid_pixels(image, nodata)
             scene, row, col = places[i]
             if scene != scene_of_counted:  # tiles of a scene follow each other
                 counted = np.zeros(places[:, 1:].max(0) + size, bool)
@@ -82,8 +83,8 @@ def read_facts(tiles):
             if first_labels is labels:  # an image that is new
                 drawn = rng.permutation(valid.size)[:per_tile]
                 drawn = image.reshape(len(image), -1)[:, drawn]
-                gone = ~np.isfinite(drawn) | (drawn == meta['nodata'])
-                gone &= ~valid_pixels(drawn, meta['nodata'], 0)
+                gone = ~np.isfinite(drawn) | (drawn == nodata)
+                gone &= ~valid_pixels(drawn[:, None], nodata)
                 sample.append(np.where(gone, np.nan, drawn))
                 sample_scene += [scene] * drawn.shape[1]
 
