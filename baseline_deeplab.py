@@ -118,8 +118,6 @@ def get_batch(tiles, labelled, step, rank=0, world=1):
     scale_min = 0.4 if augment else 1.0
     corners, side, boxes, flips = draw_crops(batch_size, tiles.meta['tile_size'], crop_size,
                                              scale_min, 1.0, generator, augment)
-    if not augment:  # the crop alone is read
-        corners, side = corners + boxes[:, :2], crop_size
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, labels = tiles.batch(ids[here], corners[here], side, reuse=True)
     return Batch(ids[here], raw, labels, boxes[here], flips[here])
@@ -191,7 +189,7 @@ if __name__ == '__main__':
     name = 'DeepLabV3+'
     model = DeepLabV3Plus(**encoder_args)
     if init_from:
-        print(start_from(init_from, model, __file__, whiten))
+        print(start_from(init_from, model, __file__, whiten, meta))
     if world > 1 and on_gpu:
         # it has no CPU form: there the norms see the crops of their own process only
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -310,7 +308,7 @@ if __name__ == '__main__':
     bar = tqdm(total=last_step, initial=step, disable=not main_process)
     started = time.time()
     while True:
-        if step % eval_every == 0 or step == last_step:
+        if step % eval_every == 0 or step == steps:
             validate()
         if step == last_step:
             break

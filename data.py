@@ -671,6 +671,16 @@ class Tiles:
             return image
         return image, torch.from_numpy(self.labels[i].copy())
 
+    def windows_per_epoch(self, img_size):
+        """An epoch is one window for every img_size x img_size pixels stored: a large tile is met
+        several times in it."""
+        return len(self) * max(1, round((self.meta['tile_size'] / img_size) ** 2))
+
+    def ids_of_step(self, step, batch_size, img_size, seed):
+        """-> (batch_size,) numbers of the tiles that a training step sees, see epoch_ids()"""
+        num_windows = self.windows_per_epoch(img_size)
+        return epoch_ids(num_windows, batch_size, step, seed) % len(self)
+
     def batch(self, ids, corners=None, side=0, reuse=False):
         """Tiles `ids` -> images (B, C, S, S) in the stored type, labels (B, S, S) uint8 or None.
 
@@ -865,10 +875,10 @@ def draw_crops(n, tile_size, img_size, scale_min, scale_max, generator, turns=Tr
     ratio = torch.exp((draws[:, 1] * 2 - 1) * math.log(4 / 3))
     sizes = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1)  # (n, 2)
     sizes = sizes.round().clamp(1, min(tile_size, 2 * img_size))
-    if scale_min == scale_max == 1:
-        sizes[:] = img_size  # no resizing at all: exact copies
-    start = (draws[:, 2:4] * (tile_size - sizes + 1)).floor().clamp(min=0)  # (n, 2)
     side = min(tile_size, math.ceil(img_size * math.sqrt(scale_max * 4 / 3)))
+    if scale_min == scale_max == 1:  # no resizing at all: the window is the crop, an exact copy
+        sizes[:] = side = img_size
+    start = (draws[:, 2:4] * (tile_size - sizes + 1)).floor().clamp(min=0)  # (n, 2)
     corners = start.clamp(max=tile_size - side)
     boxes = torch.cat([start - corners, sizes], 1).long()
     return Crops(corners.long(), side, boxes, (draws[:, 4:] < 0.5) & turns)

@@ -1173,21 +1173,21 @@ def load_segmenter(path):
         return add_run(network, checkpoint)
 
 
-def check_bands(encoder, meta, path):
-    """Refuses data (its `meta`) of other bands than `encoder`, of the file `path`, was trained on.
-    Where the wavelengths of one are not known, only the number can be compared."""
-    own, given = encoder.meta['wavelengths_nm'], meta['wavelengths_nm']
-    count = encoder.meta['num_bands']
+def check_bands(own_meta, meta, path):
+    """Refuses data (its `meta`) of other bands than the network of the file `path` was trained on
+    (`own_meta`). Where the wavelengths of one are not known, only the number can be compared."""
+    own, given = own_meta['wavelengths_nm'], meta['wavelengths_nm']
+    count = own_meta['num_bands']
     same = count == meta['num_bands']
     if same and own and given:
         same = same_bands(own, given)
     if not same:
         bands = ','.join(f'{nm:g}' for nm in own) if own else '...'
-        raise UserError(f'{path}: the encoder was trained on {count} bands, and those of the data '
+        raise UserError(f'{path}: the network was trained on {count} bands, and those of the data '
                         f'({meta["num_bands"]}) are others: tile the scenes again with '
                         f'python data.py tile --bands={bands}')
-    if encoder.meta.get('components') != meta.get('components'):
-        raise UserError(f'{path}: the encoder was trained on the principal components of other '
+    if own_meta.get('components') != meta.get('components'):
+        raise UserError(f'{path}: the network was trained on the principal components of other '
                         'data, which mean something else here: pass the data it was trained on')
 
 
@@ -1215,15 +1215,18 @@ def resize_positions(weights, like):
     return weights
 
 
-def start_from(path, model, script, whiten):
+def start_from(path, model, script, whiten, meta=None):
     """Fill `model` with weights of a checkpoint -> a sentence that says which were taken, and
-    whether their input was whitened otherwise than by `whiten` components.
+    whether their input was whitened otherwise than by `whiten` components. Those of other bands
+    than the data's (its `meta`) are refused.
 
     Of a run of the same `script` all are taken. Of another file the encoder is, for student and
     teacher alike, and where they fit a masked autoencoder's decoder and a CNN's layers. Position
     tables are interpolated. Raises UserError where something does not fit.
     """
     checkpoint = load_run(path)
+    if meta:
+        check_bands(checkpoint['meta'], meta, path)
     weights, state = checkpoint['model'], model.state_dict()
     same_script = checkpoint['script'] == os.path.basename(script)
     name_in_file = {name: name for name in state}

@@ -50,12 +50,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by, crop_weights,
-                  demo_if_missing, draw_crops, draw_probe, epoch_ids, kept_meta, lock_directory,
+                  demo_if_missing, draw_crops, draw_probe, kept_meta, lock_directory,
                   next_command, plain_errors, probe, probe_floors, probe_splits, read_flags,
                   save_figure, standardization, standardize, standardize_rows)
-from models import (SIZES, DINOHead, SpatialSpectralViT, check_bands, dense_features,
-                    encoder_shape, load_encoder, native_bfloat16, parameter_groups, resume_from,
-                    save_checkpoint, start_from)
+from models import (SIZES, DINOHead, SpatialSpectralViT, dense_features, encoder_shape,
+                    native_bfloat16, parameter_groups, resume_from, save_checkpoint, start_from)
 
 # Each line `name = value  # help` is a flag, --name=other; `a | b: ` in its help are the choices.
 # ---- data
@@ -91,7 +90,7 @@ mask_probability = 0.8  # share of global crops the student sees masked, also wi
 mask_ratio_min = 0.3  # smallest share of masked tokens in such a crop
 mask_ratio_max = 0.7  # largest share of masked patches
 spectral_mask_ratio_max = 0.6  # largest share of masked band groups
-teacher_temp = 0.05  # temperature of the teacher's softmax, rising from 0.04
+teacher_temp = 0.05  # temperature of the teacher's targets, rising from 0.04
 momentum_teacher = 0.98  # share of itself the teacher keeps, rising to 1 by a cosine
 # ---- optimizer
 steps = 480  # length of the run
@@ -316,9 +315,9 @@ def block_masks(n, h, w, rng):
         missing = (wanted - covered.sum((1, 2))).clip(0)
     # the last one may have covered too many: `wanted` of the covered patches stay, at random
     uncovered = 1.0 - covered.reshape(count, h * w)
-    rank = (uncovered + rng.random((count, h * w))).argsort(1).argsort(1)
+    order = (uncovered + rng.random((count, h * w))).argsort(1).argsort(1)
     masks = np.zeros((n, h * w), bool)
-    masks[rng.permutation(n)[:count]] = rank < wanted[:, None]
+    masks[rng.permutation(n)[:count]] = order < wanted[:, None]
     return torch.from_numpy(masks)
 
 
@@ -358,11 +357,9 @@ def get_batch(tiles, step, rank=0, world=1):
     the same crops, and a resumed run needs no generator's state.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    num_windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
-    ids = epoch_ids(num_windows, batch_size, step, seed) % len(tiles)
+    ids = tiles.ids_of_step(step, batch_size, img_size, seed)
     # a window of img_size, in which all crops of a tile lie
-    window = draw_crops(batch_size, tiles.meta['tile_size'], img_size, 1.0, 1.0, generator, False)
-    corners = window.corners + window.boxes[:, :2]
+    window = draw_crops(batch_size, tiles.meta['tile_size'], img_size, 1.0, 1.0, generator)
     big = draw_crops(2 * batch_size, img_size, img_size, global_scale_min, 1.0, generator)
     small = draw_crops(local_crops_number * batch_size, img_size, img_size, local_scale_min,
                        local_scale_max, generator)
@@ -377,8 +374,8 @@ def get_batch(tiles, step, rank=0, world=1):
     band_mask = band_masks(2 * batch_size, groups, rng)
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-    raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
-    next_ids = epoch_ids(num_windows, batch_size, step + 1, seed) % len(tiles)
+    raw, _ = tiles.batch(ids[here], window.corners[here], img_size, reuse=True)
+    next_ids = tiles.ids_of_step(step + 1, batch_size, img_size, seed)
     tiles.read_ahead(next_ids[here], img_size)
     return Batch(raw, boxes[here], flips[here], draws[here], *masks_of_rank(mask, here),
                  *masks_of_rank(band_mask, here))
@@ -401,11 +398,6 @@ def to_device(batch, device):
     torch._dynamo.maybe_mark_dynamic(batch.masked_ids, 0)
     torch._dynamo.maybe_mark_dynamic(batch.masked_band_ids, 0)
     return batch
-
-
-def crops_per_epoch(tiles):
-    """An epoch is one window for every img_size x img_size pixels stored."""
-    return len(tiles) * max(1, round((tiles.meta['tile_size'] / img_size) ** 2))
 
 
 def make_crops(batch, statistics, nodata, step):
@@ -584,8 +576,7 @@ if __name__ == '__main__':
     model, encoder_args = build_model(meta)
     model.to(device).train()
     if init_from:
-        check_bands(load_encoder(init_from), meta, init_from)
-        print(start_from(init_from, model, __file__, whiten))
+        print(start_from(init_from, model, __file__, whiten, meta))
     groups = parameter_groups(model, weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
@@ -616,7 +607,7 @@ if __name__ == '__main__':
                 wandb.log(entry, step=entry['step'])
 
     # ---- shell: what this run is
-    epochs = steps * batch_size / crops_per_epoch(train)
+    epochs = steps * batch_size / train.windows_per_epoch(img_size)
     print(f'{sum(p.numel() for p in model.parameters()):,} parameters; '
           f'{meta["num_bands"]} bands, crops of {img_size} px, patches of {patch_size} px; '
           f'steps {step} to {last_step} of {steps} ({epochs:.1f} epochs); '

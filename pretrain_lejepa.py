@@ -41,11 +41,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by, crop_weights,
-                  demo_if_missing, draw_crops, draw_probe, epoch_ids, kept_meta, lock_directory,
+                  demo_if_missing, draw_crops, draw_probe, kept_meta, lock_directory,
                   next_command, plain_errors, probe, probe_floors, probe_splits, read_flags,
                   save_figure, standardization, standardize, standardize_rows)
-from models import (SIZES, ViT, check_bands, dense_features, encoder_shape, load_encoder,
-                    native_bfloat16, parameter_groups, resume_from, save_checkpoint, start_from)
+from models import (SIZES, ViT, dense_features, encoder_shape, native_bfloat16,
+                    parameter_groups, resume_from, save_checkpoint, start_from)
 
 # Each line `name = value  # help` is a flag, --name=other; `a | b: ` in its help are the choices.
 # ---- data
@@ -187,11 +187,9 @@ def get_batch(tiles, step, rank=0, world=1):
     the same crops, and a resumed run needs no generator's state.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    num_windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
-    ids = epoch_ids(num_windows, batch_size, step, seed) % len(tiles)
+    ids = tiles.ids_of_step(step, batch_size, img_size, seed)
     # a window of img_size, in which all crops of a tile lie
-    window = draw_crops(batch_size, tiles.meta['tile_size'], img_size, 1.0, 1.0, generator, False)
-    corners = window.corners + window.boxes[:, :2]
+    window = draw_crops(batch_size, tiles.meta['tile_size'], img_size, 1.0, 1.0, generator)
     big = draw_crops(2 * batch_size, img_size, img_size, global_scale_min, 1.0, generator)
     small = draw_crops(local_crops_number * batch_size, img_size, img_size, local_scale_min,
                        local_scale_max, generator)
@@ -200,15 +198,10 @@ def get_batch(tiles, step, rank=0, world=1):
     draws = torch.rand(*boxes.shape[:2], 13, generator=generator)
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-    raw, _ = tiles.batch(ids[here], corners[here], img_size, reuse=True)
-    next_ids = epoch_ids(num_windows, batch_size, step + 1, seed) % len(tiles)
+    raw, _ = tiles.batch(ids[here], window.corners[here], img_size, reuse=True)
+    next_ids = tiles.ids_of_step(step + 1, batch_size, img_size, seed)
     tiles.read_ahead(next_ids[here], img_size)
     return Batch(raw, boxes[here], flips[here], draws[here])
-
-
-def crops_per_epoch(tiles):
-    """An epoch is one window for every img_size x img_size pixels stored."""
-    return len(tiles) * max(1, round((tiles.meta['tile_size'] / img_size) ** 2))
 
 
 def make_crops(batch, statistics, nodata, step):
@@ -345,8 +338,7 @@ if __name__ == '__main__':
     model, encoder_args = build_model(meta)
     model.to(device).train()
     if init_from:
-        check_bands(load_encoder(init_from), meta, init_from)
-        print(start_from(init_from, model, __file__, whiten))
+        print(start_from(init_from, model, __file__, whiten, meta))
     groups = parameter_groups(model, weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
@@ -377,7 +369,7 @@ if __name__ == '__main__':
                 wandb.log(entry, step=entry['step'])
 
     # ---- shell: what this run is
-    epochs = steps * batch_size / crops_per_epoch(train)
+    epochs = steps * batch_size / train.windows_per_epoch(img_size)
     print(f'{sum(p.numel() for p in model.parameters()):,} parameters; '
           f'{meta["num_bands"]} bands, crops of {img_size} px, patches of {patch_size} px; '
           f'steps {step} to {last_step} of {steps} ({epochs:.1f} epochs); '

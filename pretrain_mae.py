@@ -34,18 +34,18 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Tiles, UserError, demo_if_missing, draw_crops, draw_probe, epoch_ids, false_color,
+from data import (Tiles, UserError, demo_if_missing, draw_crops, draw_probe, false_color,
                   kept_meta, lock_directory, next_command, plain_errors, probe, probe_floors,
                   probe_splits, read_flags, resized_crop, save_figure, standardization, standardize)
-from models import (SIZES, MaskedAutoencoder, check_bands, dense_features, encoder_shape,
-                    load_encoder, native_bfloat16, parameter_groups, patchify, resume_from,
-                    save_checkpoint, start_from, unpatchify)
+from models import (SIZES, MaskedAutoencoder, dense_features, encoder_shape, native_bfloat16,
+                    parameter_groups, patchify, resume_from, save_checkpoint, start_from,
+                    unpatchify)
 
 # Each line `name = value  # help` is a flag, --name=other; `a | b: ` in its help are the choices.
 # ---- data
 data = 'data/demo'  # tile directory; its bands are the encoder's
 img_size = 16  # side of a crop, px
-whiten = 16  # components that decorrelate the bands (ZCA); 0: standardise each
+whiten = 16  # components kept in decorrelating the bands (ZCA); 0: only standardise each
 scale_min = 0.4  # smallest crop, as a share of img_size x img_size (0.2 in MAE)
 # ---- model
 size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)
@@ -101,8 +101,7 @@ def get_batch(tiles, step, rank=0, world=1):
     needs no generator's state.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    num_windows = crops_per_epoch(tiles)  # a large tile is met several times in an epoch
-    ids = epoch_ids(num_windows, batch_size, step, seed) % len(tiles)
+    ids = tiles.ids_of_step(step, batch_size, img_size, seed)
     corners, side, boxes, flips = draw_crops(batch_size, tiles.meta['tile_size'], img_size,
                                              scale_min, 1.0, generator)
     num_patches = (img_size // patch_size) ** 2
@@ -110,14 +109,9 @@ def get_batch(tiles, step, rank=0, world=1):
 
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, _ = tiles.batch(ids[here], corners[here], side, reuse=True)
-    next_ids = epoch_ids(num_windows, batch_size, step + 1, seed) % len(tiles)
+    next_ids = tiles.ids_of_step(step + 1, batch_size, img_size, seed)
     tiles.read_ahead(next_ids[here], side)
     return Batch(raw, boxes[here], flips[here], mask_noise[here])
-
-
-def crops_per_epoch(tiles):
-    """An epoch is one crop for every img_size x img_size pixels stored."""
-    return len(tiles) * max(1, round((tiles.meta['tile_size'] / img_size) ** 2))
 
 
 def learning_rate(step):
@@ -134,15 +128,13 @@ def build_model(meta):
     """-> the autoencoder for the data's bands, and the arguments that build its encoder again"""
     decoder_sizes = {'tiny': (96, 2, 4), 'small': (256, 4, 8), 'base': (512, 8, 16)}
     decoder_dim, decoder_depth, decoder_heads = decoder_sizes[size]
-    shape = SIZES[size]
-    if init_from:
-        shape = encoder_shape(init_from)
-        extras = [shape.pop(name) for name in ('num_register_tokens', 'init_values', 'ffn')]
-        if extras != [0, 0.0, 'mlp']:
-            raise UserError(f'{init_from}: has registers, LayerScale or SwiGLU, which a masked '
-                            'autoencoder has not: start pretrain_dino.py from it')
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
-                        dropout=dropout, **shape)
+                        dropout=dropout, **SIZES[size])
+    encoder_args.update(encoder_shape(init_from))  # that of the weights to start from
+    plain = {'num_register_tokens': 0, 'init_values': 0.0, 'ffn': 'mlp'}
+    if any(encoder_args.get(name, value) != value for name, value in plain.items()):
+        raise UserError(f'{init_from}: has registers, LayerScale or SwiGLU, which a masked '
+                        'autoencoder has not: start pretrain_dino.py from it')
     model = MaskedAutoencoder(**encoder_args, decoder_embed_dim=decoder_dim,
                               decoder_depth=decoder_depth, decoder_num_heads=decoder_heads,
                               norm_pix_loss=norm_pix_loss, freeze_encoder=freeze_encoder)
@@ -263,8 +255,7 @@ if __name__ == '__main__':
     model, encoder_args = build_model(meta)
     model.to(device)
     if init_from:
-        check_bands(load_encoder(init_from), meta, init_from)
-        print(start_from(init_from, model, __file__, whiten))
+        print(start_from(init_from, model, __file__, whiten, meta))
     groups = parameter_groups(model, weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
@@ -295,7 +286,7 @@ if __name__ == '__main__':
                 wandb.log(entry, step=entry['step'])
 
     # ---- shell: what this run is
-    epochs = steps * batch_size / crops_per_epoch(train)
+    epochs = steps * batch_size / train.windows_per_epoch(img_size)
     print(f'{sum(p.numel() for p in model.parameters()):,} parameters; '
           f'{meta["num_bands"]} bands, crops of {img_size} px, patches of {patch_size} px; '
           f'steps {step} to {last_step} of {steps} ({epochs:.1f} epochs); '

@@ -88,7 +88,7 @@ LARGE = dict(img_size=64, patch_size=8)
 PRESETS = {'tiny': {}, 'small': LARGE, 'base': LARGE}
 METHODS = {'pretrain_mae.py': 'MAE', 'pretrain_dino.py': 'DINOv2',
            'pretrain_dino_hsi.py': 'HSI-DINOv2', 'pretrain_lejepa.py': 'LeJEPA',
-           'segment.py': 'fine-tuned ViT'}
+           'segment.py': 'ViT of segment.py'}
 
 
 # ============ shell: signals ============
@@ -114,7 +114,7 @@ def get_encoder(meta):
         vit.args, vit.whiten = args, whiten
         return vit, 'random ViT' if freeze else 'ViT from scratch'
     vit = load_encoder(encoder)
-    check_bands(vit, meta, encoder)
+    check_bands(vit.meta, meta, encoder)
     if vit.meta['mean'] != meta['mean']:
         print(f'{data} is not what {encoder} learned from: its own statistics standardise it')
     method = METHODS.get(vit.script, vit.script)
@@ -166,8 +166,6 @@ def get_batch(tiles, labelled, step, rank=0, world=1):
     scale_min = 0.4 if augment else 1.0
     corners, side, boxes, flips = draw_crops(batch_size, tiles.meta['tile_size'], crop_size,
                                              scale_min, 1.0, generator, augment)
-    if not augment:  # the crop alone is read
-        corners, side = corners + boxes[:, :2], crop_size
     here = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     raw, labels = tiles.batch(ids[here], corners[here], side, reuse=True)
     return Batch(ids[here], raw, labels, boxes[here], flips[here])
@@ -191,7 +189,9 @@ if __name__ == '__main__':
     if untrained and not encoder:
         raise UserError('--untrained: the architecture of which encoder? Pass --encoder= as well')
     if not data:  # where the encoder learned
-        data = load_encoder(encoder).config['data'] if encoder else 'data/demo'
+        data = load_encoder(encoder).config.get('data') if encoder else 'data/demo'
+        if not data:
+            raise UserError(f'{encoder}: does not say which tiles it learned from: pass --data')
     config['data'] = data
 
     # ---- shell: processes and device (torchrun sets these variables, else there is one process)
@@ -350,7 +350,7 @@ if __name__ == '__main__':
             save_checkpoint(best_path, {'model': model.state_dict(), 'step': 0, **facts})
         judge_and_leave(about, rows)  # the script ends here
 
-    # ---- a trained decoder: maps of a frozen encoder are kept where 4 GB hold them
+    # ---- a trained decoder: maps of a frozen encoder are computed once, if 4 GB hold them
     known_maps = {}
     if freeze:
         num_patches = (tile_size // vit.patch_size) ** 2
@@ -358,8 +358,8 @@ if __name__ == '__main__':
         if gigabytes < 4 and not augment and crop_size == tile_size:
             known_maps = {i: features(train.batch([i])[0]) for i in labelled.tolist()}
         sample = labelled[::1 + len(labelled) // 2000].tolist()
-        calibrate_norm(model.head.norm, known_maps.values() if known_maps else
-                       (features(train.batch([i])[0]) for i in sample))
+        maps = known_maps.values() or (features(train.batch([i])[0]) for i in sample)
+        calibrate_norm(model.head.norm, maps)
     else:  # DDP would wait for gradients of what features do not use (mask tokens): find it once
         x = prepare(train.batch([0])[0])[..., :crop_size, :crop_size]
         model.eval()(x).sum().backward()
@@ -422,7 +422,7 @@ if __name__ == '__main__':
     bar = tqdm(total=last_step, initial=step, disable=not main_process)
     started = time.time()
     while True:
-        if step % eval_every == 0 or step == last_step:
+        if step % eval_every == 0 or step == steps:
             validate()
         if step == last_step:
             break

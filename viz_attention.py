@@ -202,7 +202,7 @@ if __name__ == '__main__':
     unit = int(np.lcm.reduce([encoder.patch_size for encoder in loaded]))  # whole patches for all
     images, meta = read_images(loaded[0], unit)
     for path, encoder in zip(paths, loaded):
-        check_bands(encoder, meta, path)
+        check_bands(encoder.meta, meta, path)
         depth = len(encoder.blocks)
         if not -depth <= block < depth:
             raise UserError(f'--block={block}: {path} has blocks 0 to {depth - 1}, or -1 for the '

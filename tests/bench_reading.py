@@ -131,7 +131,7 @@ def drawing(folder):
         script.img_size, script.batch_size, script.local_crops_size = 32, B, 16
         for count in (2_500, 250_000, 25_000_000):
             tiles.images = np.broadcast_to(tile[0], (count, C, S, S))
-            windows = script.crops_per_epoch(tiles)
+            windows = tiles.windows_per_epoch(32)
             ids = fastest(lambda i: data.epoch_ids(windows, B, i, 0))[0]
             least, median = fastest(lambda i: script.get_batch(tiles, i), 100)
             print(f'{script.__name__}, {windows:11,} windows: ids {ids:.2f} ms, a batch of {B} {least:.2f} ms (median {median:.2f}); '

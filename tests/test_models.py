@@ -222,17 +222,17 @@ def test_data_of_other_bands_is_refused_with_the_command_that_makes_the_right_on
     encoder = ViT(16, 4, 3, 24, 1, 2)
     encoder.meta = {'num_bands': 3, 'wavelengths_nm': [500.0, 600.5, 700]}
     for nm in ([500, 600, 700.9], None):
-        check_bands(encoder, {'num_bands': 3, 'wavelengths_nm': nm}, 'last.pt')
+        check_bands(encoder.meta, {'num_bands': 3, 'wavelengths_nm': nm}, 'last.pt')
     for nm in ([500, 600, 702], [500, 600, 650, 700]):
         with pytest.raises(UserError, match='last.pt: .* 3 bands.* data.py tile --bands=500,600.5,700'):
-            check_bands(encoder, {'num_bands': len(nm), 'wavelengths_nm': nm}, 'last.pt')
+            check_bands(encoder.meta, {'num_bands': len(nm), 'wavelengths_nm': nm}, 'last.pt')
     with pytest.raises(UserError, match='3 bands'):
-        check_bands(encoder, {'num_bands': 4, 'wavelengths_nm': None}, 'last.pt')
+        check_bands(encoder.meta, {'num_bands': 4, 'wavelengths_nm': None}, 'last.pt')
     components = {'num_bands': 3, 'wavelengths_nm': None, 'components': [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]}
     with pytest.raises(UserError, match='principal components of other data'):
-        check_bands(encoder, components, 'last.pt')
+        check_bands(encoder.meta, components, 'last.pt')
     encoder.meta = components
-    check_bands(encoder, components, 'last.pt')
+    check_bands(encoder.meta, components, 'last.pt')
 
 
 def test_resume_compares_constants_with_those_in_the_checkpoint(scene_data, tmp_path):
@@ -263,6 +263,10 @@ def test_a_run_of_ours_starts_another_of_the_same_network_at_another_size(scene_
     assert changed == {'encoder.pos_embed', 'decoder_pos_embed'}
     with pytest.raises(UserError, match='3 tensors differ .decoder_pred.bias, decoder_pred.weight, encoder.patch_embed'):
         start_from(path, mae(16, bands=5), 'pretrain_mae.py', 3)
+    for other in ({**meta, 'num_bands': 8}, {**meta, 'components': [[1.0] * 7]}):  # as many weights, of other bands
+        with pytest.raises(UserError, match='the network was trained on'):
+            start_from(path, mae(16), 'pretrain_mae.py', 3, other)
+    start_from(path, mae(16), 'pretrain_mae.py', 3, meta)
 
     def hsi(groups):
         return SpatialSpectralViT(16, 4, 2 * groups, 48, 1, 3, fusion='token')

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import why_it_failed
-from conftest import SCENES, make_scene, run
+from conftest import MAE_TINY, SCENES, make_scene, run
 from data import Tiles, confusion_matrix, label_to_class, scores, sliding_window
-from models import DeepLabV3Plus, MaskedAutoencoder, ViT, build_segmenter, load_segmenter, loss_count, segmentation_loss
+from models import (DeepLabV3Plus, MaskedAutoencoder, ViT, build_segmenter, load_checkpoint, load_segmenter, loss_count, save_checkpoint,
+                    segmentation_loss)
 
 TRAINED = ['--decoder=linear', '--batch_size=8', '--eval_every=10']
 
@@ -267,6 +268,34 @@ def test_the_cnn_starts_from_the_weights_of_another_run(scene_data, tmp_path):
     run('baseline_deeplab.py', *flags, f'--out_dir={tmp_path}/first')
     done = run('baseline_deeplab.py', *flags, f'--init_from={tmp_path}/first/last.pt', f'--out_dir={tmp_path}/second')
     assert 'tensors taken' in done.stdout
+    # the same number of bands elsewhere in the spectrum
+    scene = make_scene(tmp_path / 's.npz')
+    with np.load(scene) as stored:
+        np.savez(scene, **{**stored, 'wavelengths_nm': stored['wavelengths_nm'] + 300})
+    run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path}/other', '--tile_size=16')
+    done = run('baseline_deeplab.py', f'--data={tmp_path}/other', *flags[1:], f'--init_from={tmp_path}/first/last.pt', f'--out_dir={tmp_path}/third', check=False)
+    assert done.returncode == 1 and 'the network was trained on' in done.stderr
+
+
+def test_a_run_that_was_stopped_between_two_scores_judges_the_same_state(scene_data, tmp_path):
+    """Were the state at the stop scored as well, it could be the best of a run that never scored it"""
+    flags = [f'--data={scene_data}', '--decoder=linear', '--steps=8', '--eval_every=4', '--batch_size=4', '--lr=0.1']
+    run('segment.py', *flags, f'--out_dir={tmp_path}/whole')
+    for stop in (3, 6):
+        run('segment.py', *flags, f'--max_steps={stop}', f'--out_dir={tmp_path}/parts')
+    run('segment.py', *flags, f'--out_dir={tmp_path}/parts')
+    logs = [[{k: v for k, v in json.loads(line).items() if k in ('step', 'val_miou')} for line in open(tmp_path / name / 'log.jsonl') if 'val_miou' in line] for name in ('whole', 'parts')]
+    assert logs[0] == logs[1] and [entry['step'] for entry in logs[0]] == [0, 4, 8]
+    whole, parts = (load_checkpoint(tmp_path / name / 'best.pt') for name in ('whole', 'parts'))
+    assert whole['step'] == parts['step'] and all(torch.equal(value, parts['model'][name]) for name, value in whole['model'].items())
+
+
+def test_an_encoder_that_does_not_say_its_tiles_needs_data(scene_data, tmp_path):
+    run('pretrain_mae.py', *MAE_TINY, f'--data={scene_data}', '--steps=1', f'--out_dir={tmp_path}/mae')
+    checkpoint = load_checkpoint(tmp_path / 'mae' / 'last.pt')
+    save_checkpoint(f'{tmp_path}/own.pt', {**checkpoint, 'config': {'whiten': 3}})
+    done = run('segment.py', f'--encoder={tmp_path}/own.pt', f'--out_dir={tmp_path}/judged', check=False)
+    assert done.returncode == 1 and 'own.pt: does not say which tiles it learned from: pass --data' in done.stderr
 
 
 # ============ few labels ============
