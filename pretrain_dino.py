@@ -9,7 +9,8 @@ predict the teacher's distribution: of the other crop as a whole (DINO), and of 
 
 What keeps all images from getting the same output ("collapse"): Sinkhorn-Knopp spreads the
 teacher's targets over all prototypes, KoLeo pushes the features of different tiles apart, and no
-gradient reaches the teacher. Labels are used by the probe only, a linear classifier that watches.
+gradient reaches the teacher. Labels are used by the probe only, a linear classifier that measures
+the features now and then and trains nothing.
 
     python pretrain_dino.py                                     # demo data, minutes on a CPU
     python pretrain_dino.py --size=base --data=data/mine --out_dir=runs/mine        # on one GPU
@@ -80,8 +81,8 @@ out_dim = 256  # prototypes K; 65,536 in DINOv2, for 100 million images
 ibot_weight = 0.0  # weight of the loss on masked tokens; use 1 for many different scenes
 koleo_weight = 1.0  # weight of the loss that spreads cls features; 0.1 in DINOv2
 mask_probability = 0.8  # share of global crops the student sees masked, also without iBOT
-mask_ratio_min = 0.3  # smallest share of masked tokens in such a crop
-mask_ratio_max = 0.7  # largest share of masked patches
+mask_ratio_min = 0.3  # smallest share of masked patches in such a crop
+mask_ratio_max = 0.7  # largest share
 teacher_temp = 0.05  # temperature of the teacher's targets, rising from 0.04
 momentum_teacher = 0.98  # share of itself the teacher keeps, rising to 1 by a cosine
 # ---- optimizer
@@ -102,7 +103,7 @@ save_every = 100  # steps between checkpoints
 probe_tiles = 64  # tiles of each split that the probe looks at
 dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 if native, else float32
 compile = True  # torch.compile, on a GPU
-cuda_graphs = False  # keep: masked tokens change in number
+cuda_graphs = False  # leave: masked tokens change in number
 wandb_log = False  # send the log to wandb.ai as well
 
 LARGE = dict(img_size=64, local_crops_size=32, local_crops_number=8, global_scale_min=0.4,

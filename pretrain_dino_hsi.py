@@ -13,7 +13,8 @@ predict the teacher's distribution: of the other crop as a whole (DINO), and of 
 
 What keeps all images from getting the same output ("collapse"): Sinkhorn-Knopp spreads the
 teacher's targets over all prototypes, KoLeo pushes the features of different tiles apart, and no
-gradient reaches the teacher. Labels are used by the probe only, a linear classifier that watches.
+gradient reaches the teacher. Labels are used by the probe only, a linear classifier that measures
+the features now and then and trains nothing.
 
     python pretrain_dino_hsi.py                                     # demo data, minutes on a CPU
     python pretrain_dino_hsi.py --size=base --data=data/mine --out_dir=runs/mine        # on one GPU
@@ -87,8 +88,8 @@ ibot_weight = 0.0  # weight of the loss on masked tokens; use 1 for many differe
 koleo_weight = 1.0  # weight of the loss that spreads cls features; 0.1 in DINOv2
 spectral_weight = 0.3  # weight of all losses of the spectral stream
 mask_probability = 0.8  # share of global crops the student sees masked, also without iBOT
-mask_ratio_min = 0.3  # smallest share of masked tokens in such a crop
-mask_ratio_max = 0.7  # largest share of masked patches
+mask_ratio_min = 0.3  # smallest share of masked patches in such a crop
+mask_ratio_max = 0.7  # largest share
 spectral_mask_ratio_max = 0.6  # largest share of masked band groups
 teacher_temp = 0.05  # temperature of the teacher's targets, rising from 0.04
 momentum_teacher = 0.98  # share of itself the teacher keeps, rising to 1 by a cosine
@@ -110,7 +111,7 @@ save_every = 100  # steps between checkpoints
 probe_tiles = 64  # tiles of each split that the probe looks at
 dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 if native, else float32
 compile = True  # torch.compile, on a GPU
-cuda_graphs = False  # keep: masked tokens change in number
+cuda_graphs = False  # leave: masked tokens change in number
 wandb_log = False  # send the log to wandb.ai as well
 
 LARGE = dict(img_size=64, local_crops_size=32, local_crops_number=8, global_scale_min=0.4,

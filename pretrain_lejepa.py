@@ -7,7 +7,7 @@ embedding. The ViT learns to give all crops of a tile the same embedding.
 What keeps all tiles from getting the same one ("collapse"): the embeddings of a batch are pulled
 towards a standard normal distribution, whose points lie apart (SIGReg). There is no teacher, no
 head, no temperature: loss = (1 - lambda) * invariance + lambda * SIGReg. Labels are used by the
-probe only, a linear classifier that watches.
+probe only, a linear classifier that measures the features now and then and trains nothing.
 
     python pretrain_lejepa.py                                  # demo data, minutes on a CPU
     python pretrain_lejepa.py --size=base --data=data/mine --out_dir=runs/mine     # on one GPU

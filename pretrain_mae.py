@@ -4,7 +4,7 @@ Three quarters of a crop's patches are hidden. A Vision Transformer (ViT) encode
 and a small decoder predicts the pixels of the hidden ones. The target is the crop itself, whitened
 (bands decorrelated): it comes from the data and not from a network, so that an encoder which gives
 every image the same output ("collapse") cannot win. Labels are used by the probe only, a linear
-classifier that watches.
+classifier that measures the features now and then and trains nothing.
 
     python pretrain_mae.py                                     # demo data, minutes on a CPU
     python pretrain_mae.py --size=base --data=data/mine --out_dir=runs/mine        # on one GPU
@@ -247,7 +247,7 @@ if __name__ == '__main__':
         return standardize(raw.to(device, non_blocking=True), mean, matrix, meta['nodata'])
 
     def to_raw(x):
-        """Roughly the way back, for pictures"""
+        """Whitened values back to raw ones, for pictures; what whitening left out is lost"""
         back = torch.linalg.pinv(matrix) if matrix.ndim == 2 else torch.diag(1 / matrix)
         return torch.einsum('kc,bchw->bkhw', back, x) + mean[:, None, None]
 
