@@ -2,8 +2,8 @@
 
 An image gives one picture, each encoder a row in it. Attention is what the cls token, or the patch
 at --query, takes from each patch in one block: a row of softmax(q k' / sqrt(width of a head)).
-Colours are three principal components of the patch tokens (DINOv2, arXiv 2304.07193,
-Fig. 1). A spatial-spectral encoder also shows what its cls token takes from each group of bands.
+Colours are three principal components of the patch tokens (DINOv2, arXiv 2304.07193, Fig. 1). A
+spatial-spectral encoder also shows what its cls token takes from each group of bands.
 
     python viz_attention.py --encoders=runs/mae/last.pt
     python viz_attention.py --encoders=runs/mae/last.pt,runs/dino/last.pt --tiles=3,17
@@ -161,7 +161,10 @@ def read_images(encoder, unit):
         meta['nodata'] = meta['nodata'] if scene.nodata is None else scene.nodata
         cubes = {os.path.splitext(os.path.basename(image))[0]: scene.cube}
     else:
-        directory = data or encoder.config['data']
+        directory = data or encoder.config.get('data')
+        if not directory:  # a checkpoint of a training loop of one's own
+            raise UserError('the first encoder does not tell the data it was trained on: pass '
+                            '--data')
         demo_if_missing(directory)
         chosen = Tiles(directory, split)
         meta = chosen.meta
@@ -202,6 +205,10 @@ if __name__ == '__main__':
     images, meta = read_images(loaded[0], unit)
     for path, encoder in zip(paths, loaded):
         check_bands(encoder, meta, path)
+        settings = encoder.meta.get('settings', {})
+        if image and settings.get('normalize') == 'scene':
+            raise UserError(f'--image={image}: {path} was trained on standardised scenes: tile '
+                            'this one with --normalize=scene, and pass the tiles as --data')
         depth = len(encoder.blocks)
         if not -depth <= block < depth:
             raise UserError(f'--block={block}: {path} has blocks 0 to {depth - 1}, or -1 for the '
