@@ -1,9 +1,9 @@
 """What encoders look at: attention of the cls token and of a chosen patch, features as colours.
 
-An image gives one picture, each encoder a row in it. Attention is softmax(q k' / sqrt(hd)) of one
-block: the row of the cls token, or of the patch at --query, without the columns of cls and
-registers. Colours are three principal components of the patch tokens (DINOv2, arXiv 2304.07193,
-Fig. 1). A spatial-spectral encoder also shows what its cls token takes from each group of bands.
+An image gives one picture, each encoder a row in it. Attention is what the cls token, or the patch
+at --query, takes from each patch in one block: a row of softmax(q k' / sqrt(width of a head)).
+Colours are three principal components of the patch tokens (DINOv2, arXiv 2304.07193, Fig. 1). A
+spatial-spectral encoder also shows what its cls token takes from each group of bands.
 
     python viz_attention.py --encoders=runs/mae/last.pt
     python viz_attention.py --encoders=runs/mae/last.pt,runs/dino/last.pt --tiles=3,17
@@ -35,7 +35,7 @@ image = ''  # a scene file instead of tiles, of the same bands
 window = 256  # the middle of so many px is looked at; 0: all of it, at the cost of its square
 block = -1  # whose attention is taken: 0 is the first block, -1 the last
 heads = 4  # so many heads at most have a column of their own; 0: none
-query = ''  # pixel whose patch asks: row,column; '' is the middle of the image
+query = ''  # pixel of the picture (after --window) whose patch asks: row,column; '' is its middle
 out_dir = 'runs/attention'  # where the pictures go
 
 
@@ -74,26 +74,25 @@ def patch_maps(attention, token, num_prefix_tokens, h, w):
 
 # ============ the picture ============
 
-def draw(path, raw, named_encoders, meta, pixel):
+def draw(path, raw, names, loaded, meta, pixel):
     """One picture of an image: raw (C, H, W), missing pixels NaN.
 
-    named_encoders: list of (name, encoder); pixel: row, column in the patch that asks.
+    names, loaded: of the encoders, a row each; pixel: row, column in the patch that asks.
     """
     _, H, W = raw.shape
-    all_encoders = [encoder for _, encoder in named_encoders]
-    most_heads = max(encoder.blocks[0].attn.num_heads for encoder in all_encoders)
+    most_heads = max(encoder.blocks[0].attn.num_heads for encoder in loaded)
     titles = ['false colour', 'features', 'chosen\npatch', 'cls,\nall heads']
     titles += [f'cls,\nhead {i + 1}' for i in range(min(heads, most_heads))]
     widths = [1] * len(titles)
-    if any(hasattr(encoder, 'spectral_blocks') for encoder in all_encoders):
+    if any(hasattr(encoder, 'spectral_blocks') for encoder in loaded):
         widths.append(2)
     side = min(9 / sum(widths), 1.8)
-    height = (side * min(H / W, 2) + 0.3) * len(all_encoders) + 0.8
+    height = (side * min(H / W, 2) + 0.3) * len(loaded) + 0.8
     figure = Figure(figsize=(9, height), layout='constrained')
-    axes = figure.subplots(len(all_encoders), len(widths), squeeze=False, width_ratios=widths)
+    axes = figure.subplots(len(loaded), len(widths), squeeze=False, width_ratios=widths)
     for axis in axes.flat:
         axis.axis('off')  # until something is drawn there
-    for row, (name, encoder) in zip(axes, named_encoders):
+    for row, name, encoder in zip(axes, names, loaded):
         draw_row(row, raw, encoder, meta, pixel)
         row[0].set_ylabel(f'{name}\n{H} x {W} px', fontsize=8)
     for axis, title in zip(axes[0], titles):
@@ -162,7 +161,10 @@ def read_images(encoder, unit):
         meta['nodata'] = meta['nodata'] if scene.nodata is None else scene.nodata
         cubes = {os.path.splitext(os.path.basename(image))[0]: scene.cube}
     else:
-        directory = data or encoder.config['data']
+        directory = data or encoder.config.get('data')
+        if not directory:  # a checkpoint of a training loop of one's own
+            raise UserError('the first encoder does not tell the data it was trained on: pass '
+                            '--data')
         demo_if_missing(directory)
         chosen = Tiles(directory, split)
         meta = chosen.meta
@@ -203,6 +205,10 @@ if __name__ == '__main__':
     images, meta = read_images(loaded[0], unit)
     for path, encoder in zip(paths, loaded):
         check_bands(encoder.meta, meta, path)
+        settings = encoder.meta.get('settings', {})
+        if image and settings.get('normalize') == 'scene':
+            raise UserError(f'--image={image}: {path} was trained on standardised scenes: tile '
+                            'this one with --normalize=scene, and pass the tiles as --data')
         depth = len(encoder.blocks)
         if not -depth <= block < depth:
             raise UserError(f'--block={block}: {path} has blocks 0 to {depth - 1}, or -1 for the '
@@ -215,5 +221,5 @@ if __name__ == '__main__':
             raise UserError(f'--query={query}: give row,column of a pixel of {name}, which has '
                             f'{H} x {W}')
         path = os.path.join(out_dir, f'attention_{name}.png')
-        draw(path, raw, list(zip(names, loaded)), meta, pixel)
+        draw(path, raw, names, loaded, meta, pixel)
         print(path)

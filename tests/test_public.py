@@ -445,8 +445,9 @@ OURS = {'mae': dict(fixed_positions=True), 'dino': dict(num_register_tokens=4, f
 @pytest.mark.parametrize('kind', OURS)
 def test_what_is_exported_with_public_names_comes_back_bit_by_bit(kind, tmp_path):
     encoder = our_run(tmp_path / 'last.pt', **OURS[kind])
-    call = export(str(tmp_path / 'last.pt'), str(tmp_path / 'vit.pth'), 'dinov2')
-    assert 'DinoVisionTransformer(img_size=16, patch_size=4, in_chans=7' in call
+    lines = export(str(tmp_path / 'last.pt'), str(tmp_path / 'vit.pth'), 'dinov2')
+    module = 'dinov2.models.vision_transformer'
+    assert f'import {module}\nvit = {module}.DinoVisionTransformer(img_size=16, patch_size=4, in_chans=7' in lines
     state = torch.load(tmp_path / 'vit.pth', weights_only=True)
     ffn = SWIGLU if 'swiglu' in OURS[kind].values() else MLP
     recorded = names(48, 2, 4, 4, dinov2=True, registers=OURS[kind].get('num_register_tokens', 0), ffn=ffn, bands=7)

@@ -775,7 +775,8 @@ def tables(runs, capsys):
 
 
 def test_the_table_averages_seeds_and_nothing_else(tmp_path, capsys):
-    second = dict(seed=1, data='data/a_1/', encoder='runs/m_1/last.pt', out_dir='b', log_every=99)
+    second = dict(seed=1, data='data/a_1/', encoder='runs/m_1/last.pt', out_dir='b', log_every=99,
+                  cuda_graphs=True)
     runs = [write_report(tmp_path / 's_0'), write_report(tmp_path / 's_1', 0.7, **second),
             write_report(tmp_path / 't', steps=99),
             write_report(tmp_path / 'u', data='data/scene_2013'),

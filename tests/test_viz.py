@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 import viz_attention
 from conftest import MAE_TINY, make_scene, run
-from models import Attention, SpatialSpectralViT, ViT, load_encoder
+from models import (Attention, SpatialSpectralViT, ViT, load_checkpoint, load_encoder,
+                    save_checkpoint)
 
 DINO_TINY = ['--size=tiny', '--batch_size=8', '--local_crops_number=1', '--out_dim=32',
              '--whiten=3', '--probe_tiles=2', '--max_steps=1']
@@ -116,6 +117,24 @@ def test_mistakes_are_told_in_a_sentence(encoders, scene_data, tmp_path):
         done = run('viz_attention.py', f'--encoders={encoders}', f'--data={scene_data}',
                    f'--out_dir={tmp_path}/out', *flags, check=False)
         assert done.returncode == 1 and words in done.stderr, (flags, done.stderr)
+        assert 'Traceback' not in done.stderr
+
+
+def test_what_an_encoder_knows_of_its_data_decides_what_it_can_look_at(encoders, tmp_path):
+    mae, _ = encoders.split(',')
+    content = load_checkpoint(mae)
+    del content['config']['data']  # as of a training loop of one's own
+    content['meta']['settings']['normalize'] = 'scene'
+    save_checkpoint(tmp_path / 'other.pt', content)
+    directory = load_encoder(mae).config['data']
+    scene = make_scene(tmp_path / 's.npz', height=20, width=20)
+    base = ['viz_attention.py', f'--out_dir={tmp_path}/out', '--heads=0']
+    run(*base, f'--encoders={tmp_path}/other.pt', f'--data={directory}', '--tiles=0')
+    for first, flags, words in (
+            ('', [], 'does not tell the data it was trained on: pass --data'),
+            (f'{mae},', [f'--image={scene}'], 'other.pt was trained on standardised scenes')):
+        done = run(*base, f'--encoders={first}{tmp_path}/other.pt', *flags, check=False)
+        assert done.returncode == 1 and words in done.stderr, done.stderr
         assert 'Traceback' not in done.stderr
 
 

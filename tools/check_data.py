@@ -26,7 +26,7 @@ SAMPLE_PIXELS = 50_000  # drawn from all tiles: what is said about values comes 
 
 class Facts(NamedTuple):
     counts: dict  # split -> (256,) pixels of each label
-    unseen: dict  # split -> labels on missing pixels
+    labels_on_missing: dict  # split -> how many
     sums: np.ndarray  # (2, K + 1, C) of tr, by label: pixels, their values
     extremes: np.ndarray  # (2, C) the lowest and the highest value of each band
     sample: np.ndarray  # (C, n) float64, pixels drawn from all tiles; NaN = no value
@@ -42,7 +42,7 @@ def read_facts(tiles):
     size = meta['tile_size']
     nodata = meta['nodata']
     counts = {split: np.zeros(256, np.int64) for split in tiles}
-    unseen = dict.fromkeys(tiles, 0)
+    labels_on_missing = dict.fromkeys(tiles, 0)
     sums = np.zeros((2, meta['num_classes'] + 1, meta['num_bands']))
     lowest = np.full(meta['num_bands'], np.inf)
     highest = -lowest
@@ -67,7 +67,7 @@ def read_facts(tiles):
             fresh = ~counted[row:row + size, col:col + size]
             counted[row:row + size, col:col + size] = True
             counts[split] += np.bincount(labels[fresh], minlength=256)
-            unseen[split] += np.count_nonzero(labels[fresh & ~valid])
+            labels_on_missing[split] += np.count_nonzero(labels[fresh & ~valid])
 
             # is it in another split too?
             fingerprint = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
@@ -83,9 +83,9 @@ def read_facts(tiles):
             if first_labels is labels:  # an image that is new
                 drawn = rng.permutation(valid.size)[:per_tile]
                 drawn = image.reshape(len(image), -1)[:, drawn]
-                gone = ~np.isfinite(drawn) | (drawn == nodata)
-                gone &= ~valid_pixels(drawn[:, None], nodata)
-                sample.append(np.where(gone, np.nan, drawn))
+                missing = ~np.isfinite(drawn) | (drawn == nodata)
+                missing &= ~valid_pixels(drawn[:, None], nodata)
+                sample.append(np.where(missing, np.nan, drawn))
                 sample_scene += [scene] * drawn.shape[1]
 
             # the spectra of the classes
@@ -94,8 +94,8 @@ def read_facts(tiles):
                     if k <= meta['num_classes']:
                         x = image[:, valid & (labels == k)].astype(np.float64)  # (C, n)
                         sums[:, k] += [np.full(len(x), x.shape[1]), x.sum(1)]
-    return Facts(counts, unseen, sums, np.stack([lowest, highest]), np.concatenate(sample, 1),
-                 np.array(sample_scene), same_images, shared_labels)
+    return Facts(counts, labels_on_missing, sums, np.stack([lowest, highest]),
+                 np.concatenate(sample, 1), np.array(sample_scene), same_images, shared_labels)
 
 
 def print_facts(facts, meta, directory):
@@ -140,9 +140,9 @@ def faults_of_labels(facts, meta, labels):
         if count[K + 1:].any():
             yield (f'{split}: label values above {K} (up to {np.flatnonzero(count)[-1]}): '
                    'repair the labels and tile again')
-        if facts.unseen[split]:
-            yield (f'{split}: {facts.unseen[split]} labels lie on missing pixels: tile again, then '
-                   'they become 0')
+        if facts.labels_on_missing[split]:
+            yield (f'{split}: {facts.labels_on_missing[split]} labels lie on missing pixels: tile '
+                   'again, then they become 0')
     for k in used[used <= K]:
         if facts.counts['tr'][k] == 0:
             yield (f'class {k} ({meta["class_names"][k - 1]}) has labels but none in tr: tile with '
@@ -173,24 +173,25 @@ def are_measured(labels):
 
 
 def faults_of_values(facts, meta):
-    flat = np.flatnonzero(~(np.array(meta['std']) > 0))
-    if len(flat):
-        yield f'{in_file(flat, meta)}: one value only: --drop_bands leaves bands out'
+    one_value = np.flatnonzero(~(np.array(meta['std']) > 0))
+    if len(one_value):
+        yield f'{in_file(one_value, meta)}: one value only: --drop_bands leaves bands out'
     known = [values[~np.isnan(values)] for values in facts.sample]
-    few = [band for band, values in enumerate(known) if len(np.unique(values)) < 16]
-    coarse = np.setdiff1d(few, flat).astype(int)
-    if len(coarse):
-        yield (f'{in_file(coarse, meta)}: fewer than 16 different values: use the own values of a '
-               'quantised scene, else --drop_bands leaves bands out')
-    gone = np.isnan(facts.sample)
-    lost = gone.any(0) & ~gone.all(0)
-    if lost.mean() > 0.01:
-        worst = gone[:, lost].sum(1).argmax()
-        yield (f'{100 * lost.mean():.1f} % of the pixels are missing in some bands only, most in '
-               f'{in_file([worst], meta)}: --drop_bands leaves bands out')
+    few_values = [band for band, values in enumerate(known)
+                  if len(np.unique(values)) < 16]
+    quantised = np.setdiff1d(few_values, one_value).astype(int)
+    if len(quantised):
+        yield (f'{in_file(quantised, meta)}: fewer than 16 different values: use the own values of '
+               'a quantised scene, else --drop_bands leaves bands out')
+    missing = np.isnan(facts.sample)
+    partly_missing = missing.any(0) & ~missing.all(0)
+    if partly_missing.mean() > 0.01:
+        worst = missing[:, partly_missing].sum(1).argmax()
+        yield (f'{100 * partly_missing.mean():.1f} % of the pixels are missing in some bands only, '
+               f'most in {in_file([worst], meta)}: --drop_bands leaves bands out')
 
     # values that may stand for "missing"
-    valid = facts.sample[:, ~gone.any(0)]
+    valid = facts.sample[:, ~missing.any(0)]
     fillers = find_fillers(facts.sample, *facts.extremes)
     for value, bands in fillers.items():
         yield (f'{in_file(bands, meta)}: values far outside the rest ({value:g}): if they mean "no '
@@ -200,14 +201,16 @@ def faults_of_values(facts, meta):
         yield 'pixels that are 0 in all bands: if this means "no data", tile with --nodata=0'
 
     # no ground explains such a factor: snow is some 30 times as bright as water
-    scene_of = facts.sample_scene[~gone.any(0)]
+    scene_of = facts.sample_scene[~missing.any(0)]
     levels = {scene: np.sqrt(np.square(valid[:, scene_of == scene]).mean())
               for scene in np.unique(scene_of)}
-    dark, bright = (end(levels, key=levels.get, default=0) for end in (min, max))
-    if levels and not fillers and levels[bright] > 80 * levels[dark]:
-        yield (f'{meta["scenes"][bright]} has values of about {levels[bright]:.2g}, '
-               f'{meta["scenes"][dark]} of about {levels[dark]:.2g}: if their units differ, tile '
-               'with --normalize=scene')
+    if levels and not fillers:
+        dark = min(levels, key=levels.get)
+        bright = max(levels, key=levels.get)
+        if levels[bright] > 80 * levels[dark]:
+            yield (f'{meta["scenes"][bright]} has values of about {levels[bright]:.2g}, '
+                   f'{meta["scenes"][dark]} of about {levels[dark]:.2g}: if their units differ, '
+                   'tile with --normalize=scene')
 
 
 def in_file(bands, meta):
@@ -269,7 +272,8 @@ if __name__ == '__main__':
 
     # what a network must beat on the last split that is there
     last = list(tiles)[-1]
-    labelled = [facts.counts[split][1:].sum() > facts.unseen[split] for split in ('tr', last)]
+    labelled = [facts.counts[split][1:].sum() > facts.labels_on_missing[split]
+                for split in ('tr', last)]
     if last != 'tr' and all(labelled):
         print(f'\nfloors on {last} (%): what a network must beat')
         print_scores(floors(directory, last))

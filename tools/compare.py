@@ -22,11 +22,10 @@ from matplotlib.figure import Figure
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import (Tiles, UserError, most_labelled, plain_errors, predict_tile, read_json,
                   save_figure, save_maps)
-from models import load_segmenter
+from models import MAY_CHANGE, load_segmenter
 
 # flags that do not make a method; data sets and label shares have tables of their own
-NOT_THE_METHOD = ('seed', 'out_dir', 'log_every', 'eval_every', 'save_every', 'compile',
-                  'wandb_log', 'encoder_crc32', 'data', 'label_share')
+NOT_THE_METHOD = {*MAY_CHANGE, 'seed', 'encoder_crc32', 'label_share'} - {'encoder', 'max_steps'}
 
 
 class Run(NamedTuple):
@@ -77,14 +76,13 @@ def method_of(run, runs):
 
 
 def group_runs(runs):
-    """-> dict (data, label share) -> dict method -> its runs, one for each seed and data set"""
+    """-> dict (data, label share) -> dict method -> dict (data with its seed, seed) -> run"""
     tables = {}
     for run in runs:
         table = tables.setdefault((data_of(run), run.config['label_share']), {})
         seeds = table.setdefault(method_of(run, runs), {})
         seeds[run.config['data'], run.config['seed']] = run  # the last one, of a run made twice
-    return {group: {method: list(seeds.values()) for method, seeds in table.items()}
-            for group, table in tables.items()}
+    return tables
 
 
 def row_name(method, methods):
@@ -97,15 +95,16 @@ def row_name(method, methods):
 
 
 def print_table(data, label_share, table):
-    rows = {row_name(method, table): [run.report['scores'] for run in runs]
-            for method, runs in table.items()}
+    rows = {row_name(method, table): [run.report['scores'] for run in seeds.values()]
+            for method, seeds in table.items()}
     best_first = sorted(rows, key=lambda name: -np.mean([score['miou'] for score in rows[name]]))
     rows = {name: rows[name] for name in best_first}
     # floors go with the data, and with the seed where it draws the labels
     floors = {}
-    for run in sum(table.values(), []):
-        seed = run.config['seed'] if label_share < 1 else ''
-        floors[run.config['data'], seed] = run.report['floors']
+    for seeds in table.values():
+        for run in seeds.values():
+            seed = run.config['seed'] if label_share < 1 else ''
+            floors[run.config['data'], seed] = run.report['floors']
     for floor in ('window', 'pixel'):
         rows[f'{floor} floor'] = [scores[floor] for scores in floors.values()]
 

@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import UserError, Tiles, kept_meta, plain_errors, standardization
-from models import (SIZES, LayerScale, SpatialSpectralViT, SwiGLU, ViT, load_checkpoint,
-                    load_encoder, resize_positions, save_checkpoint)
+from models import (LayerScale, SpatialSpectralViT, SwiGLU, ViT, load_checkpoint, load_encoder,
+                    resize_positions, save_checkpoint)
 from scenes import band_matrix
 
 RGB_NM = (600.0, 540.0, 460.0)  # about where a camera's red, green and blue peak
@@ -46,20 +46,16 @@ def read_public(path, weights):
         found = sorted(map(str, weights))[:6]
         raise UserError(f'{path}: holds no encoder with the names of MAE and DINOv2 '
                         f'(found {found}): pass a public file of these')
-    encoder, decoder = {}, {}
-    for name, value in weights.items():
-        if name.startswith('decoder_') or (name == 'mask_token' and value.ndim == 3):
-            decoder[name] = value.float()
-        else:
-            encoder[name] = value.float()
+    decoder = {name: value.float() for name, value in weights.items()
+               if name.startswith('decoder_') or (name == 'mask_token' and value.ndim == 3)}
+    encoder = {name: value.float() for name, value in weights.items() if name not in decoder}
 
     D, C, P = encoder[KERNEL].shape[:3]
     grid = math.isqrt(encoder['pos_embed'].shape[1] - 1)
     blocks = {name.split('.')[1] for name in encoder if re.match(r'blocks\.\d+\.', name)}
-    heads = {size['embed_dim']: size['num_heads'] for size in SIZES.values()}
-    heads[1280] = 16
+    num_heads = {128: 4, 1280: 16}.get(D, max(1, D // 64))  # our tiny, MAE's ViT-H
     args = dict(img_size=grid * P, patch_size=P, in_chans=C, embed_dim=D,
-                depth=len(blocks), num_heads=heads.get(D, max(1, D // 64)))
+                depth=len(blocks), num_heads=num_heads)
     if 'blocks.0.mlp.fc1.weight' in encoder:
         args['mlp_ratio'] = len(encoder['blocks.0.mlp.fc1.weight']) / D
     elif 'blocks.0.mlp.w3.weight' in encoder:
@@ -214,8 +210,8 @@ def convert(path, meta, img_size=64, patch_size=8, whiten=0):
 
 def export(path, out, form='timm'):
     """Write an encoder of ours as plain tensors that load with strict=True into timm's ViT ('timm')
-    or DINOv2's ('dinov2') -> the call that makes that network. Beside them a .npz with the mean
-    (C,) and matrix (C, C) of its input."""
+    or DINOv2's ('dinov2'), and beside them a .npz with the mean (C,) and matrix (C, C) of its input
+    -> the lines that use both on `raw` (B, C, H, W)."""
     encoder = load_encoder(path)
     if isinstance(encoder, SpatialSpectralViT):
         raise UserError(f'{path}: has a second stream, which neither timm nor DINOv2 '
@@ -229,7 +225,7 @@ def export(path, out, form='timm'):
                    depth=len(encoder.blocks), num_heads=block.attn.num_heads,
                    init_values=1.0 if isinstance(block.ls1, LayerScale) else None)
     if form == 'dinov2':
-        network = 'DinoVisionTransformer'
+        network = 'dinov2.models.vision_transformer.DinoVisionTransformer'
         weights.setdefault('mask_token', torch.zeros(1, encoder.embed_dim))
         options |= dict(mlp_ratio=encoder.args.get('mlp_ratio', 4.0), block_chunks=0,
                         ffn_layer='"swiglufused"' if swiglu else '"mlp"',
@@ -257,20 +253,11 @@ def export(path, out, form='timm'):
     matrix = matrix if matrix.ndim == 2 else torch.diag(matrix)
     np.savez(statistics, mean=mean.numpy(), matrix=matrix.numpy())
     arguments = ', '.join(f'{name}={value}' for name, value in options.items())
-    return f'{network}({arguments})'
-
-
-IMPORTS = {'timm': 'import timm',
-           'dinov2': 'from dinov2.models.vision_transformer import DinoVisionTransformer'}
-
-
-def usage(call, out, form):
-    """The lines that use an exported file, with its statistics, on `raw` (B, C, H, W)"""
-    statistics = os.path.splitext(out)[0] + '.npz'
+    module = network.rpartition('.')[0]
     return f'''import numpy
 import torch
-{IMPORTS[form]}
-vit = {call}
+import {module}
+vit = {network}({arguments})
 vit.load_state_dict(torch.load({out!r}, weights_only=True))
 mean, matrix = map(torch.from_numpy, numpy.load({statistics!r}).values())
 x = torch.einsum('kc,bchw->bkhw', matrix, raw - mean[:, None, None])
@@ -295,10 +282,10 @@ if __name__ == '__main__':
     flags = parser.parse_args()
     os.makedirs(os.path.dirname(flags.out) or '.', exist_ok=True)
     if flags.export:
-        call = export(flags.export, flags.out, flags.form)
+        lines = export(flags.export, flags.out, flags.form)
         print(f'{flags.out}: written. To use it on raw images (B, C, H, W), float32 and '
               'without missing pixels:\n')
-        print(usage(call, flags.out, flags.form))
+        print(lines)
     elif flags.data:
         meta = Tiles(flags.data, 'tr').meta
         content = convert(flags.weights, meta, flags.img_size, flags.patch_size, flags.whiten)

@@ -47,7 +47,7 @@ def read_flags(argv=None):
     flag('--keep_bad_bands', type=boolean, nargs='?', const=True, default=False, help=same)
     flags = parser.parse_args(argv)
 
-    # the files to write must not do harm
+    # refuse names that would overwrite the scene or each other
     if not 0 <= flags.overlap < 1:
         raise UserError(f'--overlap={flags.overlap}: choose a share from 0 to below 1')
     names = [split_name(flags.scene)[0], flags.out, flags.probabilities]
@@ -71,16 +71,17 @@ def open_scene(flags, meta):
     # nodata: as the file states it, else as the training data had it, in files of the same type
     settings = meta.get('settings', {})
     per_scene = settings.get('normalize') == 'scene'
-    asked = settings.get('nodata')
-    usual = asked if meta['nodata'] is None else meta['nodata']
+    asked_nodata = settings.get('nodata')
+    training_nodata = asked_nodata if meta['nodata'] is None else meta['nodata']
     changed = settings.get('bands') or settings.get('pca') or per_scene
     same_type = changed or scene.cube.dtype.name == meta.get('dtype')  # theirs is not known then
-    if scene.nodata is None and usual is not None and same_type:
-        scene = scene._replace(nodata=usual)
-        print(f'  no nodata value is stated: taken is that of the training data, {usual:g}')
-    if flags.nodata is None and asked not in (None, scene.nodata) and same_type:
+    if scene.nodata is None and training_nodata is not None and same_type:
+        scene = scene._replace(nodata=training_nodata)
+        print('  no nodata value is stated: taken is that of the training data, '
+              f'{training_nodata:g}')
+    if flags.nodata is None and asked_nodata not in (None, scene.nodata) and same_type:
         print(f'  WARNING: it states nodata {scene.nodata:g}, the training data were tiled with '
-              f'--nodata={asked:g}: pass that here if it is the same kind of file')
+              f'--nodata={asked_nodata:g}: pass that here if it is the same kind of file')
     scene = match_bands(scene, meta, flags.scene)
     own, theirs = scene.scale, meta.get('scale')
     factor, shift = 1.0, 0.0
@@ -223,14 +224,14 @@ def map_scene(predict, flags, meta, window):
     started = time.time()
     K = meta['num_classes']
     colors = np.zeros((3, 256), np.uint16)
+    # 0..255 -> 0..65535, as TIFF's colour maps are
     colors[:, :K + 1] = class_colors(meta).T.astype(np.uint16) * 257
     nodata_is_0 = (42113, 's', 0, '0', True)  # GDAL_NODATA
     classes = new_tiff(out, scene.geotags + (nodata_is_0,), shape=(H, W), photometric='palette',
                        colormap=colors)
     if probabilities:
-        layout = dict(planarconfig='separate') if K > 1 else {}
         shares = new_tiff(probabilities, scene.geotags, shape=(K, H, W), photometric='minisblack',
-                          **layout)
+                          planarconfig='separate')
 
     # from top to bottom; rows come when no further window touches them
     stride = max(1, round(window * (1 - flags.overlap)))
@@ -261,7 +262,7 @@ def map_scene(predict, flags, meta, window):
     save_picture(stem + '.png', scene, thin_classes, step, meta)
     print(f'{out}: {H} x {W} pixels in {time.time() - started:.0f} s')
     present = np.flatnonzero(pixels[1:])
-    if len(present) == 1 < K:
+    if len(present) == 1:
         print(f'WARNING: every pixel became class {present[0] + 1}, '
               f'{meta["class_names"][present[0]]}')
     return not (warning and len(present) == 1)
