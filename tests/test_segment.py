@@ -283,6 +283,7 @@ def test_a_run_that_was_stopped_between_two_scores_judges_the_same_state(scene_d
     run('segment.py', *flags, f'--out_dir={tmp_path}/whole')
     for stop in (3, 6):
         run('segment.py', *flags, f'--max_steps={stop}', f'--out_dir={tmp_path}/parts')
+        assert load_checkpoint(tmp_path / 'parts' / 'best.pt')['step'] % 4 == 0
     run('segment.py', *flags, f'--out_dir={tmp_path}/parts')
     logs = [[{k: v for k, v in json.loads(line).items() if k in ('step', 'val_miou')} for line in open(tmp_path / name / 'log.jsonl') if 'val_miou' in line] for name in ('whole', 'parts')]
     assert logs[0] == logs[1] and [entry['step'] for entry in logs[0]] == [0, 4, 8]
