@@ -281,9 +281,8 @@ def test_a_run_that_was_stopped_between_two_scores_judges_the_same_state(scene_d
     """Were the state at the stop scored as well, it could be the best of a run that never scored it"""
     flags = [f'--data={scene_data}', '--decoder=linear', '--steps=8', '--eval_every=4', '--batch_size=4', '--lr=0.1']
     run('segment.py', *flags, f'--out_dir={tmp_path}/whole')
-    for stop in (3, 6):
-        run('segment.py', *flags, f'--max_steps={stop}', f'--out_dir={tmp_path}/parts')
-        assert load_checkpoint(tmp_path / 'parts' / 'best.pt')['step'] % 4 == 0
+    run('segment.py', *flags, '--max_steps=6', f'--out_dir={tmp_path}/parts')
+    assert load_checkpoint(tmp_path / 'parts' / 'best.pt')['step'] in (0, 4)
     run('segment.py', *flags, f'--out_dir={tmp_path}/parts')
     logs = [[{k: v for k, v in json.loads(line).items() if k in ('step', 'val_miou')} for line in open(tmp_path / name / 'log.jsonl') if 'val_miou' in line] for name in ('whole', 'parts')]
     assert logs[0] == logs[1] and [entry['step'] for entry in logs[0]] == [0, 4, 8]
