@@ -33,7 +33,7 @@ from tqdm import tqdm
 from data import (UserError, Tiles, demo_if_missing, draw_crops, epoch_ids, evaluate, floors,
                   kept_meta, label_to_class, lock_directory, next_command, plain_errors,
                   predict_tile, read_flags, report, resized_crop, resized_crop_labels,
-                  save_confusion, save_examples, save_figure, scene_of, scores, standardization,
+                  save_confusion, save_examples, save_figure, scene_flags, scores, standardization,
                   standardize)
 from models import (DeepLabV3Plus, load_checkpoint, loss_count, native_bfloat16, parameter_groups,
                     resume_from, save_checkpoint, segmentation_loss, start_from)
@@ -58,7 +58,7 @@ steps = 800  # length of the run
 batch_size = 16  # crops per step, over all processes
 lr = 1e-3  # of AdamW; 1e-4 in the dissertation
 weight_decay = 0.05  # on matrices only
-clip_grad = 5.0  # longest gradient
+clip_grad = 5.0  # longest gradient; 0: any
 # ---- run
 out_dir = 'runs/deeplab'  # one directory a run
 max_steps = 0  # stop here, to go on later; 0: at the end
@@ -79,14 +79,17 @@ PRESETS = {
 
 # ============ shell: signals ============
 
-stop_signal = 0
+stop_signal, stop_time = 0, 0.0
 
 
 def note_signal(number, frame):
-    """SIGTERM or Ctrl-C: the loop saves and exits; a second one ends the program at once."""
-    global stop_signal
-    stop_signal = number
-    signal.signal(number, signal.SIG_DFL)
+    """SIGTERM or Ctrl-C: the loop saves and exits. One more ends the program at once, but not in
+    the first seconds: torchrun sends on what its processes have got already."""
+    global stop_signal, stop_time
+    if not stop_signal:
+        stop_signal, stop_time = number, time.time()
+    elif time.time() - stop_time > 5:
+        os._exit(128 + number)
 
 
 # ============ method ============
@@ -183,12 +186,16 @@ if __name__ == '__main__':
     tile_size = meta['tile_size']
     crop_size = min(crop_size or tile_size, tile_size)
 
+    # ---- shell: what was saved here before
+    last_path = os.path.join(out_dir, 'last.pt')
+    checkpoint = resume_from(last_path, __file__, config, meta)  # None in a new run
+
     # ---- model and optimizer
     encoder_args = dict(in_chans=meta['num_bands'], num_classes=meta['num_classes'],
                         output_stride=output_stride, stem=stem, width=width)
     name = 'DeepLabV3+'
     model = DeepLabV3Plus(**encoder_args)
-    if init_from:
+    if init_from and not checkpoint:
         print(start_from(init_from, model, __file__, whiten, meta))
     if world > 1 and on_gpu:
         # it has no CPU form: there the norms see the crops of their own process only
@@ -249,7 +256,7 @@ if __name__ == '__main__':
             save_examples(os.path.join(out_dir, 'examples.png'), predict, test)
             map_path = os.path.join(out_dir, 'map.tif')
             print('to map a scene:\n' + next_command('tools/map_scene.py', run=out_dir,
-                                                     scene=scene_of(meta), out=map_path))
+                                                     out=map_path, **scene_flags(meta)))
         if world > 1:
             dist.barrier()  # rank 0 may still be at its last pictures: leave together
             dist.destroy_process_group()
@@ -261,14 +268,15 @@ if __name__ == '__main__':
         raise UserError(f'{data}: its tiles of "val" have no labels, and the best state is chosen '
                         'by them: tile again with other --shares')
     exponent = {'none': 0.0, 'sqrt': 0.5, 'inverse': 1.0}[class_weights]
-    pixels = torch.tensor(meta['class_counts']['tr'], dtype=torch.float32, device=device)
+    pixels = meta['class_counts']['tr']
+    if label_share < 1:
+        pixels = np.bincount(train.labels.ravel(), minlength=meta['num_classes'] + 1)[1:]
+    pixels = torch.as_tensor(pixels, dtype=torch.float32, device=device)
     weight = pixels.clamp(min=1) ** -exponent
     weight = weight / weight.mean()
 
     # ---- shell: resume
     step, log = 0, []
-    last_path = os.path.join(out_dir, 'last.pt')
-    checkpoint = resume_from(last_path, __file__, config, meta)
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
@@ -306,11 +314,11 @@ if __name__ == '__main__':
     # ---- training loop
     batch = get_batch(train, labelled, step, rank, world)
     bar = tqdm(total=last_step, initial=step, disable=not main_process)
-    started = time.time()
+    started = time.time() - max((entry.get('seconds', 0) for entry in log), default=0)
     while True:
         if step % eval_every == 0 or step == steps:
             validate()
-        if step == last_step:
+        if step >= last_step:
             break
         torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # of dropout
         for group in optimizer.param_groups:
@@ -335,7 +343,7 @@ if __name__ == '__main__':
         scaler.scale(loss).backward()
         batch = get_batch(train, labelled, step + 1, rank, world)  # while the GPU is at work
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
 
         # ---- shell: update the weights
         # fused AdamW skips this step where found_inf is 1: the GPU decides, the host does not wait
@@ -377,16 +385,20 @@ if __name__ == '__main__':
                 'scaler': scaler.state_dict(),  # of float16
                 'step': step, 'log': log,
                 'config': config,  # the constants above
-                'encoder_args': encoder_args,  # they build the encoder again
+                'encoder_args': encoder_args,  # models.load_encoder() builds it with them
                 'meta': kept_meta(meta),  # statistics, wavelengths and classes of the data
                 'script': os.path.basename(__file__)})
         if told:
             bar.write(f'interrupted by signal {int(told)}: saved step {step} of {steps} in '
                       f'{last_path}; the same command goes on there')
+            if world > 1:
+                dist.barrier()  # leave together: torchrun would end rank 0 while it saves
             sys.exit(128 + int(told))
 
     # ---- judge: the best state, on the test split
     bar.close()
+    if stop_signal:  # while the last state was scored
+        sys.exit(128 + stop_signal)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # all is saved: from here on a signal ends at once
     if world > 1:

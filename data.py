@@ -1670,13 +1670,17 @@ def next_command(script, **flags):
     return shlex.join(['python', path, *(f'--{name}={value}' for name, value in flags.items())])
 
 
-def scene_of(meta):
-    """The path of one of the scenes that the tiles of `meta` were cut from, the last one"""
-    name = meta['scenes'][-1]
-    if meta['split'] != BY_FOLDERS:
-        return name
-    split, file = name.split('/')
-    return os.path.join(meta['settings']['root'], split, 'image', file)
+def scene_flags(meta):
+    """-> flags of tools/map_scene.py for the last of the scenes that the tiles of `meta` were cut
+    from: where it is, and how the tiler was told to read it"""
+    path, settings = meta['scenes'][-1], meta['settings']
+    if meta['split'] == BY_FOLDERS:
+        split, file = path.split('/')
+        path = os.path.join(settings['root'], split, 'image', file)
+    told = {name: settings.get(name)
+            for name in ('axes', 'nodata', 'drop_bands', 'keep_bad_bands')}
+    return {'scene': path} | {name: value for name, value in told.items()
+                              if value or value == 0 and value is not False}
 
 
 def plain_errors():

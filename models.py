@@ -413,9 +413,10 @@ class SpatialSpectralViT(ViT):
         """Is x (B, C, H, W) a crop of half the side? Token fusion has weights of its own for it."""
         H, W = x.shape[2:]
         if H != W or H not in (self.img_size, self.img_size // 2):
-            raise UserError(f'an image of {H} x {W} pixels: token fusion works at {self.img_size} '
-                            f'and {self.img_size // 2} px only, where its weights were made: '
-                            'choose --fusion=channel')
+            raise UserError(f'an image of {H} x {W} pixels: token fusion has weights for '
+                            f'{self.img_size} and {self.img_size // 2} px only: give images of '
+                            'that side (in viz_attention.py by --window), or train with '
+                            '--fusion=channel')
         return H != self.img_size
 
     def embed_spectra(self, x, mask=None):
@@ -1151,12 +1152,23 @@ def build_encoder(args):
     return SpatialSpectralViT(**args) if 'fusion' in args else ViT(**args)
 
 
+def tiles_of(encoder, path):
+    """The tile directory that an encoder, loaded from the file `path`, learned from"""
+    directory = encoder.config.get('data')
+    if not directory:  # of a training loop of one's own
+        raise UserError(f'{path}: does not say which tiles it learned from: pass --data')
+    return directory
+
+
 def load_segmenter(path):
     """The network in a best.pt of segment.py or baseline_deeplab.py, in eval mode.
 
     network(network.prepare(raw)).softmax(1) are the classes' probabilities (B, K, H, W). It has
     what load_encoder() gives, and `.window`: the side it is to be used at, px.
     """
+    if not os.path.isfile(path):
+        raise UserError(f'{path}: is not there: pass the --out_dir of a run of segment.py or '
+                        'baseline_deeplab.py that has ended')
     checkpoint = load_run(path)
     config, args = checkpoint['config'], checkpoint['encoder_args']
     if 'window' not in checkpoint:

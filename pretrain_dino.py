@@ -16,12 +16,12 @@ the features now and then and trains nothing.
     python pretrain_dino.py --size=base --data=data/mine --out_dir=runs/mine        # on one GPU
     torchrun --nproc_per_node=4 pretrain_dino.py ...                                # on four
 
-Writes into out_dir: last.pt (all that a resumed run, or a user of the encoder, needs), log.jsonl
+Writes into out_dir: last.pt (to resume from, and for users of the encoder), log.jsonl
 and curves.png. The same command again resumes a run that was stopped.
 
 Where to start: "one step" in the training loop, stream_loss(), get_batch(). Blocks headed `shell`
 are the same in every script: skip them at first. What is in a checkpoint stands at the call of
-save_checkpoint. The second stream is what `diff pretrain_dino.py pretrain_dino_hsi.py` shows.
+save_checkpoint. `diff pretrain_dino.py pretrain_dino_hsi.py` shows the second stream.
 
 Shapes: B tiles, C bands, S side of a global and s of a local crop, V views (crops) of a tile,
 L local crops of a tile, N patches of a global crop, M masked tokens of a batch, T tokens of a
@@ -55,11 +55,11 @@ from models import (SIZES, DINOHead, ViT, dense_features, encoder_shape, native_
 
 # Each line `name = value  # help` is a flag, --name=other; `a | b: ` in its help are the choices.
 # ---- data
-data = 'data/demo'  # tile directory; its bands are the encoder's
+data = 'data/demo'  # tile directory; its bands are those of the encoder
 img_size = 16  # side of the global crops, px
 local_crops_size = 8  # side of the local crops, px
 local_crops_number = 2  # local crops of a tile
-global_scale_min = 0.7  # smallest global crop, share of the window read (0.32 in DINOv2)
+global_scale_min = 0.7  # smallest global crop, share of img_size x img_size (DINOv2: 0.32)
 local_scale_min = 0.3  # smallest local crop, likewise a share (0.05 in DINOv2)
 local_scale_max = 0.4  # largest share: it should see less than the teacher does
 whiten = 16  # components that decorrelate the bands (ZCA); 0: standardise each
@@ -75,14 +75,14 @@ size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESET
 patch_size = 4  # side of a patch, px
 ffn = 'swiglu'  # swiglu | mlp: the MLP of a block (DINOv2 has swiglu)
 drop_path_rate = 0.1  # probability that a sample skips a residual branch
-init_from = ''  # last.pt to start from, whose size it gets
+init_from = ''  # checkpoint to start from; the encoder gets its size
 # ---- method
-out_dim = 256  # prototypes K; 65,536 in DINOv2, for 100 million images
+out_dim = 256  # prototypes K; 131,072 in DINOv2, for 142 million images
 ibot_weight = 0.0  # weight of the loss on masked tokens; use 1 for many different scenes
 koleo_weight = 1.0  # weight of the loss that spreads cls features; 0.1 in DINOv2
 mask_probability = 0.8  # share of global crops the student sees masked, also without iBOT
-mask_ratio_min = 0.3  # smallest share of masked patches in such a crop
-mask_ratio_max = 0.7  # largest share
+mask_ratio_min = 0.3  # smallest share masked in such a crop
+mask_ratio_max = 0.7  # largest share, of patches
 teacher_temp = 0.05  # temperature of the teacher's targets, rising from 0.04
 momentum_teacher = 0.98  # share of itself the teacher keeps, rising to 1 by a cosine
 # ---- optimizer
@@ -103,7 +103,7 @@ save_every = 100  # steps between checkpoints
 probe_tiles = 64  # tiles of each split that the probe looks at
 dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 if native, else float32
 compile = True  # torch.compile, on a GPU
-cuda_graphs = False  # leave: masked tokens change in number
+cuda_graphs = False  # keep: the number of masked tokens changes
 wandb_log = False  # send the log to wandb.ai as well
 
 LARGE = dict(img_size=64, local_crops_size=32, local_crops_number=8, global_scale_min=0.4,
@@ -187,7 +187,7 @@ class SelfDistillation(nn.Module):
 def sinkhorn_knopp(logits, temp, n_iterations=3):
     """Targets that use all prototypes equally often (SwAV, arXiv 2006.09882).
 
-    logits (B, K) -> probabilities (B, K). exp(logits / temp) is scaled so that columns
+    logits (n, K) -> probabilities (n, K). exp(logits / temp) is scaled so that columns
     (prototypes), then rows (samples) have equal sums; in logarithms, which never overflow.
     """
     log_q = logits.float() / temp
@@ -197,14 +197,19 @@ def sinkhorn_knopp(logits, temp, n_iterations=3):
     return log_q.exp()
 
 
+def all_rows(x):
+    """x (n, ...) of this process -> those of all processes, one after the other"""
+    if not dist.is_initialized():
+        return x
+    everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, x)
+    return torch.cat(everyone)
+
+
 def total_logsumexp(x):
     """log sum exp over the rows of x (B, K), of all processes taken as one -> (1, K)"""
     value = torch.logsumexp(x, dim=0, keepdim=True)
-    if dist.is_initialized():
-        everyone = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, value)
-        value = torch.logsumexp(torch.cat(everyone), dim=0, keepdim=True)
-    return value
+    return torch.logsumexp(all_rows(value), dim=0, keepdim=True)
 
 
 def stream_loss(student_out, teacher_out, mask, masked_ids, temp):
@@ -212,7 +217,9 @@ def stream_loss(student_out, teacher_out, mask, masked_ids, temp):
 
     mask (2B, N), masked_ids (M,): what was masked. temp: the teacher's temperature.
     """
-    terms = {'dino': dino_loss(student_out, sinkhorn_knopp(teacher_out.global_logits, temp))}
+    target = sinkhorn_knopp(teacher_out.global_logits, temp)
+    terms = {'dino': dino_loss(student_out, target),
+             **signs_of_collapse(student_out.cls_features, target)}
     loss = terms['dino']
     if ibot_weight:
         target = sinkhorn_knopp(teacher_out.masked_logits, temp)
@@ -226,7 +233,8 @@ def stream_loss(student_out, teacher_out, mask, masked_ids, temp):
 
 
 def cross_entropy(logits, target):
-    """- sum_k p_k log softmax(s / 0.1)_k of each sample: (..., B, K), (B, K) -> (..., B)"""
+    """- sum_k p_k log softmax(s / 0.1)_k of each sample, 0.1 being the student's temperature:
+    logits s (..., B, K), probabilities p (B, K) -> (..., B)"""
     return -(target * F.log_softmax(logits.float() / 0.1, dim=-1)).sum(-1)
 
 
@@ -241,11 +249,11 @@ def dino_loss(student_out, target):
     global_loss = cross_entropy(student_out.global_logits, torch.cat([second, first])).mean()
     local = student_out.local_logits.reshape(L, B, -1)
     local_loss = cross_entropy(local, (first + second) / 2).mean()
-    return (global_loss + L * local_loss) / (1 + L)
+    return (global_loss + L * local_loss) / (1 + L)  # 2 and 2L pairs
 
 
 def ibot_loss(student_out, target, mask, masked_ids):
-    """The same of each masked token (arXiv 2111.07832), target (M, K): the mean over
+    """Cross-entropy of masked tokens (arXiv 2111.07832), target (M, K): the mean over
     a crop's tokens, then over all 2B crops. A crop without a mask counts as 0."""
     per_crop = mask.sum(1, keepdim=True).expand_as(mask).flatten()
     weight = 1 / per_crop.index_select(0, masked_ids)  # (M,)
@@ -259,8 +267,7 @@ def koleo_loss(features, eps=1e-8):
     """
     x = F.normalize(features.float(), dim=-1)
     if dist.is_initialized():
-        everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, x.detach())
+        everyone = list(all_rows(x.detach()).split(len(x)))
         # DDP averages gradients over processes, but KoLeo needs their sum: times their number
         everyone[dist.get_rank()] = x.detach() + len(everyone) * (x - x.detach())
         x = torch.cat(everyone)
@@ -271,15 +278,18 @@ def koleo_loss(features, eps=1e-8):
 
 
 @torch.no_grad()
-def signs_of_collapse(student_out, teacher_out, temp):
-    """For the log, 0 to 1: entropy of the targets (1: they say nothing), spread of cls features
-    (0: all the same, 1: as random vectors), prototypes that are some crop's first choice"""
-    target = sinkhorn_knopp(teacher_out.global_logits, temp)
+def signs_of_collapse(cls_features, target):
+    """For the log: entropy of the targets (2B, K) as a share of ln K (1: they say nothing), spread
+    of features (2B, D) (0: all the same, 1: as random vectors), share of the prototypes, of the
+    crops if there are fewer, that are some crop's first choice"""
     entropy = -(target * target.clamp(min=1e-30).log()).sum(1).mean()
-    features = F.normalize(student_out.cls_features.float(), dim=-1)
-    return {'teacher_entropy': entropy / math.log(target.shape[1]),
+    features = all_rows(F.normalize(cls_features.float(), dim=-1))
+    first_choice = all_rows(target.argmax(1))
+    K = target.shape[1]
+    used = target.new_zeros(K).index_fill(0, first_choice, 1).sum()
+    return {'teacher_entropy': entropy / math.log(K),
             'feature_std': features.std(0).mean() * math.sqrt(features.shape[1]),
-            'prototypes_used': target.argmax(1).unique().numel() / min(target.shape)}
+            'prototypes_used': used / min(len(first_choice), K)}
 
 
 # ============ method: crops and masks ============
@@ -386,11 +396,11 @@ def make_crops(batch, statistics, nodata, step):
     x = standardize_rows(batch.raw, statistics.mean, statistics.matrix, nodata)
 
     def crop(views, side):
-        boxes, flips, draws = (t[:, views] for t in batch[1:4])
+        boxes, flips, draws = (t[:, views] for t in (batch.boxes, batch.flips, batch.draws))
         # 1 is sharp, 2 a resize filter twice as wide
         softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
         rows, cols = crop_weights(boxes, flips, img_size, img_size, side, softness)
-        crops = crop_by(x, rows, cols, flips[..., 2])  # (views * B, C + 1, side, side)
+        crops = crop_by(x, rows, cols, flips[..., 2])  # (v * B, C + 1, side, side)
         draws = draws[..., 2:].transpose(0, 1).flatten(0, 1)
         return augment_spectra(crops, draws, noise_field, statistics, light)
 
@@ -400,7 +410,7 @@ def make_crops(batch, statistics, nodata, step):
 # ============ method: schedules and model ============
 
 def cosine(step, start, end):
-    """Half a cosine from `start` at step 0 to `end` at the last step"""
+    """Half a cosine from `start` at step 0 to `end` after the last step"""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
@@ -431,20 +441,21 @@ def set_schedules(optimizer, step):
             group['weight_decay'] = cosine(step, weight_decay, 10 * weight_decay)
 
 
-def build_model(meta):
-    """-> student and teacher, and the arguments that build their encoder again"""
+def build_model(meta, source=''):
+    """-> student and teacher, and the arguments that build their encoder again. It has the shape
+    of the one in the checkpoint `source`, if one is given."""
     hidden_dim, bottleneck_dim = (512, 64) if size == 'tiny' else (2048, 256)
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
                         ffn=ffn, num_register_tokens=4, init_values=1.0, mask_token=True,
                         drop_path_rate=drop_path_rate, **SIZES[size])
-    encoder_args.update(encoder_shape(init_from))  # that of the weights to start from
+    encoder_args.update(encoder_shape(source))
     encoder = ViT(**encoder_args)
     head = DINOHead(encoder.embed_dim, out_dim, hidden_dim, bottleneck_dim)
     return SelfDistillation(Branch(encoder, head)), encoder_args
 
 
 def check_constants(meta):
-    """Constants that cannot go together are told before the first step."""
+    """Refuse constants that do not fit together, before the first step."""
     sides = local_crops_size, img_size, meta['tile_size']
     if list(sides) != sorted(sides) or any(side % patch_size for side in sides):
         raise UserError(f'--local_crops_size={sides[0]}, --img_size={sides[1]}, tiles of {sides[2]}'
@@ -452,7 +463,7 @@ def check_constants(meta):
     if img_size == patch_size:
         raise UserError(f'--img_size={img_size}: a global crop needs two patches in a row')
     if koleo_weight and batch_size < 2:
-        raise UserError('KoLeo needs two tiles in a batch: or pass --koleo_weight=0')
+        raise UserError('KoLeo needs two tiles in a batch: choose more, or --koleo_weight=0')
     if local_scale_min > local_scale_max or mask_ratio_min > mask_ratio_max:
         raise UserError('--local_scale_min or --mask_ratio_min is above its maximum')
     if round(freeze_last_layer * steps) >= steps:
@@ -464,14 +475,17 @@ def check_constants(meta):
 
 # ============ shell: signals ============
 
-stop_signal = 0
+stop_signal, stop_time = 0, 0.0
 
 
 def note_signal(number, frame):
-    """SIGTERM or Ctrl-C: the loop saves and exits; a second one ends the program at once."""
-    global stop_signal
-    stop_signal = number
-    signal.signal(number, signal.SIG_DFL)
+    """SIGTERM or Ctrl-C: the loop saves and exits. One more ends the program at once, but not in
+    the first seconds: torchrun sends on what its processes have got already."""
+    global stop_signal, stop_time
+    if not stop_signal:
+        stop_signal, stop_time = number, time.time()
+    elif time.time() - stop_time > 5:
+        os._exit(128 + number)
 
 
 # ============ what is watched ============
@@ -541,18 +555,20 @@ if __name__ == '__main__':
         """Raw values, any type -> whitened or standardised (B, C, H, W) float32"""
         return standardize(raw.to(device, non_blocking=True), mean, matrix, meta['nodata'])
 
+    # ---- shell: what was saved here before
+    last_path = os.path.join(out_dir, 'last.pt')
+    checkpoint = resume_from(last_path, __file__, config, meta)  # None in a new run
+
     # ---- model and optimizer
-    model, encoder_args = build_model(meta)
+    model, encoder_args = build_model(meta, last_path if checkpoint else init_from)
     model.to(device).train()
-    if init_from:
+    if init_from and not checkpoint:
         print(start_from(init_from, model, __file__, whiten, meta))
     groups = parameter_groups(model, weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
     # ---- shell: resume
     step, log = 0, []
-    last_path = os.path.join(out_dir, 'last.pt')
-    checkpoint = resume_from(last_path, __file__, config, meta)
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
@@ -591,7 +607,7 @@ if __name__ == '__main__':
         return dense_features(model.teacher.encoder, prepare(raw))
 
     def watch():
-        """The teacher as it is now: probe, curves."""
+        """The teacher as it is now (it is the encoder to use): probe, curves."""
         model.eval()
         if labelled:
             with autocast:
@@ -613,7 +629,7 @@ if __name__ == '__main__':
     # ---- training loop
     batch = get_batch(train, step, rank, world)
     bar = tqdm(total=last_step, initial=step, disable=not main_process)
-    started = time.time()
+    started = time.time() - max((entry.get('seconds', 0) for entry in log), default=0)
     if main_process and step == 0:
         watch()
     while step < last_step:
@@ -661,16 +677,16 @@ if __name__ == '__main__':
         step += 1
         bar.update()
         if step % log_every == 0 or step == last_step:
-            mean_loss = loss.detach() / world  # this rank's share of the mean
+            means = torch.stack([loss, *terms.values()]).detach() / world
             if world > 1:
-                dist.all_reduce(mean_loss)
-            terms |= signs_of_collapse(student_out, teacher_out, temp)
-            record({'step': step, 'loss': mean_loss.item(), 'lr': optimizer.param_groups[0]['lr'],
+                dist.all_reduce(means)  # over the processes
+            mean_loss, *means = means.tolist()
+            record({'step': step, 'loss': mean_loss, 'lr': optimizer.param_groups[0]['lr'],
                     'grad_norm': norm.item(), 'seconds': time.time() - started,
-                    **{name: torch.as_tensor(value).item() for name, value in terms.items()}})
-            bar.set_postfix(loss=f'{mean_loss.item():.4f}')
-            collapsing = log[-1]['teacher_entropy'] > 0.99 or log[-1]['feature_std'] < 0.05
-            if collapsing and step > warmup * steps:
+                    **dict(zip(terms, means))})
+            bar.set_postfix(loss=f'{mean_loss:.4f}')
+            entropy, spread = log[-1]['teacher_entropy'], log[-1]['feature_std']
+            if (entropy > 0.99 or spread < 0.05) and step > warmup * steps:
                 bar.write(f'step {step}: WARNING: the features are collapsing (see curves.png): '
                           'try a lower --teacher_temp or --base_lr, or more --koleo_weight')
         if main_process and (step % eval_every == 0 or step == last_step):
@@ -688,12 +704,14 @@ if __name__ == '__main__':
                 'scaler': scaler.state_dict(),  # of float16
                 'step': step, 'log': log,
                 'config': config,  # the constants above
-                'encoder_args': encoder_args,  # they build the encoder again
+                'encoder_args': encoder_args,  # models.load_encoder() builds it with them
                 'meta': kept_meta(meta),  # statistics, wavelengths and classes of the data
                 'script': os.path.basename(__file__)})
         if told:
             bar.write(f'interrupted by signal {int(told)}: saved step {step} of {steps} in '
                       f'{last_path}; the same command goes on there')
+            if world > 1:
+                dist.barrier()  # leave together: torchrun would end rank 0 while it saves
             sys.exit(128 + int(told))
 
     # ---- shell: end

@@ -13,7 +13,7 @@ probe only, a linear classifier that measures the features now and then and trai
     python pretrain_lejepa.py --size=base --data=data/mine --out_dir=runs/mine     # on one GPU
     torchrun --nproc_per_node=4 pretrain_lejepa.py ...                             # on four
 
-Writes into out_dir: last.pt (all that a resumed run, or a user of the encoder, needs), log.jsonl
+Writes into out_dir: last.pt (to resume from, and for users of the encoder), log.jsonl
 and curves.png. The same command again resumes a run that was stopped.
 
 Where to start: "one step" in the training loop, invariance(), sigreg(), get_batch(). Blocks headed
@@ -49,7 +49,7 @@ from models import (SIZES, ViT, dense_features, encoder_shape, native_bfloat16,
 
 # Each line `name = value  # help` is a flag, --name=other; `a | b: ` in its help are the choices.
 # ---- data
-data = 'data/demo'  # tile directory; its bands are the encoder's
+data = 'data/demo'  # tile directory; its bands are those of the encoder
 img_size = 16  # side of the global crops, px
 local_crops_size = 8  # side of the local crops, px
 local_crops_number = 2  # local crops of a tile
@@ -65,7 +65,7 @@ band_dropout = 0.3  # probability that a crop lacks a run of neighbouring bands
 # ---- model
 size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)
 patch_size = 4  # side of a patch, px
-init_from = ''  # last.pt to start from, whose size it gets
+init_from = ''  # checkpoint to start from; the encoder gets its size
 # ---- method
 sigreg_weight = 0.2  # lambda, the share of SIGReg in the loss; the invariance has the rest
 num_directions = 256  # random projections of the embeddings in a step, for SIGReg
@@ -167,7 +167,16 @@ def draw_directions(width, step, device):
 
 def feature_std(z):
     """Sign of collapse: spread of embeddings (n, D); 0: all the same, 1: as random vectors"""
-    return F.normalize(z, dim=-1).std(0).mean() * math.sqrt(z.shape[1])
+    return all_rows(F.normalize(z, dim=-1)).std(0).mean() * math.sqrt(z.shape[1])
+
+
+def all_rows(x):
+    """x (n, ...) of this process -> those of all processes, one after the other"""
+    if not dist.is_initialized():
+        return x
+    everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, x)
+    return torch.cat(everyone)
 
 
 # ============ method: crops ============
@@ -215,11 +224,11 @@ def make_crops(batch, statistics, nodata, step):
     x = standardize_rows(batch.raw, statistics.mean, statistics.matrix, nodata)
 
     def crop(views, side):
-        boxes, flips, draws = (t[:, views] for t in batch[1:4])
+        boxes, flips, draws = (t[:, views] for t in (batch.boxes, batch.flips, batch.draws))
         # 1 is sharp, 2 a resize filter twice as wide
         softness = torch.where(draws[..., 1] < blur, 1 + draws[..., 0], 1.0)
         rows, cols = crop_weights(boxes, flips, img_size, img_size, side, softness)
-        crops = crop_by(x, rows, cols, flips[..., 2])  # (views * B, C + 1, side, side)
+        crops = crop_by(x, rows, cols, flips[..., 2])  # (v * B, C + 1, side, side)
         draws = draws[..., 2:].transpose(0, 1).flatten(0, 1)
         return augment_spectra(crops, draws, noise_field, statistics, light)
 
@@ -238,16 +247,17 @@ def learning_rate(step):
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_model(meta):
-    """-> the model for the bands of the data, and the arguments that build its encoder again"""
+def build_model(meta, source=''):
+    """-> the model for the data's bands, and the arguments that build its encoder again. It has
+    the shape of the one in the checkpoint `source`, if one is given."""
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
                         **SIZES[size])
-    encoder_args.update(encoder_shape(init_from))  # that of the weights to start from
+    encoder_args.update(encoder_shape(source))
     return LeJEPA(ViT(**encoder_args)), encoder_args
 
 
 def check_constants(meta):
-    """Constants that cannot go together are told before the first step."""
+    """Refuse constants that do not fit together, before the first step."""
     sides = local_crops_size, img_size, meta['tile_size']
     if list(sides) != sorted(sides) or any(side % patch_size for side in sides):
         raise UserError(f'--local_crops_size={sides[0]}, --img_size={sides[1]}, tiles of {sides[2]}'
@@ -262,14 +272,17 @@ def check_constants(meta):
 
 # ============ shell: signals ============
 
-stop_signal = 0
+stop_signal, stop_time = 0, 0.0
 
 
 def note_signal(number, frame):
-    """SIGTERM or Ctrl-C: the loop saves and exits; a second one ends the program at once."""
-    global stop_signal
-    stop_signal = number
-    signal.signal(number, signal.SIG_DFL)
+    """SIGTERM or Ctrl-C: the loop saves and exits. One more ends the program at once, but not in
+    the first seconds: torchrun sends on what its processes have got already."""
+    global stop_signal, stop_time
+    if not stop_signal:
+        stop_signal, stop_time = number, time.time()
+    elif time.time() - stop_time > 5:
+        os._exit(128 + number)
 
 
 # ============ what is watched ============
@@ -334,18 +347,20 @@ if __name__ == '__main__':
         """Raw values, any type -> whitened or standardised (B, C, H, W) float32"""
         return standardize(raw.to(device, non_blocking=True), mean, matrix, meta['nodata'])
 
+    # ---- shell: what was saved here before
+    last_path = os.path.join(out_dir, 'last.pt')
+    checkpoint = resume_from(last_path, __file__, config, meta)  # None in a new run
+
     # ---- model and optimizer
-    model, encoder_args = build_model(meta)
+    model, encoder_args = build_model(meta, last_path if checkpoint else init_from)
     model.to(device).train()
-    if init_from:
+    if init_from and not checkpoint:
         print(start_from(init_from, model, __file__, whiten, meta))
     groups = parameter_groups(model, weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
     # ---- shell: resume
     step, log = 0, []
-    last_path = os.path.join(out_dir, 'last.pt')
-    checkpoint = resume_from(last_path, __file__, config, meta)
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
@@ -402,7 +417,7 @@ if __name__ == '__main__':
     # ---- training loop
     batch = get_batch(train, step, rank, world)
     bar = tqdm(total=last_step, initial=step, disable=not main_process)
-    started = time.time()
+    started = time.time() - max((entry.get('seconds', 0) for entry in log), default=0)
     if main_process and step == 0:
         watch()
     while step < last_step:
@@ -444,14 +459,16 @@ if __name__ == '__main__':
         step += 1
         bar.update()
         if step % log_every == 0 or step == last_step:
-            mean_loss = loss.detach() / world  # this rank's share of the mean
+            terms = {'invariance': same, 'sigreg': normal,
+                     'feature_std': feature_std(z.detach().flatten(0, 1))}
+            means = torch.stack([loss, *terms.values()]).detach() / world
             if world > 1:
-                dist.all_reduce(mean_loss)
-            record({'step': step, 'loss': mean_loss.item(), 'lr': optimizer.param_groups[0]['lr'],
+                dist.all_reduce(means)  # over the processes
+            mean_loss, *means = means.tolist()
+            record({'step': step, 'loss': mean_loss, 'lr': optimizer.param_groups[0]['lr'],
                     'grad_norm': norm.item(), 'seconds': time.time() - started,
-                    'invariance': same.item(), 'sigreg': normal.item(),
-                    'feature_std': feature_std(z.detach().flatten(0, 1)).item()})
-            bar.set_postfix(loss=f'{mean_loss.item():.4f}')
+                    **dict(zip(terms, means))})
+            bar.set_postfix(loss=f'{mean_loss:.4f}')
             if log[-1]['feature_std'] < 0.1 and step > warmup * steps:
                 bar.write(f'step {step}: WARNING: the features are collapsing (see curves.png): '
                           'try a larger --sigreg_weight or a lower --base_lr')
@@ -470,12 +487,14 @@ if __name__ == '__main__':
                 'scaler': scaler.state_dict(),  # of float16
                 'step': step, 'log': log,
                 'config': config,  # the constants above
-                'encoder_args': encoder_args,  # they build the encoder again
+                'encoder_args': encoder_args,  # models.load_encoder() builds it with them
                 'meta': kept_meta(meta),  # statistics, wavelengths and classes of the data
                 'script': os.path.basename(__file__)})
         if told:
             bar.write(f'interrupted by signal {int(told)}: saved step {step} of {steps} in '
                       f'{last_path}; the same command goes on there')
+            if world > 1:
+                dist.barrier()  # leave together: torchrun would end rank 0 while it saves
             sys.exit(128 + int(told))
 
     # ---- shell: end

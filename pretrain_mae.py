@@ -10,14 +10,15 @@ classifier that measures the features now and then and trains nothing.
     python pretrain_mae.py --size=base --data=data/mine --out_dir=runs/mine        # on one GPU
     torchrun --nproc_per_node=4 pretrain_mae.py ...                                # on four
 
-Writes into out_dir: last.pt (all that a resumed run, or a user of the encoder, needs), log.jsonl,
+Writes into out_dir: last.pt (to resume from, and for users of the encoder), log.jsonl,
 curves.png and reconstruction.png. The same command again resumes a run that was stopped.
 
 Where to start: "one step" in the training loop, get_batch(), models.MaskedAutoencoder. Blocks
 headed `shell` are the same in every script: skip them at first. What is in a checkpoint stands at
-the call of save_checkpoint. `diff pretrain_mae.py pretrain_lejepa.py`: learning without a decoder.
+the call of save_checkpoint. The siblings: pretrain_lejepa.py learns without a decoder,
+pretrain_dino.py from a teacher, pretrain_dino_hsi.py with a second stream of band groups.
 
-Shapes: B crops, C bands, N patches of a crop, D width.
+Shapes: B crops, C bands, N patches of a crop, in rows of h.
 """
 import json
 import math
@@ -43,17 +44,17 @@ from models import (SIZES, MaskedAutoencoder, dense_features, encoder_shape, nat
 
 # Each line `name = value  # help` is a flag, --name=other; `a | b: ` in its help are the choices.
 # ---- data
-data = 'data/demo'  # tile directory; its bands are the encoder's
+data = 'data/demo'  # tile directory; its bands are those of the encoder
 img_size = 16  # side of a crop, px
-whiten = 16  # components kept in decorrelating the bands (ZCA); 0: only standardise each
+whiten = 16  # components that decorrelate the bands (ZCA); 0: standardise each
 scale_min = 0.4  # smallest crop, as a share of img_size x img_size (0.2 in MAE)
 # ---- model
 size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)
 patch_size = 4  # side of a patch, px
 dropout = 0.0  # probability that a unit is dropped; 0 in MAE, 0.1 in the dissertation
-mask_ratio = 0.75  # share of the patches that is hidden (MAE, Table 1a)
+mask_ratio = 0.75  # share of the patches that is hidden (MAE, Figure 5)
 norm_pix_loss = False  # targets of mean 0 and std 1 in each patch (MAE, Table 1d)
-init_from = ''  # last.pt to start from, whose size it gets
+init_from = ''  # checkpoint to start from; the encoder gets its size
 freeze_encoder = False  # only the decoder learns (the dissertation's proof of concept)
 # ---- optimizer
 steps = 400  # length of the run
@@ -124,26 +125,27 @@ def learning_rate(step):
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_model(meta):
-    """-> the autoencoder for the data's bands, and the arguments that build its encoder again"""
+def build_model(meta, source=''):
+    """-> the autoencoder for the data's bands, and the arguments that build its encoder again.
+    Its encoder has the shape of the one in the checkpoint `source`, if one is given."""
     decoder_sizes = {'tiny': (96, 2, 4), 'small': (256, 4, 8), 'base': (512, 8, 16)}
     decoder_dim, decoder_depth, decoder_heads = decoder_sizes[size]
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
                         dropout=dropout, **SIZES[size])
-    encoder_args.update(encoder_shape(init_from))  # that of the weights to start from
+    encoder_args.update(encoder_shape(source))
     plain = {'num_register_tokens': 0, 'init_values': 0.0, 'ffn': 'mlp'}
     if any(encoder_args.get(name, value) != value for name, value in plain.items()):
-        raise UserError(f'{init_from}: has registers, LayerScale or SwiGLU, which a masked '
-                        'autoencoder has not: start pretrain_dino.py from it')
+        raise UserError(f'{source}: has registers, LayerScale or SwiGLU, which a masked '
+                        'autoencoder lacks: start pretrain_dino.py from it')
     model = MaskedAutoencoder(**encoder_args, decoder_embed_dim=decoder_dim,
                               decoder_depth=decoder_depth, decoder_num_heads=decoder_heads,
                               norm_pix_loss=norm_pix_loss, freeze_encoder=freeze_encoder)
-    # the autoencoder has sine-cosine positions always; who builds its encoder again is told
+    # positions do not learn here: sine-cosine ones, or those that came with the weights
     return model, {**encoder_args, 'fixed_positions': True}
 
 
 def check_constants(meta):
-    """Constants that cannot go together are told before the first step."""
+    """Refuse constants that do not fit together, before the first step."""
     tile_size = meta['tile_size']
     if img_size > tile_size or img_size % patch_size or tile_size % patch_size:
         raise UserError(f'--img_size={img_size}, tiles of {tile_size} px: crops are no larger than '
@@ -156,14 +158,17 @@ def check_constants(meta):
 
 # ============ shell: signals ============
 
-stop_signal = 0
+stop_signal, stop_time = 0, 0.0
 
 
 def note_signal(number, frame):
-    """SIGTERM or Ctrl-C: the loop saves and exits; a second one ends the program at once."""
-    global stop_signal
-    stop_signal = number
-    signal.signal(number, signal.SIG_DFL)
+    """SIGTERM or Ctrl-C: the loop saves and exits. One more ends the program at once, but not in
+    the first seconds: torchrun sends on what its processes have got already."""
+    global stop_signal, stop_time
+    if not stop_signal:
+        stop_signal, stop_time = number, time.time()
+    elif time.time() - stop_time > 5:
+        os._exit(128 + number)
 
 
 # ============ what is watched ============
@@ -173,7 +178,7 @@ def save_reconstruction(path, model, x, to_raw, meta):
     """False colour of some crops: the input, what the encoder saw, what the decoder made of it"""
     h = img_size // patch_size
     noise = torch.rand(len(x), h * h, generator=torch.Generator().manual_seed(0))
-    # forward() is never compiled: model(...) would compile again for a batch of this size
+    # model(...) is compiled, and would be again for a batch of this size; forward() is not
     _, pred, mask = model.forward(x, mask_ratio, noise.to(x.device))
     patches, hidden = patchify(x, patch_size), mask[..., None].bool()
     if norm_pix_loss:  # normalised patches are predicted: give them the input's mean and std
@@ -186,19 +191,20 @@ def save_reconstruction(path, model, x, to_raw, meta):
     axes = figure.subplots(len(x), 3, squeeze=False)
     for column, (title, tokens) in zip(axes.T, columns.items()):
         column[0].set_title(title)
-        for axis, image in zip(column, to_raw(unpatchify(tokens, patch_size, h, h)).cpu()):
+        images = to_raw(unpatchify(tokens, patch_size, h, h)).cpu()
+        for axis, image in zip(column, images):
             axis.imshow(false_color(image, meta), interpolation='nearest')
             axis.set(xticks=[], yticks=[])
     save_figure(figure, path)
 
 
 def save_curves(path, log):
-    """Loss and probe over the steps; at step 0 the probe is of an encoder before any training"""
+    """Loss and probe over the steps; at step 0 the probe is of the encoder as it started"""
     figure = Figure(figsize=(10, 3.6), layout='constrained')
     left, right = figure.subplots(1, 2)
     trained = [entry for entry in log if 'loss' in entry]
     left.plot([entry['step'] for entry in trained], [entry['loss'] for entry in trained])
-    left.set(xlabel='step', ylabel='loss (mean squared error)')
+    left.set(xlabel='step', ylabel='mean squared error (1: nothing learned)')
     draw_probe(right, log, init_from)
     save_figure(figure, path)
 
@@ -247,22 +253,24 @@ if __name__ == '__main__':
         return standardize(raw.to(device, non_blocking=True), mean, matrix, meta['nodata'])
 
     def to_raw(x):
-        """Whitened values back to raw ones, for pictures; what whitening left out is lost"""
+        """The way back from prepare(), for pictures; what whitening left out is lost"""
         back = torch.linalg.pinv(matrix) if matrix.ndim == 2 else torch.diag(1 / matrix)
         return torch.einsum('kc,bchw->bkhw', back, x) + mean[:, None, None]
 
+    # ---- shell: what was saved here before
+    last_path = os.path.join(out_dir, 'last.pt')
+    checkpoint = resume_from(last_path, __file__, config, meta)  # None in a new run
+
     # ---- model and optimizer
-    model, encoder_args = build_model(meta)
+    model, encoder_args = build_model(meta, last_path if checkpoint else init_from)
     model.to(device)
-    if init_from:
+    if init_from and not checkpoint:
         print(start_from(init_from, model, __file__, whiten, meta))
     groups = parameter_groups(model, weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
     # ---- shell: resume
     step, log = 0, []
-    last_path = os.path.join(out_dir, 'last.pt')
-    checkpoint = resume_from(last_path, __file__, config, meta)
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
@@ -323,7 +331,7 @@ if __name__ == '__main__':
     # ---- training loop
     batch = get_batch(train, step, rank, world)
     bar = tqdm(total=last_step, initial=step, disable=not main_process)
-    started = time.time()
+    started = time.time() - max((entry.get('seconds', 0) for entry in log), default=0)
     if main_process and step == 0:
         watch()
     while step < last_step:
@@ -384,12 +392,14 @@ if __name__ == '__main__':
                 'scaler': scaler.state_dict(),  # of float16
                 'step': step, 'log': log,
                 'config': config,  # the constants above
-                'encoder_args': encoder_args,  # they build the encoder again
+                'encoder_args': encoder_args,  # models.load_encoder() builds it with them
                 'meta': kept_meta(meta),  # statistics, wavelengths and classes of the data
                 'script': os.path.basename(__file__)})
         if told:
             bar.write(f'interrupted by signal {int(told)}: saved step {step} of {steps} in '
                       f'{last_path}; the same command goes on there')
+            if world > 1:
+                dist.barrier()  # leave together: torchrun would end rank 0 while it saves
             sys.exit(128 + int(told))
 
     # ---- shell: end

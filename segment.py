@@ -42,11 +42,11 @@ from tqdm import tqdm
 from data import (UserError, Tiles, demo_if_missing, draw_crops, epoch_ids, evaluate, fit_logistic,
                   floors, kept_meta, label_to_class, labelled_pixels, lock_directory, next_command,
                   plain_errors, predict_tile, read_flags, report, resized_crop, resized_crop_labels,
-                  save_confusion, save_examples, save_figure, scene_of, scores, standardization,
+                  save_confusion, save_examples, save_figure, scene_flags, scores, standardization,
                   standardize)
 from models import (SIZES, ViT, build_segmenter, calibrate_norm, check_bands, load_checkpoint,
                     load_encoder, loss_count, native_bfloat16, parameter_groups, resume_from,
-                    save_checkpoint, segmentation_loss)
+                    save_checkpoint, segmentation_loss, tiles_of)
 
 # ---- data
 data = ''  # tile directory with labels; '': the encoder's own, of a random one data/demo
@@ -67,7 +67,7 @@ pixel = True  # the decoder also sees spectra: the pixel's, and their means over
 criterion = 'ce'  # ce | focal | dice: cross-entropy, focal loss with gamma 2, soft Dice
 class_weights = 'none'  # none | sqrt | inverse: of 1 / (a class's training pixels); not for dice
 # ---- optimizer
-steps = 1000  # length of the run; the dissertation stopped after 500 to 5,000
+steps = 1000  # of a trained decoder; the dissertation stopped after 500 to 5,000
 batch_size = 16  # tiles or crops per step, over all processes
 lr = 0.0  # of AdamW; 0: 1e-2 for a linear decoder on a frozen encoder, else 1e-3
 layer_decay = 1.0  # fine-tuning: learning rate of a block over that of the one above it
@@ -93,14 +93,17 @@ METHODS = {'pretrain_mae.py': 'MAE', 'pretrain_dino.py': 'DINOv2',
 
 # ============ shell: signals ============
 
-stop_signal = 0
+stop_signal, stop_time = 0, 0.0
 
 
 def note_signal(number, frame):
-    """SIGTERM or Ctrl-C: the loop saves and exits; a second one ends the program at once."""
-    global stop_signal
-    stop_signal = number
-    signal.signal(number, signal.SIG_DFL)
+    """SIGTERM or Ctrl-C: the loop saves and exits. One more ends the program at once, but not in
+    the first seconds: torchrun sends on what its processes have got already."""
+    global stop_signal, stop_time
+    if not stop_signal:
+        stop_signal, stop_time = number, time.time()
+    elif time.time() - stop_time > 5:
+        os._exit(128 + number)
 
 
 # ============ method ============
@@ -116,7 +119,7 @@ def get_encoder(meta):
     vit = load_encoder(encoder)
     check_bands(vit.meta, meta, encoder)
     if vit.meta['mean'] != meta['mean']:
-        print(f'{data} is not what {encoder} learned from: its own statistics standardise it')
+        print(f'{data} is not what {encoder} learned from: the statistics of {data} are used')
     method = METHODS.get(vit.script, vit.script)
     if untrained:
         vit.load_state_dict(type(vit)(**vit.args).state_dict())
@@ -188,10 +191,8 @@ if __name__ == '__main__':
     config = read_flags(globals(), PRESETS)  # the constants of this run
     if untrained and not encoder:
         raise UserError('--untrained: the architecture of which encoder? Pass --encoder= as well')
-    if not data:  # where the encoder learned
-        data = load_encoder(encoder).config.get('data') if encoder else 'data/demo'
-        if not data:
-            raise UserError(f'{encoder}: does not say which tiles it learned from: pass --data')
+    if not data:
+        data = tiles_of(load_encoder(encoder), encoder) if encoder else 'data/demo'
     config['data'] = data
 
     # ---- shell: processes and device (torchrun sets these variables, else there is one process)
@@ -253,7 +254,7 @@ if __name__ == '__main__':
     name = f'{method} + {decoder}'
     if crop_size % vit.patch_size or tile_size % vit.patch_size:
         raise UserError(f'tiles of {tile_size} px and crops of {crop_size} px do not divide into '
-                        f'patches of {vit.patch_size} px: choose multiples')
+                        f'patches of {vit.patch_size} px: choose --crop_size or --patch_size')
     model = build_segmenter(vit, meta['num_classes'], decoder, freeze, pixel).to(device).train()
     if world > 1 and on_gpu and not freeze:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # it has no CPU form
@@ -261,6 +262,10 @@ if __name__ == '__main__':
     print(f'{name}: encoder of {sum(p.numel() for p in vit.parameters()):,} parameters, '
           f'{"frozen" if freeze else "trained"}; {len(labelled)} labelled training tiles, crops of '
           f'{crop_size} px; {device}, {dtype}, {world} process(es); {out_dir}')
+
+    # ---- shell: what was saved here before
+    last_path = os.path.join(out_dir, 'last.pt')
+    checkpoint = resume_from(last_path, __file__, config, meta)  # None in a new run
 
     # ---- judge: scores
     mean, matrix = (t.to(device) for t in standardization(meta, whiten))
@@ -312,23 +317,25 @@ if __name__ == '__main__':
             save_examples(os.path.join(out_dir, 'examples.png'), predict, test)
             map_path = os.path.join(out_dir, 'map.tif')
             print('to map a scene:\n' + next_command('tools/map_scene.py', run=out_dir,
-                                                     scene=scene_of(meta), out=map_path))
+                                                     out=map_path, **scene_flags(meta)))
         if world > 1:
             dist.barrier()  # rank 0 may still be at its last pictures: leave together
             dist.destroy_process_group()
         sys.exit()
 
     # ---- a solved decoder
-    @torch.no_grad()
-    def features(raw):
-        """Raw tiles -> maps of the encoder (B, 4*D, h, w)"""
+    def features_of(x):
+        """Whitened tiles -> maps of the frozen encoder (B, 4*D, h, w)"""
         with autocast:
-            return model.features(prepare(raw)).float()
+            return model.features(x).float()
+
+    def features(raw):
+        return features_of(prepare(raw))
 
     def features_and_spectra(raw):
-        """-> (B, 4*D + 4*C, H, W), what the logits of a pixel are linear in"""
+        """Raw -> (B, 4*D + 4*C, H, W), what the logits of a pixel are linear in"""
         x = prepare(raw)
-        maps = F.interpolate(features(raw), x.shape[-2:], mode='bilinear')
+        maps = F.interpolate(features_of(x), x.shape[-2:], mode='bilinear')
         return torch.cat([maps, model.spectra(x)], dim=1)
 
     if decoder == 'logistic':
@@ -336,8 +343,8 @@ if __name__ == '__main__':
             signal.signal(number, signal.SIG_DFL)  # there is nothing to save before the end
         inputs = features_and_spectra if pixel else features
         x, y, _ = labelled_pixels(train, inputs, 50_000, device=device)
-        print(f'solving it on {len(y):,} labelled pixels of the training tiles (twice where these '
-              'overlap), which takes minutes')
+        print(f'solving the decoder on {len(y):,} labelled pixels of the training tiles (a pixel '
+              'counts twice where tiles overlap): minutes')
         about, rows = {'best_step': 0}, {}
         if pixel:  # first without it
             columns = 4 * vit.embed_dim
@@ -373,7 +380,10 @@ if __name__ == '__main__':
         raise UserError(f'{data}: its tiles of "val" have no labels, and the best state is chosen '
                         'by them: tile again with other --shares')
     exponent = {'none': 0.0, 'sqrt': 0.5, 'inverse': 1.0}[class_weights]
-    pixels = torch.tensor(meta['class_counts']['tr'], dtype=torch.float32, device=device)
+    pixels = meta['class_counts']['tr']
+    if label_share < 1:
+        pixels = np.bincount(train.labels.ravel(), minlength=meta['num_classes'] + 1)[1:]
+    pixels = torch.as_tensor(pixels, dtype=torch.float32, device=device)
     weight = pixels.clamp(min=1) ** -exponent
     weight = weight / weight.mean()
 
@@ -384,8 +394,6 @@ if __name__ == '__main__':
 
     # ---- shell: resume
     step, log = 0, []
-    last_path = os.path.join(out_dir, 'last.pt')
-    checkpoint = resume_from(last_path, __file__, config, meta)
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
@@ -420,11 +428,11 @@ if __name__ == '__main__':
     # ---- training loop
     batch = get_batch(train, labelled, step, rank, world)
     bar = tqdm(total=last_step, initial=step, disable=not main_process)
-    started = time.time()
+    started = time.time() - max((entry.get('seconds', 0) for entry in log), default=0)
     while True:
         if step % eval_every == 0 or step == steps:
             validate()
-        if step == last_step:
+        if step >= last_step:
             break
         torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # of dropout
         for group in optimizer.param_groups:
@@ -492,16 +500,20 @@ if __name__ == '__main__':
                 'scaler': scaler.state_dict(),  # of float16
                 'step': step, 'log': log,
                 'config': config,  # the constants above
-                'encoder_args': encoder_args,  # they build the encoder again
+                'encoder_args': encoder_args,  # models.load_encoder() builds it with them
                 'meta': kept_meta(meta),  # statistics, wavelengths and classes of the data
                 'script': os.path.basename(__file__)})
         if told:
             bar.write(f'interrupted by signal {int(told)}: saved step {step} of {steps} in '
                       f'{last_path}; the same command goes on there')
+            if world > 1:
+                dist.barrier()  # leave together: torchrun would end rank 0 while it saves
             sys.exit(128 + int(told))
 
     # ---- judge: the best state, on the test split
     bar.close()
+    if stop_signal:  # while the last state was scored
+        sys.exit(128 + stop_signal)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # all is saved: from here on a signal ends at once
     if world > 1:

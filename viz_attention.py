@@ -25,7 +25,7 @@ from matplotlib.patches import Rectangle
 
 from data import (UserError, Tiles, demo_if_missing, false_color, plain_errors, principal_colors,
                   read_flags, read_scene, save_figure, valid_pixels)
-from models import check_bands, load_encoder
+from models import check_bands, load_encoder, tiles_of
 
 encoders = 'runs/mae/last.pt'  # last.pt of one or several runs, separated by commas: a row each
 data = ''  # tile directory; '' is the one that the first encoder was trained on
@@ -68,7 +68,7 @@ def capture(encoder, x, block, tokens=slice(None)):
 
 def patch_maps(attention, token, num_prefix_tokens, h, w):
     """attention (nh, T, T) -> what `token` takes from the patches (nh, h, w), times their number:
-    1 is what it takes on average"""
+    1 is an even share of all it takes"""
     return attention[:, token, num_prefix_tokens:].reshape(-1, h, w) * h * w
 
 
@@ -97,7 +97,7 @@ def draw(path, raw, names, loaded, meta, pixel):
         row[0].set_ylabel(f'{name}\n{H} x {W} px', fontsize=8)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
-    figure.supxlabel('Attention: dark = 0, yellow = the 99 % quantile; 1 = the average patch.\n'
+    figure.supxlabel('Attention: dark = 0, yellow = the 99 % quantile; 1 = an even share.\n'
                      'Chosen patch: red. Features: three principal components.', fontsize=8)
     save_figure(figure, path)
 
@@ -120,7 +120,7 @@ def draw_row(row, raw, encoder, meta, pixel):
         look = {}
         if values.ndim == 2:
             look = dict(cmap='viridis', norm=PowerNorm(0.5, 0, np.quantile(values, 0.99)))
-            axis.set_xlabel(f'max. {values.max():.1f} x mean', fontsize=7)
+            axis.set_xlabel(f'max. {values.max():.1f} shares', fontsize=7)
         axis.imshow(values, extent=(0, W, H, 0), interpolation='nearest', **look)
     for axis in (row[0], row[2]):
         corner = (pixel[1] // P * P, pixel[0] // P * P)
@@ -145,26 +145,27 @@ def draw_spectrum(axis, raw, meta, encoder, attention):
     right = axis.twinx()
     right.bar(middle, share, width=0.8 * np.ptp(nm) / groups, color='#e69f00', alpha=0.6)
     right.set_ylim(0, max(2.0, 1.1 * share.max()))
-    right.set_ylabel('attention, 1 = average', fontsize=7, color='#a65000')
+    right.set_ylabel('attention, 1 = even', fontsize=7, color='#a65000')
     right.tick_params(labelsize=6)
 
 
 # ============ the images ============
 
-def read_images(encoder, unit):
+def read_images(encoder, path, unit):
     """-> images by name, as cut_middle() gives them, and the meta of their data. What a scene at
-    --image does not tell is as in the data of `encoder`."""
+    --image does not tell is as in the data of the encoder, whose file is `path`."""
     if image:
         scene = read_scene(image)
+        own, learned = scene.scale, encoder.meta.get('scale')
+        if own and learned and tuple(own) != tuple(learned):
+            raise UserError(f'--image={image}: its values have another scale than the data '
+                            f'of {path}: tile it, and pass the tiles as --data')
         meta = {**encoder.meta, 'num_bands': len(scene.cube), 'components': None}
         meta['wavelengths_nm'] = scene.wavelengths_nm or meta['wavelengths_nm']
         meta['nodata'] = meta['nodata'] if scene.nodata is None else scene.nodata
         cubes = {os.path.splitext(os.path.basename(image))[0]: scene.cube}
     else:
-        directory = data or encoder.config.get('data')
-        if not directory:  # a checkpoint of a training loop of one's own
-            raise UserError('the first encoder does not tell the data it was trained on: pass '
-                            '--data')
+        directory = data or tiles_of(encoder, path)
         demo_if_missing(directory)
         chosen = Tiles(directory, split)
         meta = chosen.meta
@@ -181,7 +182,8 @@ def cut_middle(name, cube, nodata, unit):
     pixels are NaN"""
     H, W = [min(side, window or side) for side in cube.shape[1:]]
     if min(H, W) < unit:
-        raise UserError(f'{name}: {H} x {W} pixels hold no patch of {unit}: give a larger image')
+        raise UserError(f'{name}: {H} x {W} pixels hold no patch of {unit}: give a larger image or '
+                        '--window')
     H, W = H // unit * unit, W // unit * unit
     top, left = (cube.shape[1] - H) // 2, (cube.shape[2] - W) // 2
     raw = cube[:, top:top + H, left:left + W]
@@ -202,7 +204,7 @@ if __name__ == '__main__':
     loaded = [load_encoder(path) for path in paths]
     names = [os.path.basename(os.path.dirname(path)) or path for path in paths]
     unit = int(np.lcm.reduce([encoder.patch_size for encoder in loaded]))  # whole patches for all
-    images, meta = read_images(loaded[0], unit)
+    images, meta = read_images(loaded[0], paths[0], unit)
     for path, encoder in zip(paths, loaded):
         check_bands(encoder.meta, meta, path)
         settings = encoder.meta.get('settings', {})

@@ -136,11 +136,11 @@ def test_a_streams_loss_is_the_weighted_sum_of_its_terms(script, constants):
     dino, ibot = script.dino_loss(student, script.sinkhorn_knopp(teacher.global_logits, 0.05)), script.ibot_loss(student, script.sinkhorn_knopp(teacher.masked_logits, 0.05),
                                                                                                          mask, rows)
     koleo = script.koleo_loss(student.cls_features[:3]) + script.koleo_loss(student.cls_features[3:])
-    torch.testing.assert_close(terms, {'dino': dino, 'ibot': ibot, 'koleo': koleo})
+    torch.testing.assert_close({name: terms[name] for name in ('dino', 'ibot', 'koleo')}, {'dino': dino, 'ibot': ibot, 'koleo': koleo})
     torch.testing.assert_close(loss, dino + 0.5 * ibot + 0.1 * koleo)
     constants(script, ibot_weight=0.0, koleo_weight=0.0)
     loss, terms = script.stream_loss(student, teacher, mask, rows[:0], 0.05)
-    assert terms == {'dino': loss} and loss == dino
+    assert terms.keys() == {'dino', 'teacher_entropy', 'feature_std', 'prototypes_used'} and terms['dino'] == loss == dino
 
 
 @each_script
@@ -153,12 +153,10 @@ def test_koleo_survives_duplicates(script):
 
 @each_script
 def test_signs_of_collapse_tell_all_the_same_from_all_different(script):
-    same = said(script, torch.ones(16, 32), torch.zeros(16, 64))
-    signs = script.signs_of_collapse(same, same, 0.05)
+    signs = script.signs_of_collapse(torch.ones(16, 32), script.sinkhorn_knopp(torch.zeros(16, 64), 0.05))
     assert signs['teacher_entropy'] == pytest.approx(1, rel=1e-4)
     assert signs['feature_std'] == pytest.approx(0, abs=1e-5) and signs['prototypes_used'] == 1 / 16
-    apart = said(script, torch.randn(16, 32), 5 * torch.eye(16))
-    signs = script.signs_of_collapse(apart, apart, 0.05)
+    signs = script.signs_of_collapse(torch.randn(16, 32), script.sinkhorn_knopp(5 * torch.eye(16), 0.05))
     assert signs['teacher_entropy'] < 0.3 and signs['feature_std'] == pytest.approx(1, abs=0.1) and signs['prototypes_used'] == 1
 
 
@@ -315,7 +313,7 @@ def test_another_number_of_masked_tokens_compiles_nothing_again(script, flags):
 
 def test_token_fusion_refuses_other_sizes_and_channel_fusion_takes_them():
     args = dict(img_size=16, patch_size=4, in_chans=7, embed_dim=48, depth=2, num_heads=3)
-    with pytest.raises(UserError, match='works at 16 and 8 px only'):
+    with pytest.raises(UserError, match='weights for 16 and 8 px only.*--window'):
         SpatialSpectralViT(**args, fusion='token')(torch.randn(1, 7, 12, 12))
     spatial, spectral = SpatialSpectralViT(**args)(torch.randn(1, 7, 12, 20))
     assert spectral.shape == (1, 1 + 4, 48) and spatial.shape == (1, 1 + 15, 48)

@@ -1,6 +1,7 @@
 """Decoders, baseline, scores of whole scenes, label shares: what stands between a feature and a number one can trust."""
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 
 import why_it_failed
 from conftest import MAE_TINY, SCENES, make_scene, run
-from data import Tiles, confusion_matrix, label_to_class, scores, sliding_window
+from data import Tiles, confusion_matrix, label_to_class, scene_flags, scores, sliding_window
 from models import (DeepLabV3Plus, MaskedAutoencoder, ViT, build_segmenter, load_checkpoint, load_segmenter, loss_count, save_checkpoint,
                     segmentation_loss)
+from tools import map_scene
 
 TRAINED = ['--decoder=linear', '--batch_size=8', '--eval_every=10']
 
@@ -326,6 +328,29 @@ def test_label_share_reaches_training_and_floors(scene_data, tmp_path):
     assert [key for key in json.load(open(os.path.join(scene_data, 'floors.json'))) if '0.02 of the labels' in key]
     assert reports[0]['floors']['window']['oa'] >= reports[1]['floors']['window']['oa']
     assert np.sum(reports[0]['confusion_matrix']) == np.sum(reports[1]['confusion_matrix'])  # the test labels are all there
+
+
+def test_a_share_of_the_labels_is_as_a_data_set_that_has_no_others(scene_data, tmp_path):
+    """Weights of classes come from the labels that are kept"""
+    shutil.copytree(scene_data, tmp_path / 'few')
+    kept = Tiles(scene_data, 'tr', label_share=0.05).labels
+    np.save(tmp_path / 'few' / 'tr_labels.npy', kept)
+    meta = json.load(open(tmp_path / 'few' / 'meta.json'))
+    meta['class_counts']['tr'] = np.bincount(kept.ravel(), minlength=meta['num_classes'] + 1)[1:].tolist()
+    json.dump(meta, open(tmp_path / 'few' / 'meta.json', 'w'))
+    found = []
+    for data, share in ((scene_data, 0.05), (tmp_path / 'few', 1.0)):
+        run('segment.py', *TRAINED, f'--data={data}', f'--label_share={share}', '--class_weights=inverse', '--steps=2', '--log_every=1', f'--out_dir={tmp_path}/{share}')
+        found.append([json.loads(line)['loss'] for line in open(tmp_path / str(share) / 'log.jsonl') if 'loss' in line])
+    assert found[0] == found[1] and len(found[0]) == 2
+
+
+def test_the_printed_map_command_reads_a_scene_as_the_tiler_was_told_to():
+    meta = {'scenes': ['a.mat'], 'split': 'blocks', 'settings': dict(axes='hwc', nodata=0.0, drop_bands='', keep_bad_bands=True, root='.')}
+    assert scene_flags(meta) == {'scene': 'a.mat', 'axes': 'hwc', 'nodata': 0.0, 'keep_bad_bands': True}
+    map_scene.parse([f'--{name}={value}' for name, value in scene_flags(meta).items()])  # all of them are its flags
+    meta['settings'] |= dict(axes='', nodata=None, keep_bad_bands=False)
+    assert scene_flags(meta) == {'scene': 'a.mat'}
 
 
 # ============ why the dissertation failed ============

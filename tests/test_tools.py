@@ -73,7 +73,7 @@ DEGREES = ['Geographic Lat/Lon', 1.5, 1.5, 13.1, 52.4, 0.001, 0.002, 'WGS-84', '
 
 
 def flags_of(scene, out='map.tif', *more):
-    return map_scene.read_flags([f'--scene={scene}', f'--out={out}', *more])
+    return map_scene.parse([f'--scene={scene}', f'--out={out}', *more])
 
 
 def map_envi(info, folder):
@@ -785,6 +785,8 @@ def test_the_table_averages_seeds_and_nothing_else(tmp_path, capsys):
     # one encoder on three splits, one of them twice
     runs += [write_report(tmp_path / f'b_{i}', seed=n, data=f'data/b_{n}')
              for i, n in enumerate((0, 1, 2, 2))]
+    # tiles whose number is no seed's
+    runs += [write_report(tmp_path / f'c_{n}', seed=n, data='data/c_0/') for n in (0, 1, 2)]
     found = tables(runs, capsys)
     methods = {title: {name: (cells[2], cells[-1]) for name, cells in rows.items()
                        if 'floor' not in name} for title, rows in found.items()}
@@ -794,7 +796,8 @@ def test_the_table_averages_seeds_and_nothing_else(tmp_path, capsys):
                            'MAE + logistic steps=99': ('50.0 ±    -', '1')},
         'data/scene_2013' + share: {'MAE + logistic': ('50.0 ±    -', '1')},
         'data/scene_2018' + share: {'MAE + logistic': ('60.0 ±    -', '1')},  # the last one counts
-        'data/b' + share: {'MAE + logistic': ('50.0 ±  0.0', '3')}}
+        'data/b' + share: {'MAE + logistic': ('50.0 ±  0.0', '3')},
+        'data/c_0' + share: {'MAE + logistic': ('50.0 ±  0.0', '3')}}
     # floors of two data sets: 0.3 and 0.4
     assert found['data/a' + share]['window floor'][2] == '35.0 ±  7.1'
 

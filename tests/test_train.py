@@ -1,5 +1,6 @@
 """The training scripts as a user runs them: exact resume, several processes, signals, full disks, bad numbers, mistakes."""
 import functools
+import importlib
 import json
 import os
 import pickle
@@ -79,6 +80,8 @@ def test_12_steps_are_5_and_7_bit_for_bit(script, processes, scene_data, whole, 
     assert load_checkpoint(tmp_path / 'parts' / 'last.pt')['step'] == 12
     assert equal(weights(reference), weights(tmp_path / 'parts'))
     assert losses(reference) == losses(tmp_path / 'parts')
+    seconds = [json.loads(line)['seconds'] for line in open(tmp_path / 'parts' / 'log.jsonl') if 'seconds' in line]
+    assert seconds == sorted(seconds)  # those of the first part count on
 
 
 @pytest.mark.parametrize('script', [slow_unless([('pretrain_mae.py',), ('pretrain_dino_hsi.py',)], s) for s in SCRIPTS[:4]])  # the baseline's batch norm sees a process's tiles only, on CPU (SyncBatchNorm on CUDA)
@@ -86,6 +89,11 @@ def test_two_processes_are_one(script, scene_data, tmp_path):
     for n in (1, 2):
         train(script, scene_data, tmp_path / str(n), '--max_steps=3', '--dtype=float32', *ONE_STREAM_OF_NOISE[script], processes=n)
     np.testing.assert_allclose(losses(tmp_path / '1'), losses(tmp_path / '2'), rtol=1e-6)
+    logs = [[json.loads(line) for line in open(tmp_path / n / 'log.jsonl') if 'grad_norm' in line] for n in '12']
+    for one, two in zip(*logs):  # all of the log is of all processes, not of the first one's share
+        assert one.keys() == two.keys()
+        for name in one.keys() - {'seconds'}:
+            assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-6), name
     one, two = weights(tmp_path / '1'), weights(tmp_path / '2')
     for name in one:
         if name.endswith('qkv.bias'):  # a key's bias cancels in the softmax: its gradient is rounding noise, which AdamW blows up
@@ -131,7 +139,7 @@ def altered_copy(script, folder, *changes):
                                                for script in SCRIPTS for n in (1, 2)])
 def test_sigterm_loses_nothing(script, processes, scene_data, whole, tmp_path):
     # it sleeps in each step, so that the signal comes in mid-run
-    slow = altered_copy(script, tmp_path / 'slow', ('        bar.update()', '        bar.update()\n        time.sleep(0.3)'))
+    slow = altered_copy(script, tmp_path / 'slow', ('        bar.update()', f'        bar.update()\n        time.sleep(0.3)\n        open(f"{tmp_path}/pid{{rank}}", "w").write(str(os.getpid()))'))
     launcher = [sys.executable] + (['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone'] if processes == 2 else [])
     process = subprocess.Popen([*launcher, str(slow), *FLAGS[script], f'--data={scene_data}', f'--out_dir={tmp_path / "run"}', '--max_steps=12'],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
@@ -143,7 +151,8 @@ def test_sigterm_loses_nothing(script, processes, scene_data, whole, tmp_path):
     if processes == 1:
         process.terminate()
     else:
-        os.killpg(process.pid, signal.SIGTERM)
+        for pid in (int((tmp_path / 'pid0').read_text()), int((tmp_path / 'pid1').read_text()), process.pid):
+            os.kill(pid, signal.SIGTERM)  # all of them, as a scheduler does; torchrun sends it to its processes once more
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM if processes == 1 else process.returncode, output
     assert 'interrupted by signal 15' in output
@@ -152,6 +161,43 @@ def test_sigterm_loses_nothing(script, processes, scene_data, whole, tmp_path):
     train(script, scene_data, tmp_path / 'run', '--max_steps=12', processes=processes)
     if processes == 1:
         assert equal(weights(whole(script)), weights(tmp_path / 'run'))
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_a_second_signal_ends_the_program_but_not_within_seconds(script, monkeypatch):
+    module, ended = importlib.import_module(script[:-3]), []
+    monkeypatch.setattr(os, '_exit', ended.append)
+    monkeypatch.setattr(module, 'stop_signal', 0)
+    monkeypatch.setattr(module, 'stop_time', 0.0)
+    module.note_signal(signal.SIGTERM, None)
+    module.note_signal(signal.SIGTERM, None)  # of torchrun
+    assert not ended and module.stop_signal == signal.SIGTERM
+    module.stop_time -= 10
+    module.note_signal(signal.SIGINT, None)
+    assert ended == [128 + signal.SIGINT]
+
+
+def stop_at_the_last_score():
+    """For run(prepare=): the second scoring is interrupted"""
+    import data
+    evaluate, calls = data.evaluate, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+    data.evaluate = interrupted
+
+
+@pytest.mark.parametrize('script', ['segment.py', pytest.param('baseline_deeplab.py', marks=pytest.mark.slow)])
+def test_a_run_that_is_stopped_or_shortened_at_its_end_goes_on_to_its_report(script, scene_data, tmp_path):
+    flags = [script, f'--data={scene_data}', '--steps=2', '--batch_size=4', *(['--decoder=linear'] if script == 'segment.py' else ['--width=8']), f'--out_dir={tmp_path}/run']
+    done = run(*flags, check=False, prepare=stop_at_the_last_score)
+    assert done.returncode == 128 + signal.SIGTERM and not (tmp_path / 'run' / 'report.json').exists()
+    assert load_checkpoint(tmp_path / 'run' / 'last.pt')['step'] == 2
+    run(*flags, '--max_steps=1')  # fewer than it has made: nothing is trained, it is judged
+    assert load_checkpoint(tmp_path / 'run' / 'last.pt')['step'] == 2 and (tmp_path / 'run' / 'report.json').exists()
 
 
 class HostReads(TorchDispatchMode):
@@ -649,6 +695,14 @@ def test_collapse_is_announced(scene_data, tmp_path):
     assert 'the features are collapsing' in done.stdout + done.stderr
     healthy = train('pretrain_dino.py', scene_data, tmp_path / 'healthy', '--max_steps=4', '--warmup=0')
     assert 'collapsing' not in healthy.stdout + healthy.stderr
+
+
+@pytest.mark.parametrize('sign, value', [('teacher_entropy', 1.0), ('feature_std', 0.01)])
+def test_a_collapse_of_the_spectral_stream_is_announced_too(sign, value, scene_data, tmp_path):
+    script = altered_copy('pretrain_dino_hsi.py', tmp_path / 'one_stream', (
+        "        terms |= {f'{name}_spectral'", f"        spectral_terms['{sign}'] = torch.tensor({value})\n        terms |= {{f'{{name}}_spectral'"))
+    done = run(script, *FLAGS['pretrain_dino_hsi.py'], f'--data={scene_data}', f'--out_dir={tmp_path}/run', '--max_steps=2', '--warmup=0')
+    assert 'the features are collapsing' in done.stdout + done.stderr
 
 
 def test_layer_wise_decay_scales_what_is_near_the_input_most():

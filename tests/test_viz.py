@@ -125,13 +125,16 @@ def test_what_an_encoder_knows_of_its_data_decides_what_it_can_look_at(encoders,
     content = load_checkpoint(mae)
     del content['config']['data']  # as of a training loop of one's own
     content['meta']['settings']['normalize'] = 'scene'
+    content['meta']['scale'] = [0.001, 0]
     save_checkpoint(tmp_path / 'other.pt', content)
     directory = load_encoder(mae).config['data']
     scene = make_scene(tmp_path / 's.npz', height=20, width=20)
+    scaled = make_scene(tmp_path / 'scaled.npz', height=20, width=20, scale=0.0001)
     base = ['viz_attention.py', f'--out_dir={tmp_path}/out', '--heads=0']
     run(*base, f'--encoders={tmp_path}/other.pt', f'--data={directory}', '--tiles=0')
     for first, flags, words in (
-            ('', [], 'does not tell the data it was trained on: pass --data'),
+            ('', [], 'does not say which tiles it learned from: pass --data'),
+            ('', [f'--image={scaled}'], 'its values have another scale than the data of'),
             (f'{mae},', [f'--image={scene}'], 'other.pt was trained on standardised scenes')):
         done = run(*base, f'--encoders={first}{tmp_path}/other.pt', *flags, check=False)
         assert done.returncode == 1 and words in done.stderr, done.stderr
@@ -143,7 +146,7 @@ def test_missing_pixels_are_nan_and_the_middle_is_cut_out(encoders, monkeypatch,
     cube[:4, :9] = 5
     scene = make_scene(tmp_path / 's.npz', 30, 50, cube=cube, nodata=5)
     monkeypatch.setattr(viz_attention, 'image', scene)
-    images, meta = viz_attention.read_images(load_encoder(encoders.split(',')[0]), 1)
+    images, meta = viz_attention.read_images(load_encoder(encoders.split(',')[0]), 'last.pt', 1)
     raw = images['s']
     assert raw.shape == (7, 30, 50) and meta['nodata'] == 5
     assert np.isnan(raw[:, :4, :9]).all() and np.isnan(raw).sum() == 7 * 4 * 9

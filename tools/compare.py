@@ -47,7 +47,10 @@ def read_run(path):
         report = read_json(report_path)
     elif not log:
         raise UserError(f'{path}: holds no report.json and no log.jsonl: give directories of runs')
-    return Run(path, log, report, report.get('config', {}))
+    config = report.get('config', {})
+    if config:
+        config['data'] = os.path.normpath(config['data'])
+    return Run(path, log, report, config)
 
 
 # ============ the table ============
@@ -57,8 +60,11 @@ def without_seed(path, seed):
     return re.sub(rf'_{seed}(?=[/\\]|$)', '', path)
 
 
-def data_of(run):
-    return without_seed(os.path.normpath(run.config['data']), run.config['seed'])
+def data_of(run, runs):
+    """Its data: data/ip_0 judged with seed 0 only is seed 0 of data/ip; with more seeds, itself"""
+    data = run.config['data']
+    seeds = {other.config['seed'] for other in runs if other.config['data'] == data}
+    return data if len(seeds) > 1 else without_seed(data, run.config['seed'])
 
 
 def method_of(run, runs):
@@ -69,7 +75,8 @@ def method_of(run, runs):
     # runs/mae_0 that is judged with seed 0 only is seed 0 of runs/mae; with more seeds, itself
     encoder = flags.get('encoder')
     seeds = {other.config['seed'] for other in runs
-             if other.config.get('encoder') == encoder and data_of(other) == data_of(run)}
+             if other.config.get('encoder') == encoder
+             and data_of(other, runs) == data_of(run, runs)}
     if encoder and len(seeds) == 1:
         flags['encoder'] = without_seed(encoder, run.config['seed'])
     return run.report['name'], *flags.items()
@@ -79,7 +86,7 @@ def group_runs(runs):
     """-> dict (data, label share) -> dict method -> dict (data with its seed, seed) -> run"""
     tables = {}
     for run in runs:
-        table = tables.setdefault((data_of(run), run.config['label_share']), {})
+        table = tables.setdefault((data_of(run, runs), run.config['label_share']), {})
         seeds = table.setdefault(method_of(run, runs), {})
         seeds[run.config['data'], run.config['seed']] = run  # the last one, of a run made twice
     return tables

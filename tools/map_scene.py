@@ -30,7 +30,7 @@ from scenes import (UserError, band_matrix, mix_bands, name_bands, normalized, p
                     when_read)
 
 
-def read_flags(argv=None):
+def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
@@ -74,7 +74,7 @@ def open_scene(flags, meta):
     asked_nodata = settings.get('nodata')
     training_nodata = asked_nodata if meta['nodata'] is None else meta['nodata']
     changed = settings.get('bands') or settings.get('pca') or per_scene
-    same_type = changed or scene.cube.dtype.name == meta.get('dtype')  # theirs is not known then
+    same_type = changed or scene.cube.dtype.name == meta.get('dtype')  # changed: not known
     if scene.nodata is None and training_nodata is not None and same_type:
         scene = scene._replace(nodata=training_nodata)
         print('  no nodata value is stated: taken is that of the training data, '
@@ -312,12 +312,8 @@ def save_picture(path, scene, classes, step, meta):
 
 if __name__ == '__main__':
     plain_errors()
-    flags = read_flags()
-    best = os.path.join(flags.run, 'best.pt')
-    if not os.path.isfile(best):
-        raise UserError(f'--run={flags.run}: no best.pt is there: pass the --out_dir of a run of '
-                        'segment.py or baseline_deeplab.py')
-    network = load_segmenter(best)
+    flags = parse()
+    network = load_segmenter(os.path.join(flags.run, 'best.pt'))
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     network.to(device)
     use_bfloat16 = native_bfloat16(device)
