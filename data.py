@@ -1147,8 +1147,8 @@ def draw_probe(axis, log, init_from=''):
 def fit_logistic(x, y, num_classes, max_iter=500):
     """Features x (n, D), classes y (n,) -> weights (D + 1, K), the last row the bias.
 
-    Logistic regression on standardised features, solved by L-BFGS with an L2 penalty of 1
-    (scikit-learn's default).
+    Logistic regression on standardised features with an L2 penalty of 1 (scikit-learn's default),
+    solved by L-BFGS. After 500 iterations its loss is within 1 % of the minimum (docs/log.md).
     """
     center = x.mean(0)
     spread = x.std(0).clamp(min=1e-6)

@@ -2,7 +2,7 @@
 
 The encoder is frozen. A decoder sees the feature maps of its last four blocks, and beside them the
 pixel's spectrum and its means over small windows, and gives each pixel a class. By default it is
-linear and solved to its end (logistic regression), so that nothing but its inputs decides. The
+linear and solved (logistic regression is a convex problem), so that only its inputs decide. The
 scores stand beside those of floors, which use no network: the window floor is the same decoder on
 averaged spectra alone. Compare with a random encoder as well.
 

@@ -114,7 +114,9 @@ def run(script, name, *flags, on_cpu=False, stop_after=0, **environment):
     environment = {**os.environ, 'TORCH_LOGS': 'recompiles', 'PYTHONUNBUFFERED': '1',
                    'CUBLAS_WORKSPACE_CONFIG': ':4096:8', **environment}
     if on_cpu:
-        environment |= {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '4'}
+        environment |= {'CUDA_VISIBLE_DEVICES': ''}
+        if not rehearse:
+            environment |= {'OMP_NUM_THREADS': '4'}
     with open(f'{folder}.txt', 'w+', encoding='utf-8', errors='replace') as said:
         process = subprocess.Popen(command, cwd=out, env=environment, stdout=said,
                                    stderr=subprocess.STDOUT)
@@ -183,7 +185,7 @@ def seconds(function, rounds=5):
 
 def few_steps(*more):
     return [f'--data={demo}', '--log_every=1', '--eval_every=1000', '--probe_tiles=4',
-            '--batch_size=16', *more]
+            f'--batch_size={4 if rehearse else 16}', *more]
 
 
 # ============ right? ============
@@ -196,8 +198,8 @@ def check_right():
                 'compiled': (['--dtype=float32'], exact),
                 'bfloat16': (['--dtype=bfloat16', '--compile=false'], {}),
                 'float16': (['--dtype=float16', '--compile=false'], {})}
-    runs = [((script, f'{script}_{name}', *few_steps('--max_steps=10'), *STILL[script], *flags),
-             options)
+    ten = f'--max_steps={3 if rehearse else 10}'
+    runs = [((script, f'{script}_{name}', *few_steps(ten), *STILL[script], *flags), options)
             for script in PRETRAINERS for name, (flags, options) in variants.items()]
     done = []
     for i in range(0, len(runs), len(variants)):  # a script at a time, or all wait for cores
