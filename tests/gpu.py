@@ -155,7 +155,7 @@ def read_log(path):
 
 def side_by_side(runs):
     """run(*args, **kwargs) of each of (args, kwargs), all at once: for what is not timed"""
-    with ThreadPoolExecutor(1 if rehearse else len(runs)) as pool:
+    with ThreadPoolExecutor(2 if rehearse else len(runs)) as pool:
         waiting = [pool.submit(run, *args, **kwargs) for args, kwargs in runs]
         return [one.result() for one in waiting]
 
