@@ -38,7 +38,7 @@ def test_all_of_it_is_rehearsed_on_a_cpu(tmp_path):
         for name in ('gpu', 'compiled'):  # on a CPU all are the same run
             assert results[f'{script}, ten losses: {name} against cpu' if name == 'gpu' else f'{script}, ten losses: compiled against gpu']['difference'] == 0
         assert results[f'{script}, 12 = 7 + 5 steps']['equal']
-        for kind in ('compiled', 'eager'):
+        for kind in ('compiled', 'eager') if script == 'pretrain_mae' else ('compiled',):
             assert results[f'{script}, base, {kind}']['ms a step'] > 0
             assert os.path.getsize(tmp_path / f'base_{script}_{kind}_profile.txt') > 1000
     assert results['SIGTERM']['exit code'] == 143 and results['SIGTERM']['steps in the log'] >= 3
