@@ -58,7 +58,7 @@ steps = 800  # length of the run
 batch_size = 16  # crops per step, over all processes
 lr = 1e-3  # of AdamW; 1e-4 in the dissertation
 weight_decay = 0.05  # on matrices only
-clip_grad = 5.0  # longest gradient; 0: any
+clip_grad = 5.0  # largest norm of a gradient; 0: any
 # ---- run
 out_dir = 'runs/deeplab'  # one directory a run
 max_steps = 0  # stop here, to go on later; 0: at the end
@@ -83,8 +83,8 @@ stop_signal, stop_time = 0, 0.0
 
 
 def note_signal(number, frame):
-    """SIGTERM or Ctrl-C: the loop saves and exits. One more ends the program at once, but not in
-    the first seconds: torchrun sends on what its processes have got already."""
+    """SIGTERM or Ctrl-C: the loop saves and exits. A second one ends the program, unless it comes
+    within 5 s: then it is the first, sent on by torchrun."""
     global stop_signal, stop_time
     if not stop_signal:
         stop_signal, stop_time = number, time.time()
@@ -268,10 +268,8 @@ if __name__ == '__main__':
         raise UserError(f'{data}: its tiles of "val" have no labels, and the best state is chosen '
                         'by them: tile again with other --shares')
     exponent = {'none': 0.0, 'sqrt': 0.5, 'inverse': 1.0}[class_weights]
-    pixels = meta['class_counts']['tr']
-    if label_share < 1:
-        pixels = np.bincount(train.labels.ravel(), minlength=meta['num_classes'] + 1)[1:]
-    pixels = torch.as_tensor(pixels, dtype=torch.float32, device=device)
+    counts = sum(np.bincount(tile.ravel(), minlength=256) for tile in train.labels)
+    pixels = torch.tensor(counts[1:meta['num_classes'] + 1], dtype=torch.float32, device=device)
     weight = pixels.clamp(min=1) ** -exponent
     weight = weight / weight.mean()
 
@@ -397,12 +395,13 @@ if __name__ == '__main__':
 
     # ---- judge: the best state, on the test split
     bar.close()
+    if world > 1:
+        dist.barrier()  # rank 0 has written best.pt
     if stop_signal:  # while the last state was scored
+        print(f'interrupted by signal {stop_signal}: the same command goes on there')
         sys.exit(128 + stop_signal)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # all is saved: from here on a signal ends at once
-    if world > 1:
-        dist.barrier()  # rank 0 has written best.pt
     best = load_checkpoint(best_path)
     model.load_state_dict(best['model'])
     print(f'the best state on val is that of step {best["step"]}')

@@ -1148,7 +1148,7 @@ def fit_logistic(x, y, num_classes, max_iter=500):
     """Features x (n, D), classes y (n,) -> weights (D + 1, K), the last row the bias.
 
     Logistic regression on standardised features with an L2 penalty of 1 (scikit-learn's default),
-    solved by L-BFGS. After 500 iterations its loss is within 1 % of the minimum (docs/log.md).
+    solved by at most 500 iterations of L-BFGS: to within 1 % of the least loss (docs/log.md).
     """
     center = x.mean(0)
     spread = x.std(0).clamp(min=1e-6)
@@ -1680,7 +1680,7 @@ def scene_flags(meta):
     told = {name: settings.get(name)
             for name in ('axes', 'nodata', 'drop_bands', 'keep_bad_bands')}
     return {'scene': path} | {name: value for name, value in told.items()
-                              if value or value == 0 and value is not False}
+                              if value not in ('', None) and value is not False}
 
 
 def plain_errors():

@@ -415,7 +415,7 @@ class SpatialSpectralViT(ViT):
         if H != W or H not in (self.img_size, self.img_size // 2):
             raise UserError(f'an image of {H} x {W} pixels: token fusion has weights for '
                             f'{self.img_size} and {self.img_size // 2} px only: give images of '
-                            'that side (in viz_attention.py by --window), or train with '
+                            'one of these (in viz_attention.py by --window), or train with '
                             '--fusion=channel')
         return H != self.img_size
 
@@ -1167,8 +1167,8 @@ def load_segmenter(path):
     what load_encoder() gives, and `.window`: the side it is to be used at, px.
     """
     if not os.path.isfile(path):
-        raise UserError(f'{path}: is not there: pass the --out_dir of a run of segment.py or '
-                        'baseline_deeplab.py that has ended')
+        raise UserError(f'{path}: is not there: segment.py and baseline_deeplab.py write it into '
+                        'their --out_dir')
     checkpoint = load_run(path)
     config, args = checkpoint['config'], checkpoint['encoder_args']
     if 'window' not in checkpoint:

@@ -81,7 +81,7 @@ ffn = 'swiglu'  # swiglu | mlp: the MLP of a block (DINOv2 has swiglu)
 spectral_patch_size = 2  # bands in a spectral token; 8 or more for 200 bands
 fusion = 'channel'  # channel | token: what fusion mixes (token: dissertation)
 drop_path_rate = 0.1  # probability that a sample skips a residual branch
-init_from = ''  # checkpoint to start from; the encoder gets its size
+init_from = ''  # checkpoint to start from; its encoder's size is taken
 # ---- method
 out_dim = 256  # prototypes K; 131,072 in DINOv2, for 142 million images
 ibot_weight = 0.0  # weight of the loss on masked tokens; use 1 for many different scenes
@@ -89,8 +89,8 @@ koleo_weight = 1.0  # weight of the loss that spreads cls features; 0.1 in DINOv
 spectral_weight = 0.3  # weight of all losses of the spectral stream
 mask_probability = 0.8  # share of global crops the student sees masked, also without iBOT
 mask_ratio_min = 0.3  # smallest share masked in such a crop
-mask_ratio_max = 0.7  # largest share, of patches
-spectral_mask_ratio_max = 0.6  # largest share, of band groups
+mask_ratio_max = 0.7  # largest share of patches
+spectral_mask_ratio_max = 0.6  # largest share of band groups
 teacher_temp = 0.05  # temperature of the teacher's targets, rising from 0.04
 momentum_teacher = 0.98  # share of itself the teacher keeps, rising to 1 by a cosine
 # ---- optimizer
@@ -111,7 +111,7 @@ save_every = 100  # steps between checkpoints
 probe_tiles = 64  # tiles of each split that the probe looks at
 dtype = 'auto'  # auto | bfloat16 | float16 | float32: auto is bfloat16 if native, else float32
 compile = True  # torch.compile, on a GPU
-cuda_graphs = False  # keep: the number of masked tokens changes
+cuda_graphs = False  # no use: masked tokens change in number
 wandb_log = False  # send the log to wandb.ai as well
 
 LARGE = dict(img_size=64, local_crops_size=32, local_crops_number=8, global_scale_min=0.4,
@@ -217,7 +217,7 @@ def all_rows(x):
 
 
 def total_logsumexp(x):
-    """log sum exp over the rows of x (B, K), of all processes taken as one -> (1, K)"""
+    """log sum exp over the rows of x (n, K), of all processes taken as one -> (1, K)"""
     value = torch.logsumexp(x, dim=0, keepdim=True)
     return torch.logsumexp(all_rows(value), dim=0, keepdim=True)
 
@@ -290,8 +290,8 @@ def koleo_loss(features, eps=1e-8):
 @torch.no_grad()
 def signs_of_collapse(cls_features, target):
     """For the log: entropy of the targets (2B, K) as a share of ln K (1: they say nothing), spread
-    of features (2B, D) (0: all the same, 1: as random vectors), share of the prototypes, of the
-    crops if there are fewer, that are some crop's first choice"""
+    of features (2B, D) (0: all the same, 1: as random vectors), prototypes that are some crop's
+    first choice, over the most there can be"""
     entropy = -(target * target.clamp(min=1e-30).log()).sum(1).mean()
     features = all_rows(F.normalize(cls_features.float(), dim=-1))
     first_choice = all_rows(target.argmax(1))
@@ -470,8 +470,8 @@ def set_schedules(optimizer, step):
 
 
 def build_model(meta, source=''):
-    """-> student and teacher, and the arguments that build their encoder again. It has the shape
-    of the one in the checkpoint `source`, if one is given."""
+    """-> student and teacher, and the arguments that build their encoder again. The
+    encoder has the shape of that in the checkpoint `source`, if given."""
     hidden_dim, bottleneck_dim = (512, 64) if size == 'tiny' else (2048, 256)
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
                         ffn=ffn, num_register_tokens=4, init_values=1.0, mask_token=True,
@@ -513,8 +513,8 @@ stop_signal, stop_time = 0, 0.0
 
 
 def note_signal(number, frame):
-    """SIGTERM or Ctrl-C: the loop saves and exits. One more ends the program at once, but not in
-    the first seconds: torchrun sends on what its processes have got already."""
+    """SIGTERM or Ctrl-C: the loop saves and exits. A second one ends the program, unless it comes
+    within 5 s: then it is the first, sent on by torchrun."""
     global stop_signal, stop_time
     if not stop_signal:
         stop_signal, stop_time = number, time.time()
@@ -537,9 +537,9 @@ def save_curves(path, log):
     left.set(xlabel='step', ylabel='cross-entropy')
     for name, bad in {'teacher_entropy': 1, 'feature_std': 0, 'prototypes_used': 0}.items():
         line, = middle.plot(at, [entry[name] for entry in trained], label=f'{name} (bad: {bad})')
-        spectral = [entry[f'{name}_spectral'] for entry in trained]
-        middle.plot(at, spectral, '--', color=line.get_color())  # dashed: the spectral stream
-    middle.set(xlabel='step', ylabel='signs of collapse', ylim=(0, 1.05))
+        spectral = [entry.get(f'{name}_spectral', math.nan) for entry in trained]
+        middle.plot(at, spectral, '--', color=line.get_color())
+    middle.set(xlabel='step', ylabel='signs of collapse (dashed: spectral)', ylim=(0, 1.05))
     left.legend(fontsize=8)
     middle.legend(fontsize=8)
     draw_probe(right, log, init_from)

@@ -53,7 +53,7 @@ data = 'data/demo'  # tile directory; its bands are those of the encoder
 img_size = 16  # side of the global crops, px
 local_crops_size = 8  # side of the local crops, px
 local_crops_number = 2  # local crops of a tile
-global_scale_min = 0.7  # smallest global crop, share of the window read
+global_scale_min = 0.7  # smallest global crop, share of img_size x img_size
 local_scale_min = 0.3  # smallest local crop, likewise a share
 local_scale_max = 0.4  # largest local crop, likewise a share
 whiten = 16  # components that decorrelate the bands (ZCA); 0: standardise each
@@ -65,7 +65,7 @@ band_dropout = 0.3  # probability that a crop lacks a run of neighbouring bands
 # ---- model
 size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)
 patch_size = 4  # side of a patch, px
-init_from = ''  # checkpoint to start from; the encoder gets its size
+init_from = ''  # checkpoint to start from; its encoder's size is taken
 # ---- method
 sigreg_weight = 0.2  # lambda, the share of SIGReg in the loss; the invariance has the rest
 num_directions = 256  # random projections of the embeddings in a step, for SIGReg
@@ -248,8 +248,8 @@ def learning_rate(step):
 
 
 def build_model(meta, source=''):
-    """-> the model for the data's bands, and the arguments that build its encoder again. It has
-    the shape of the one in the checkpoint `source`, if one is given."""
+    """-> the model for the data's bands, and the arguments that build its encoder again. The
+    encoder has the shape of that in the checkpoint `source`, if given."""
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
                         **SIZES[size])
     encoder_args.update(encoder_shape(source))
@@ -276,8 +276,8 @@ stop_signal, stop_time = 0, 0.0
 
 
 def note_signal(number, frame):
-    """SIGTERM or Ctrl-C: the loop saves and exits. One more ends the program at once, but not in
-    the first seconds: torchrun sends on what its processes have got already."""
+    """SIGTERM or Ctrl-C: the loop saves and exits. A second one ends the program, unless it comes
+    within 5 s: then it is the first, sent on by torchrun."""
     global stop_signal, stop_time
     if not stop_signal:
         stop_signal, stop_time = number, time.time()

@@ -54,7 +54,7 @@ patch_size = 4  # side of a patch, px
 dropout = 0.0  # probability that a unit is dropped; 0 in MAE, 0.1 in the dissertation
 mask_ratio = 0.75  # share of the patches that is hidden (MAE, Figure 5)
 norm_pix_loss = False  # targets of mean 0 and std 1 in each patch (MAE, Table 1d)
-init_from = ''  # checkpoint to start from; the encoder gets its size
+init_from = ''  # checkpoint to start from; its encoder's size is taken
 freeze_encoder = False  # only the decoder learns (the dissertation's proof of concept)
 # ---- optimizer
 steps = 400  # length of the run
@@ -162,8 +162,8 @@ stop_signal, stop_time = 0, 0.0
 
 
 def note_signal(number, frame):
-    """SIGTERM or Ctrl-C: the loop saves and exits. One more ends the program at once, but not in
-    the first seconds: torchrun sends on what its processes have got already."""
+    """SIGTERM or Ctrl-C: the loop saves and exits. A second one ends the program, unless it comes
+    within 5 s: then it is the first, sent on by torchrun."""
     global stop_signal, stop_time
     if not stop_signal:
         stop_signal, stop_time = number, time.time()
@@ -204,7 +204,7 @@ def save_curves(path, log):
     left, right = figure.subplots(1, 2)
     trained = [entry for entry in log if 'loss' in entry]
     left.plot([entry['step'] for entry in trained], [entry['loss'] for entry in trained])
-    left.set(xlabel='step', ylabel='mean squared error (1: nothing learned)')
+    left.set(xlabel='step', ylabel='loss (mean squared error)')
     draw_probe(right, log, init_from)
     save_figure(figure, path)
 

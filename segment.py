@@ -97,8 +97,8 @@ stop_signal, stop_time = 0, 0.0
 
 
 def note_signal(number, frame):
-    """SIGTERM or Ctrl-C: the loop saves and exits. One more ends the program at once, but not in
-    the first seconds: torchrun sends on what its processes have got already."""
+    """SIGTERM or Ctrl-C: the loop saves and exits. A second one ends the program, unless it comes
+    within 5 s: then it is the first, sent on by torchrun."""
     global stop_signal, stop_time
     if not stop_signal:
         stop_signal, stop_time = number, time.time()
@@ -254,7 +254,7 @@ if __name__ == '__main__':
     name = f'{method} + {decoder}'
     if crop_size % vit.patch_size or tile_size % vit.patch_size:
         raise UserError(f'tiles of {tile_size} px and crops of {crop_size} px do not divide into '
-                        f'patches of {vit.patch_size} px: choose --crop_size or --patch_size')
+                        f'patches of {vit.patch_size} px: pass another --crop_size, or tile again')
     model = build_segmenter(vit, meta['num_classes'], decoder, freeze, pixel).to(device).train()
     if world > 1 and on_gpu and not freeze:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # it has no CPU form
@@ -325,7 +325,7 @@ if __name__ == '__main__':
 
     # ---- a solved decoder
     def features_of(x):
-        """Whitened tiles -> maps of the frozen encoder (B, 4*D, h, w)"""
+        """Standardised tiles -> maps of the frozen encoder (B, 4*D, h, w)"""
         with autocast:
             return model.features(x).float()
 
@@ -339,12 +339,14 @@ if __name__ == '__main__':
         return torch.cat([maps, model.spectra(x)], dim=1)
 
     if decoder == 'logistic':
+        if stop_signal:
+            sys.exit(128 + stop_signal)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # there is nothing to save before the end
         inputs = features_and_spectra if pixel else features
         x, y, _ = labelled_pixels(train, inputs, 50_000, device=device)
-        print(f'solving the decoder on {len(y):,} labelled pixels of the training tiles (a pixel '
-              'counts twice where tiles overlap): minutes')
+        print(f'solving the decoder on {len(y):,} labelled pixels of the training tiles (each '
+              'counts once for every tile it is in): minutes')
         about, rows = {'best_step': 0}, {}
         if pixel:  # first without it
             columns = 4 * vit.embed_dim
@@ -380,10 +382,8 @@ if __name__ == '__main__':
         raise UserError(f'{data}: its tiles of "val" have no labels, and the best state is chosen '
                         'by them: tile again with other --shares')
     exponent = {'none': 0.0, 'sqrt': 0.5, 'inverse': 1.0}[class_weights]
-    pixels = meta['class_counts']['tr']
-    if label_share < 1:
-        pixels = np.bincount(train.labels.ravel(), minlength=meta['num_classes'] + 1)[1:]
-    pixels = torch.as_tensor(pixels, dtype=torch.float32, device=device)
+    counts = sum(np.bincount(tile.ravel(), minlength=256) for tile in train.labels)
+    pixels = torch.tensor(counts[1:meta['num_classes'] + 1], dtype=torch.float32, device=device)
     weight = pixels.clamp(min=1) ** -exponent
     weight = weight / weight.mean()
 
@@ -512,12 +512,13 @@ if __name__ == '__main__':
 
     # ---- judge: the best state, on the test split
     bar.close()
+    if world > 1:
+        dist.barrier()  # rank 0 has written best.pt
     if stop_signal:  # while the last state was scored
+        print(f'interrupted by signal {stop_signal}: the same command goes on there')
         sys.exit(128 + stop_signal)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # all is saved: from here on a signal ends at once
-    if world > 1:
-        dist.barrier()  # rank 0 has written best.pt
     best = load_checkpoint(best_path)
     model.load_state_dict(best['model'])
     print(f'the best state on val is that of step {best["step"]}')

@@ -120,7 +120,7 @@ def draw_row(row, raw, encoder, meta, pixel):
         look = {}
         if values.ndim == 2:
             look = dict(cmap='viridis', norm=PowerNorm(0.5, 0, np.quantile(values, 0.99)))
-            axis.set_xlabel(f'max. {values.max():.1f} shares', fontsize=7)
+            axis.set_xlabel(f'max. {values.max():.1f} x even', fontsize=7)
         axis.imshow(values, extent=(0, W, H, 0), interpolation='nearest', **look)
     for axis in (row[0], row[2]):
         corner = (pixel[1] // P * P, pixel[0] // P * P)
@@ -156,11 +156,8 @@ def read_images(encoder, path, unit):
     --image does not tell is as in the data of the encoder, whose file is `path`."""
     if image:
         scene = read_scene(image)
-        own, learned = scene.scale, encoder.meta.get('scale')
-        if own and learned and tuple(own) != tuple(learned):
-            raise UserError(f'--image={image}: its values have another scale than the data '
-                            f'of {path}: tile it, and pass the tiles as --data')
-        meta = {**encoder.meta, 'num_bands': len(scene.cube), 'components': None}
+        meta = {**encoder.meta, 'num_bands': len(scene.cube), 'components': None,
+                'scale': scene.scale}
         meta['wavelengths_nm'] = scene.wavelengths_nm or meta['wavelengths_nm']
         meta['nodata'] = meta['nodata'] if scene.nodata is None else scene.nodata
         cubes = {os.path.splitext(os.path.basename(image))[0]: scene.cube}
@@ -211,6 +208,10 @@ if __name__ == '__main__':
         if image and settings.get('normalize') == 'scene':
             raise UserError(f'--image={image}: {path} was trained on standardised scenes: tile '
                             'this one with --normalize=scene, and pass the tiles as --data')
+        own, learned = meta.get('scale'), encoder.meta.get('scale')
+        if own and learned and tuple(own) != tuple(learned):
+            raise UserError(f'{image or data}: the values have another scale than those that '
+                            f'{path} was trained on: give them in the same units')
         depth = len(encoder.blocks)
         if not -depth <= block < depth:
             raise UserError(f'--block={block}: {path} has blocks 0 to {depth - 1}, or -1 for the '

@@ -198,8 +198,8 @@ def check_right():
                 'compiled': (['--dtype=float32'], exact),
                 'bfloat16': (['--dtype=bfloat16', '--compile=false'], {}),
                 'float16': (['--dtype=float16', '--compile=false'], {})}
-    ten = f'--max_steps={3 if rehearse else 10}'
-    runs = [((script, f'{script}_{name}', *few_steps(ten), *STILL[script], *flags), options)
+    few = f'--max_steps={3 if rehearse else 10}'
+    runs = [((script, f'{script}_{name}', *few_steps(few), *STILL[script], *flags), options)
             for script in PRETRAINERS for name, (flags, options) in variants.items()]
     done = []
     for i in range(0, len(runs), len(variants)):  # a script at a time, or all wait for cores

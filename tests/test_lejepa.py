@@ -1,4 +1,5 @@
 """LeJEPA: SIGReg and the invariance against float64 formulas, what they do to embeddings, 1 and 2 processes, resume, the encoder in use."""
+import json
 import math
 import os
 
@@ -208,6 +209,10 @@ def test_two_processes_are_one(scene_data, tmp_path):
     for n in (1, 2):
         train(scene_data, tmp_path / str(n), '--max_steps=3', '--dtype=float32', processes=n)
     np.testing.assert_allclose(losses(tmp_path / '1'), losses(tmp_path / '2'), rtol=1e-5)
+    logs = [[json.loads(line) for line in open(tmp_path / n / 'log.jsonl') if 'sigreg' in line] for n in '12']
+    for one, two in zip(*logs):
+        for name in ('invariance', 'sigreg', 'feature_std'):
+            assert one[name] == pytest.approx(two[name], rel=1e-4), name
     one, two = weights(tmp_path / '1'), weights(tmp_path / '2')
     for name in one:
         if name.endswith('qkv.bias'):  # a key's bias cancels in the softmax: its gradient is rounding noise

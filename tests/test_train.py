@@ -703,6 +703,9 @@ def test_a_collapse_of_the_spectral_stream_is_announced_too(sign, value, scene_d
         "        terms |= {f'{name}_spectral'", f"        spectral_terms['{sign}'] = torch.tensor({value})\n        terms |= {{f'{{name}}_spectral'"))
     done = run(script, *FLAGS['pretrain_dino_hsi.py'], f'--data={scene_data}', f'--out_dir={tmp_path}/run', '--max_steps=2', '--warmup=0')
     assert 'the features are collapsing' in done.stdout + done.stderr
+    if sign == 'feature_std':
+        healthy = train('pretrain_dino_hsi.py', scene_data, tmp_path / 'healthy', '--max_steps=2', '--warmup=0')
+        assert 'collapsing' not in healthy.stdout + healthy.stderr
 
 
 def test_layer_wise_decay_scales_what_is_near_the_input_most():

@@ -124,8 +124,9 @@ def test_what_an_encoder_knows_of_its_data_decides_what_it_can_look_at(encoders,
     mae, _ = encoders.split(',')
     content = load_checkpoint(mae)
     del content['config']['data']  # as of a training loop of one's own
-    content['meta']['settings']['normalize'] = 'scene'
     content['meta']['scale'] = [0.001, 0]
+    save_checkpoint(tmp_path / 'in_thousandths.pt', content)
+    content['meta']['settings']['normalize'] = 'scene'
     save_checkpoint(tmp_path / 'other.pt', content)
     directory = load_encoder(mae).config['data']
     scene = make_scene(tmp_path / 's.npz', height=20, width=20)
@@ -134,7 +135,7 @@ def test_what_an_encoder_knows_of_its_data_decides_what_it_can_look_at(encoders,
     run(*base, f'--encoders={tmp_path}/other.pt', f'--data={directory}', '--tiles=0')
     for first, flags, words in (
             ('', [], 'does not say which tiles it learned from: pass --data'),
-            ('', [f'--image={scaled}'], 'its values have another scale than the data of'),
+            (f'{tmp_path}/in_thousandths.pt,', [f'--image={scaled}'], 'the values have another scale than those that'),
             (f'{mae},', [f'--image={scene}'], 'other.pt was trained on standardised scenes')):
         done = run(*base, f'--encoders={first}{tmp_path}/other.pt', *flags, check=False)
         assert done.returncode == 1 and words in done.stderr, done.stderr

@@ -62,8 +62,9 @@ def without_seed(path, seed):
 
 def data_of(run, runs):
     """Its data: data/ip_0 judged with seed 0 only is seed 0 of data/ip; with more seeds, itself"""
-    data = run.config['data']
-    seeds = {other.config['seed'] for other in runs if other.config['data'] == data}
+    data, name = run.config['data'], run.report['name']
+    seeds = {other.config['seed'] for other in runs
+             if other.config['data'] == data and other.report['name'] == name}
     return data if len(seeds) > 1 else without_seed(data, run.config['seed'])
 
 
