@@ -226,8 +226,8 @@ def test_a_run_holds_what_a_reader_needs_and_its_encoder_is_used(scene_data, who
     encoder = load_encoder(whole / 'last.pt')
     own = {name.removeprefix('encoder.'): value for name, value in weights(whole).items() if name.startswith('encoder.')}
     assert equal(own, encoder.state_dict()) and encoder.script == 'pretrain_lejepa.py'
-    done = run('segment.py', f'--encoder={whole}/last.pt', f'--data={scene_data}', f'--out_dir={tmp_path}/judged')
-    assert 'LeJEPA + logistic' in done.stdout
+    done = run('segment.py', f'--encoder={whole}/last.pt', f'--data={scene_data}', f'--out_dir={tmp_path}/judged', '--decoder=linear', '--steps=1')
+    assert 'LeJEPA + linear' in done.stdout
     run('viz_attention.py', f'--encoders={whole}/last.pt', f'--data={scene_data}', f'--out_dir={tmp_path}/maps')
     assert os.listdir(tmp_path / 'maps')
 
