@@ -248,7 +248,7 @@ def losses(out):
     return [entry['loss'] for entry in map(json.loads, open(os.path.join(out, 'log.jsonl'))) if 'loss' in entry]
 
 
-JUDGE = ['segment.py', '--decoder=linear', '--steps=1']
+JUDGE = ['segment.py', '--decoder=linear', '--steps=1', '--label_share=0.1']
 
 
 @pytest.mark.slow

@@ -243,7 +243,7 @@ def test_other_scripts_start_from_its_encoder_and_it_from_theirs(scene_data, who
 
 
 def test_without_sigreg_the_features_collapse_and_it_is_said(scene_data, tmp_path):
-    flags = ['--max_steps=60', '--warmup=0', '--log_every=10', '--eval_every=100', '--base_lr=0.1', '--steps=60']
+    flags = ['--max_steps=10', '--warmup=0', '--log_every=10', '--eval_every=100', '--base_lr=0.1', '--steps=60']
     done = train(scene_data, tmp_path / 'run', '--sigreg_weight=0', *flags)
     assert 'the features are collapsing' in done.stdout + done.stderr
     healthy = train(scene_data, tmp_path / 'healthy', *flags)

@@ -401,7 +401,7 @@ def test_names_inside_files_are_never_paths(tmp_path, whole):
     torch.save(checkpoint, home / 'in' / 'last.pt')
     before = {path: os.stat(path).st_mtime_ns for path in map(str, tmp_path.rglob('*')) if os.path.isfile(path)}
     run('data.py', 'tile', f'--root={scene}', f'--out={home}/tiles', '--tile_size=16', '--split_block=8', cwd=home / 'in')
-    train('segment.py', home / 'tiles', home / 'run', f'--encoder={home}/in/last.pt', '--steps=2', cwd=home / 'in')
+    train('segment.py', home / 'tiles', home / 'run', f'--encoder={home}/in/last.pt', '--steps=2', '--label_share=0.1', cwd=home / 'in')
     run('tools/map_scene.py', f'--run={home}/run', f'--scene={scene}', f'--out={home}/map/map.tif', cwd=home / 'in')
     assert os.path.exists(home / 'map' / 'map.tif')
     after = {path: os.stat(path).st_mtime_ns for path in map(str, tmp_path.rglob('*')) if os.path.isfile(path)}

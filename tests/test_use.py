@@ -22,7 +22,7 @@ import pretrain_mae
 from conftest import MAE_TINY, ROOT, made_once, make_scene, run, tiled
 from data import Tiles, UserError, lock_directory, next_command
 from models import MaskedAutoencoder, SpatialSpectralViT, dense_features, load_checkpoint, load_encoder, save_checkpoint, start_from
-from test_train import FLAGS, JUDGES, PRETRAINERS, altered_copy, equal, losses, train, weights
+from test_train import FLAGS, JUDGES, PRETRAINERS, altered_copy, equal, losses, train, weights, whole  # noqa: F401  a fixture
 
 MAE = [*MAE_TINY, '--whiten=3', '--max_steps=2']
 JUDGED = ['--decoder=linear', '--steps=20', '--eval_every=20']  # seconds less than to solve it, and it knows more than one class
@@ -168,17 +168,17 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(script, scene_da
     assert 'parameters' not in done.stdout
 
 
-def test_data_that_were_moved_are_the_same_data_and_others_are_not(scene_data, runs, tmp_path):
+def test_data_that_were_moved_are_the_same_data_and_others_are_not(scene_data, whole, runs, tmp_path):
     shutil.copytree(runs / 'runs' / 'mae', tmp_path / 'run')
     shutil.copytree(runs / 'data' / 'demo', tmp_path / 'moved')
     base = ['pretrain_mae.py', *FLAGS['pretrain_mae.py'], f'--out_dir={tmp_path}/run']
-    for step, path in ((3, f'{tmp_path}/moved/'), (4, scene_data), (5, os.path.relpath(scene_data, tmp_path))):
+    for step, path in ((3, f'{tmp_path}/moved/'), (12, os.path.relpath(scene_data, tmp_path))):
         run(*base, f'--data={path}', f'--max_steps={step}', cwd=tmp_path)
-    train('pretrain_mae.py', scene_data, tmp_path / 'quiet', '--max_steps=5')
-    assert equal(weights(tmp_path / 'run'), weights(tmp_path / 'quiet')) and losses(tmp_path / 'run') == losses(tmp_path / 'quiet')
+    quiet = whole('pretrain_mae.py')
+    assert equal(weights(tmp_path / 'run'), weights(quiet)) and losses(tmp_path / 'run') == losses(quiet)
     scene = make_scene(tmp_path / 'other.npz', height=64, width=96, seed=4)
     tiled(scene, tmp_path / 'other', '--tile_size=16', '--split_block=8')
-    done = run(*base, f'--data={tmp_path}/other', '--max_steps=6', check=False)
+    done = run(*base, f'--data={tmp_path}/other', '--max_steps=13', check=False)
     assert done.returncode == 1 and f'covariance and mean and settings and std in meta.json of {tmp_path}/other are not the same' in done.stderr
 
 
@@ -357,11 +357,11 @@ def test_tiles_that_do_not_divide_into_patches_are_refused_before_the_first_step
 
 
 def test_a_float16_run_that_diverges_stops_whether_its_loss_or_only_its_gradient_overflows(scene_data, tmp_path):
-    done = train('pretrain_mae.py', scene_data, tmp_path / 'loss', '--dtype=float16', '--base_lr=30', check=False)
+    flags = [f'--data={scene_data}', '--dtype=float16', '--batch_size=2']  # float16 is slow on a CPU
+    done = run('pretrain_mae.py', *MAE_TINY, *flags, f'--out_dir={tmp_path}/loss', '--base_lr=30', check=False)
     assert done.returncode == 1 and 'the gradient is not finite (loss nan)' in done.stderr and '--dtype=float32' in done.stderr
     copy = altered_copy('pretrain_mae.py', tmp_path / 'copy', ('scaler.scale(loss).backward()', 'scaler.scale(1e9 * loss).backward()'))
-    short = ['--max_steps=3', f'--out_dir={tmp_path}/short']  # it ends before the scale is down: not without a word
-    done = run(copy, *MAE_TINY, f'--data={scene_data}', *short, '--dtype=float16')
+    done = run(copy, *MAE_TINY, *flags, f'--out_dir={tmp_path}/short', '--max_steps=3')  # it ends before the scale is down: not without a word
     assert re.findall(r'step (\d): skipped, since float16 overflowed; its scale is now (\d+)', done.stdout) == [('0', '32768'), ('1', '16384'), ('2', '8192')]
-    done = run(copy, *MAE_TINY, f'--data={scene_data}', f'--out_dir={tmp_path}/gradient', '--dtype=float16', check=False)
+    done = run(copy, *MAE_TINY, *flags, f'--out_dir={tmp_path}/gradient', check=False)
     assert done.returncode == 1 and re.search(r'step 1\d: the gradient is not finite \(loss \d', done.stderr)
