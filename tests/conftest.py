@@ -96,6 +96,14 @@ def run(*args, processes=1, cwd=ROOT, check=True, prepare=None, pictures=False):
     return done
 
 
+def tiled(root, out, *flags):
+    """Tiles of the scenes `root` in the directory `out`, as `data.py tile --root= --out= --flags` makes them, but in this process: for tests whose
+    subject is not the command -> out"""
+    import data  # not above: the fork server loads this file, and each run loads a data.py of its own
+    data.tile(data.parse(['tile', f'--root={root}', f'--out={out}', *flags]))
+    return out
+
+
 def made_once(tmp_path_factory, name, make):
     """The folder `name`, filled by make(folder) in the first of pytest's workers that asks; the others wait for it."""
     root = tmp_path_factory.getbasetemp()
@@ -115,22 +123,20 @@ def made_once(tmp_path_factory, name, make):
 
 @pytest.fixture(scope='session')
 def scene_data(tmp_path_factory):
-    """A tile directory of one small scene: 7 bands, 3 classes, tiles of 16 px."""
+    """A tile directory of one small scene: 7 bands, 3 classes, tiles of 16 px; the floors of all labels and of a tenth are known."""
     from data import floors  # not above: the fork server loads this file, and each run loads a data.py of its own
 
     def make(folder):
         scene = make_scene(folder / 'scene.npz', height=64, width=96)
         run('data.py', 'tile', f'--root={scene}', f'--out={folder / "tiles"}', '--tile_size=16', '--split_block=8')
-        floors(str(folder / 'tiles'), 'ts')
+        for label_share in (1.0, 0.1):
+            floors(str(folder / 'tiles'), 'ts', label_share)
     return str(made_once(tmp_path_factory, 'scene', make) / 'tiles')
 
 
 @pytest.fixture(scope='session')
 def demo(tmp_path_factory):
-    """A folder with the demo's tiles in demo/ and their floors."""
-    from data import floors
-
+    """A folder with the demo's tiles in demo/."""
     def make(folder):
         assert '24 classes' in run('data.py', 'demo', f'--out={folder / "demo"}').stdout
-        floors(str(folder / 'demo'), 'ts')
     return made_once(tmp_path_factory, 'with_demo', make)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 import data
 import scenes
-from conftest import MAE_TINY, ROOT, SCENES, make_scene, run
+from conftest import MAE_TINY, ROOT, SCENES, make_scene, run, tiled
 from data import UserError, Tiles, chance_warning, confusion_matrix, label_to_class, read_scene, scores
 
 
@@ -315,18 +315,18 @@ def whu_layout(root, shape, axes, compression, n=1):
 
 def test_whu_ohs_layout_tiles_trains_and_scores(tmp_path):
     for axes, compression, out in (('CYX', 'zlib', 'planar'), ('YXC', None, 'out')):
-        whu_layout(str(tmp_path / 'whu'), (256, 256), axes, compression)
+        whu_layout(str(tmp_path / 'whu'), (128, 128), axes, compression)
         data.tile(tile_args(root=tmp_path / 'whu', out=tmp_path / out, tile_size=64))
     planar, plain = contents(tmp_path / 'planar'), contents(tmp_path / 'out')
     assert all(planar[name] == plain[name] for name in plain if name.endswith('.npy'))  # both axis orders, plain and deflate
     meta = json.load(open(tmp_path / 'out' / 'meta.json'))
-    assert meta['wavelengths_nm'] == list(data.OHS_NM) and meta['class_names'][23] == 'Ocean' and len(meta['tiles']['tr']) == 16
+    assert meta['wavelengths_nm'] == list(data.OHS_NM) and meta['class_names'][23] == 'Ocean' and len(meta['tiles']['tr']) == 4
     data.tile(tile_args(root=tmp_path / 'whu', out=tmp_path / 'narrow', tile_size=64, bands='500,660,860'))  # its files do not say their wavelengths
     assert Tiles(str(tmp_path / 'narrow'), 'ts').meta['class_names'] == meta['class_names'] and Tiles(str(tmp_path / 'narrow'), 'ts').images.shape[1] == 3
     run('pretrain_mae.py', f'--data={tmp_path / "out"}', f'--out_dir={tmp_path / "mae"}', *MAE_TINY, '--img_size=64', '--patch_size=16',
         '--max_steps=2')
     run('segment.py', f'--data={tmp_path / "out"}', f'--encoder={tmp_path / "mae" / "last.pt"}', f'--out_dir={tmp_path / "seg"}',
-        '--decoder=linear', '--steps=2')
+        '--decoder=linear', '--steps=2', '--label_share=0.1')
     report = json.load(open(tmp_path / 'seg' / 'report.json'))
     assert len(report['scores']['iou']) == 24 and sum(map(sum, report['confusion_matrix'])) == sum(meta['class_counts']['ts'])
 
@@ -419,7 +419,6 @@ def test_a_folder_with_bad_files_keeps_the_good_ones_and_can_be_finished(tmp_pat
     for i in range(1, 6):
         assert failed.stderr.count(f'O1_000{i}.tif: ') == 1, failed.stderr
     assert '5 of 18 inputs' in failed.stderr and not (out / 'meta.json').exists()
-    assert run(*command, check=False).returncode == 1
     (image / 'O1_0005.tif').unlink()
     assert '4 of 17 inputs' in run(*command, check=False).stderr
     run(*command, '--skip_bad=true')
@@ -506,7 +505,7 @@ def test_scenes_that_come_or_go_while_a_directory_is_complete_are_named(tmp_path
 @pytest.mark.parametrize('limit', [3_000, 60_000, 150_000])  # for the first tile, for some, for all but the last
 def test_a_full_disk_is_one_sentence_and_the_same_command_makes_it(limit, tmp_path):
     flags = ['data.py', 'tile', f'--root={make_scene(tmp_path / "s.npz", bands=40)}', '--tile_size=16', '--split_block=8']
-    run(*flags, f'--out={tmp_path / "whole"}')
+    data.tile(data.parse([*flags[1:], f'--out={tmp_path / "whole"}']))
     full = run(*flags, f'--out={tmp_path / "out"}', check=False, prepare=functools.partial(small_disk, limit))
     assert full.returncode == 1 and 'Traceback' not in full.stderr and 'too large' in full.stderr, full.stderr
     with pytest.raises(UserError, match='tile'):
@@ -995,6 +994,8 @@ def test_floors_see_what_there_is_to_see(scene_data):
 
 def test_floors_are_those_of_the_labels_and_tiles_that_are_there(scene_data, tmp_path):
     shutil.copytree(scene_data, tmp_path / 'tiles')
+    path = tmp_path / 'tiles' / 'floors.json'
+    known = len(json.load(open(path)))
     before = data.floors(str(tmp_path / 'tiles'), 'ts')
     assert before == data.floors(scene_data, 'ts')
     labels = np.load(tmp_path / 'tiles' / 'ts_labels.npy')
@@ -1004,10 +1005,10 @@ def test_floors_are_those_of_the_labels_and_tiles_that_are_there(scene_data, tmp
     own_labels = np.load(os.path.join(os.path.dirname(scene_data), 'scene.npz'))['labels']
     scene = make_scene(tmp_path / 'other.npz', height=64, width=96, seed=3, labels=own_labels)  # other spectra alone
     os.remove(tmp_path / 'tiles' / 'meta.json')
-    run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path / "tiles"}', '--tile_size=16', '--split_block=8')
-    assert len(json.load(open(tmp_path / 'tiles' / 'floors.json'))) == 2
+    tiled(scene, tmp_path / 'tiles', '--tile_size=16', '--split_block=8')
+    assert len(json.load(open(path))) == known + 1
     data.floors(str(tmp_path / 'tiles'), 'ts')
-    assert len(json.load(open(tmp_path / 'tiles' / 'floors.json'))) == 3
+    assert len(json.load(open(path))) == known + 2
 
 
 def test_tiles_that_a_run_has_open_outlive_tiling_anew(scene_data, tmp_path):
@@ -1016,7 +1017,7 @@ def test_tiles_that_a_run_has_open_outlive_tiling_anew(scene_data, tmp_path):
     before = np.array(tiles.images)
     os.remove(tmp_path / 'tiles' / 'meta.json')
     scene = make_scene(tmp_path / 'other.npz', height=32, width=32, seed=3)
-    run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path / "tiles"}', '--tile_size=16', '--split_block=8')
+    tiled(scene, tmp_path / 'tiles', '--tile_size=16', '--split_block=8')
     assert len(data.Tiles(str(tmp_path / 'tiles'), 'tr')) < len(tiles)
     np.testing.assert_array_equal(tiles.images, before)  # and no bus error
 
@@ -1030,9 +1031,12 @@ def test_the_demo_is_made_under_any_spelling_of_its_place(tmp_path, monkeypatch)
     assert made == ['data/demo', 'data/demo/', './data/demo']
 
 
-def test_demo_is_hard_enough_but_not_noise(demo):
-    assert glob.glob(str(demo / 'demo' / 'scenes' / 'ts' / 'image' / '*.tif'))
-    rows = data.floors(str(demo / 'demo'), 'ts')
+def test_demo_is_hard_enough_but_not_noise(demo, tmp_path):
+    for folder in ('tr/image', 'tr/label', 'ts/image', 'ts/label'):  # of a few scenes and labels: all of them take ten times as long
+        os.makedirs(tmp_path / 'scenes' / folder)
+        for number in range(1, 7):
+            shutil.copy(demo / 'demo' / 'scenes' / folder / f'D_000{number}.tif', tmp_path / 'scenes' / folder)
+    rows = data.floors(str(tiled(tmp_path / 'scenes', tmp_path / 'tiles')), 'ts', 0.02)
     assert 0.05 < rows['pixel']['miou'] < 0.7 and rows['window']['miou'] > rows['pixel']['miou']
     image = tifffile.imread(demo / 'demo' / 'scenes' / 'tr' / 'image' / 'D_0001.tif')[44:].astype(float)  # below the corner without data
     values, vectors = np.linalg.eigh(np.corrcoef(image.reshape(-1, 32).T))

@@ -1,5 +1,6 @@
 """DINOv2 and its spatial-spectral form: parameter counts, losses against float64 formulas, crops, masks, both fusions."""
 import copy
+import functools
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 import pretrain_dino
 import pretrain_dino_hsi
-from conftest import ROOT, make_scene, run
+from conftest import ROOT, make_scene, run, tiled
 from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by, crop_weights, draw_crops, standardization, standardize,
                   standardize_rows)
 from models import DINOHead, SpatialSpectralViT, ViT
@@ -382,6 +383,11 @@ def masks_one_by_one(n, side, rng, probability, low, high):
     return masks
 
 
+@functools.cache  # seconds, and the same for both scripts
+def many_masks_one_by_one():
+    return masks_one_by_one(3000, 8, np.random.default_rng(1), 0.8, 0.3, 0.7)
+
+
 def shape_of_masks(masks):
     """What tells masks apart: shares of masked patches with a masked neighbour below, beside, none; of corner and middle; the middle half of counts"""
     padded = np.pad(masks, ((0, 0), (1, 1), (1, 1))).astype(int)
@@ -395,7 +401,7 @@ def shape_of_masks(masks):
 def test_masks_of_a_batch_at_once_are_as_those_drawn_one_by_one(script, constants):
     constants(script, mask_probability=0.8, mask_ratio_min=0.3, mask_ratio_max=0.7)
     at_once = script.block_masks(3000, 8, 8, np.random.default_rng(0)).numpy().reshape(-1, 8, 8)
-    one_by_one = masks_one_by_one(3000, 8, np.random.default_rng(1), 0.8, 0.3, 0.7)
+    one_by_one = many_masks_one_by_one()
     np.testing.assert_allclose(shape_of_masks(at_once), shape_of_masks(one_by_one), atol=0.03)
     np.testing.assert_allclose(shape_of_masks(at_once)[:3], shape_of_masks(one_by_one)[:3], atol=0.006)
     counts = np.sort(at_once.sum((1, 2)))
@@ -476,8 +482,7 @@ def test_constants_that_cannot_go_together_are_refused_before_the_first_step(scr
 @each_script
 def test_all_crops_of_a_tile_lie_in_one_window(script, constants, tmp_path):
     coordinates = np.mgrid[:64, :64].astype(np.float32)
-    run('data.py', 'tile', f'--root={make_scene(tmp_path / "s.npz", cube=np.moveaxis(coordinates, 0, 2), labels=None, wavelengths_nm=None)}',
-        f'--out={tmp_path / "t"}', '--tile_size=64')
+    tiled(make_scene(tmp_path / 's.npz', cube=np.moveaxis(coordinates, 0, 2), labels=None, wavelengths_nm=None), tmp_path / 't', '--tile_size=64')
     tiles = Tiles(str(tmp_path / 't'), 'tr')
     constants(script, **SMALL_BATCH | dict(blur=0.0, local_crops_size=8, gain=0.0, offset=0.0, noise=0.0, band_dropout=0.0))
     batch = batch_of(script, tiles)

@@ -1,6 +1,7 @@
 """Files of sensors and programs: each is written here, small, and read back with its values, wavelengths, gaps, labels and place."""
 import os
 import sys
+import traceback
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import tifffile
 
 import scenes
+from conftest import Finished
 from data import list_inputs
 from scenes import UserError, band_matrix, read_scene
 
@@ -39,8 +41,6 @@ def write_envi(path, cube=CUBE, interleave='bsq', big_endian=False, offset=0, he
 def read(path, *args, **kwargs):
     """read_scene() twice, from memory and from disk, which must agree -> the Scene"""
     scene = read_scene(str(path), *args, **kwargs)
-    if '.mat' in str(path) and not kwargs.get('mmap'):  # read in a process of its own, a second each time
-        return scene
     lazy = read_scene(str(path), *args, **{**kwargs, 'mmap': True})
     assert lazy.cube.shape == scene.cube.shape and lazy.cube.dtype == scene.cube.dtype
     np.testing.assert_array_equal(np.asarray(lazy.cube), scene.cube)
@@ -286,6 +286,22 @@ def test_hyperions_bands_that_were_not_calibrated_are_left_out(tmp_path):
 
 
 # ------------ MATLAB ------------
+
+@pytest.fixture(autouse=True)
+def matlab_in_this_process(monkeypatch):
+    """READ_MAT is executed here, where the reader starts a process for it, a third of a second each: test_numpy_mat_and_envi_scenes starts it."""
+    def execute(command, capture_output, text, errors):
+        python, flag, code, *arguments = command
+        assert (python, flag, code) == (sys.executable, '-c', scenes.READ_MAT) and capture_output and text
+        with monkeypatch.context() as changed:
+            changed.setattr(sys, 'argv', [flag, *arguments])
+            try:
+                exec(compile(code, '<string>', 'exec'), {'__name__': '__main__'})
+            except Exception:
+                return Finished(1, '', traceback.format_exc())
+        return Finished(0, '', '')
+    monkeypatch.setattr(scenes, 'subprocess', SimpleNamespace(run=execute))
+
 
 def savemat(path, arrays, **kwargs):
     pytest.importorskip('scipy.io').savemat(path, arrays, **kwargs)

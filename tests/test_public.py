@@ -90,12 +90,13 @@ def test_the_synthetic_files_have_the_recorded_names_and_shapes(file, kwargs):
 
 KINDS = [(TINY_MAE, 0, 'mlp'), ({**TINY_MAE, 'decoder': (32, 1)}, 0, 'mlp'), (TINY_DINO, 0, 'mlp'), ({**TINY_DINO, 'registers': 4}, 4, 'mlp'),
          ({**TINY_DINO, 'ffn': SWIGLU}, 0, 'swiglu')]
-BASE = dict(D=768, depth=12, patch=16, side=14)  # mae_pretrain_vit_base.pth
-LARGE = [(BASE, 0, 'mlp', 200), (dict(D=1024, depth=24, patch=16, side=14), 0, 'mlp', 32),  # dinov2_vitb14_reg4_pretrain.pth:
+WIDE, DEEP = dict(D=768, depth=2, patch=16, side=14), {**TINY_MAE, 'depth': 12}  # of a ViT-B's width, of its depth
+BASE = {**WIDE, 'depth': 12}  # mae_pretrain_vit_base.pth
+LARGE = [(BASE, 0, 'mlp', 32), (BASE, 0, 'mlp', 200), (dict(D=1024, depth=24, patch=16, side=14), 0, 'mlp', 32),  # dinov2_vitb14_reg4_pretrain.pth:
          (dict(D=768, depth=12, patch=14, side=37, dinov2=True, wrapped=False, registers=4), 4, 'mlp', 200)]
 
 
-@pytest.mark.parametrize('kwargs, registers, ffn, bands', [(*kind, bands) for kind in KINDS for bands in (32, 200)] + [(BASE, 0, 'mlp', 32)]
+@pytest.mark.parametrize('kwargs, registers, ffn, bands', [(*kind, bands) for kind in KINDS for bands in (32, 200)] + [(WIDE, 0, 'mlp', 32), (DEEP, 0, 'mlp', 32)]
                          + [pytest.param(*kind, marks=pytest.mark.slow) for kind in LARGE])
 def test_a_public_file_loads_into_64_px_patches_of_8_and_any_bands(kwargs, registers, ffn, bands, tmp_path):
     state = synthetic(tmp_path / 'public.pth', **kwargs)
@@ -340,7 +341,7 @@ def test_dino_starts_student_and_teacher_from_a_public_file(script, kwargs, scen
 def test_a_public_file_is_judged_and_looked_at(kwargs, scene_data, tmp_path):
     synthetic(tmp_path / 'my_vit.pth', **{**kwargs, 'depth': 4})  # segment.py reads four blocks
     bring(tmp_path / 'my_vit.pth', scene_data)
-    run('segment.py', f'--encoder={tmp_path}/last.pt', f'--data={scene_data}', f'--out_dir={tmp_path}/run')
+    run('segment.py', f'--encoder={tmp_path}/last.pt', f'--data={scene_data}', f'--out_dir={tmp_path}/run', '--decoder=linear', '--steps=1')
     run('viz_attention.py', f'--encoders={tmp_path}/last.pt', f'--data={scene_data}', f'--out_dir={tmp_path}/out', '--tiles=0')
     assert os.path.exists(tmp_path / 'run' / 'report.json') and os.path.exists(tmp_path / 'out' / 'attention_tile0.png')
 
@@ -411,7 +412,7 @@ def test_a_run_is_brought_to_other_bands_or_refused_in_a_sentence(scene_data, tm
     encoder = load_encoder(str(tmp_path / 'last.pt'))
     meta = Tiles(scene_data, 'tr').meta
     assert (encoder.in_chans, encoder.whiten, encoder.args['wavelengths_nm']) == (7, 3, meta['wavelengths_nm'])
-    run('segment.py', f'--encoder={tmp_path}/last.pt', f'--data={scene_data}', f'--out_dir={tmp_path}/judged')
+    run('segment.py', f'--encoder={tmp_path}/last.pt', f'--data={scene_data}', f'--out_dir={tmp_path}/judged', '--decoder=linear', '--steps=1')
     save({**args, 'fusion': 'token', 'depth': 1}, SpatialSpectralViT)
     done = run('tools/convert_weights.py', *flags, check=False)
     assert done.returncode == 1 and 'with channel fusion' in done.stderr and 'Traceback' not in done.stderr

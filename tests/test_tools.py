@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 
 import data
 import scenes
-from conftest import MAE_TINY, make_scene, run
+from conftest import MAE_TINY, make_scene, run, tiled
 from data import Tiles
 from models import load_segmenter
 from scenes import Scene, UserError, envi_geotags, read_scene
 from tools import check_data, compare, map_scene
 
 TINY = ['--size=tiny', '--img_size=16', '--patch_size=4', '--whiten=3']
+FEW_LABELS = '--label_share=0.1'  # a decoder is solved in less time
 
 
 # ============ maps ============
@@ -28,7 +29,7 @@ TINY = ['--size=tiny', '--img_size=16', '--patch_size=4', '--whiten=3']
 def mapped(scene_data, tmp_path_factory):
     """A run, and a georeferenced scene of odd size with missing pixels, written as GeoTIFF."""
     folder = tmp_path_factory.mktemp('map')
-    run('segment.py', *TINY, f'--data={scene_data}', f'--out_dir={folder / "run"}')
+    run('segment.py', *TINY, FEW_LABELS, f'--data={scene_data}', f'--out_dir={folder / "run"}')
     scene = make_scene(folder / 's.npz', height=45, width=61, seed=3)
     cube = np.moveaxis(read_scene(scene).cube, 0, 2)
     np.savez(folder / 'plain.npz', cube=cube)
@@ -231,17 +232,22 @@ def test_scenes_unlike_the_training_data_work_or_are_refused_in_a_sentence(mappe
     np.save(tmp_path / 'five.npy', np.zeros((20, 20, 5), np.int16))
     make_scene(tmp_path / 'swir.npz', wavelengths_nm=np.linspace(2000, 2400, 7))
     before = open(mapped / 'scene.tif', 'rb').read()
-    plain = f'--scene={mapped}/plain.npz'
+    plain = f'{mapped}/plain.npz'
     for flags, words in (
             ([f'--scene={mapped}/scene.tif', f'--out={mapped}/scene.tif'], 'names of their own'),
             ([f'--scene={tmp_path}/five.npy'], 'has 5 bands'),
-            ([f'--scene={tmp_path}/swir.npz'], 'none near 450'),
-            ([f'--scene={tmp_path}/none.tif'], 'no such file'),
-            ([plain, '--overlap=1'], '--overlap=1'), ([plain, f'--out={tmp_path}/map.png'], '.tif'),
-            ([plain, f'--run={tmp_path}'], 'pass the --out_dir of a run of segment.py')):
+            ([f'--scene={plain}', f'--run={tmp_path}'], 'pass the --out_dir of a run of segment.py')):
         done = run(*base, *flags, check=False)
         assert done.returncode == 1 and words in done.stderr, done.stderr
         assert 'Traceback' not in done.stderr
+    network = load_segmenter(str(mapped / 'run' / 'best.pt'))
+    for scene, flags, words in ((f'{tmp_path}/swir.npz', [], 'none near 450'),
+                                (f'{tmp_path}/none.tif', [], 'no such file'),
+                                (plain, ['--overlap=1'], '--overlap=1'),
+                                (plain, [f'--out={tmp_path}/map.png'], '.tif')):
+        with pytest.raises(UserError, match=words):
+            map_scene.map_scene(None, flags_of(scene, tmp_path / 'map.tif', *flags), network.meta,
+                                network.window)
     assert not [name for name in os.listdir(tmp_path) if name.endswith('.tmp')]
     assert open(mapped / 'scene.tif', 'rb').read() == before
 
@@ -291,7 +297,7 @@ def test_a_scene_reaches_the_model_as_the_tiler_brought_it_to_training(flags, tm
         fields = dict(file)
     fields['cube'][3:9, :20] = 0
     np.savez(path, **fields)
-    run('data.py', 'tile', f'--root={path}', f'--out={tmp_path}/tiles', '--tile_size=16', *flags)
+    tiled(path, tmp_path / 'tiles', '--tile_size=16', *flags)
     tiles = Tiles(str(tmp_path / 'tiles'), 'tr')
     scene = map_scene.open_scene(flags_of(path), tiles.meta)
     for image, (_, row, col) in zip(tiles.images, tiles.meta['tiles']['tr']):
@@ -437,8 +443,8 @@ def test_one_class_everywhere_is_said(tmp_path, capsys):
 
 def test_a_run_on_normalized_and_resampled_tiles_maps_the_raw_scene(tmp_path):
     scene = make_scene(tmp_path / 's.npz', bands=40)
-    run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path}/tiles', '--tile_size=16',
-        '--bands=460,520:30,640,700,900', '--normalize=scene', '--split_block=8')
+    tiled(scene, tmp_path / 'tiles', '--tile_size=16', '--bands=460,520:30,640,700,900',
+          '--normalize=scene', '--split_block=8')
     run('segment.py', *TINY, f'--data={tmp_path}/tiles', f'--out_dir={tmp_path}/run')
     done = run('tools/map_scene.py', f'--run={tmp_path}/run', f'--scene={scene}',
                f'--out={tmp_path}/map.tif')
@@ -602,8 +608,7 @@ def say(tmp_path, flags=(), **fields):
     """What the doctor says of the tiles of a scene with these fields"""
     folder = tmp_path / str(len(os.listdir(tmp_path)))
     path = make_scene(f'{folder}.npz', **fields)
-    run('data.py', 'tile', f'--root={path}', f'--out={folder}', '--tile_size=16', *flags)
-    return faults_of(folder)
+    return faults_of(tiled(path, folder, '--tile_size=16', *flags))
 
 
 def faults_of(folder):
@@ -675,7 +680,7 @@ def test_check_finds_labels_on_missing_pixels(scene_data, tmp_path):
 def test_check_counts_labels_where_tiles_overlap_once(tmp_path):
     scene = make_scene(tmp_path / 's.npz')  # 40 x 48 px: tiles of 16 px overlap at the border
     for name, flags in (('border', []), ('stride', ['--stride=5'])):
-        run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path / name}', '--tile_size=16', *flags)
+        tiled(scene, tmp_path / name, '--tile_size=16', *flags)
         tiles = {split: Tiles(str(tmp_path / name), split) for split in data.SPLITS}
         facts = check_data.read_facts(tiles)
         assert len(tiles['tr']) * 16 * 16 > 40 * 48
@@ -716,8 +721,7 @@ def test_check_finds_tables_odd_tiles_and_other_units(tmp_path):
         np.savez(tmp_path / f'{name}.npz', cube=factor * cube, labels=STRIPES.astype(np.uint8))
     for second, words in (('b', 'if their units differ'), ('c', '')):
         roots = f'{tmp_path}/a.npz,{tmp_path}/{second}.npz'
-        run('data.py', 'tile', f'--root={roots}', f'--out={tmp_path}/{second}', '--tile_size=16')
-        said = faults_of(f'{tmp_path}/{second}')
+        said = faults_of(tiled(roots, tmp_path / second, '--tile_size=16'))
         assert words in said and bool(words) == bool(said)
 
 
@@ -732,7 +736,7 @@ def test_the_doctors_spectra_are_those_of_the_classes(scene_data):
 
 def test_check_of_tiles_without_labels(tmp_path):
     scene = make_scene(tmp_path / 's.npz', labels=None)
-    run('data.py', 'tile', f'--root={scene}', f'--out={tmp_path}/tiles', '--tile_size=16')
+    tiled(scene, tmp_path / 'tiles', '--tile_size=16')
     done = run('tools/check_data.py', f'--data={tmp_path}/tiles', pictures=True)
     assert 'nothing wrong found' in done.stdout and 'floors' not in done.stdout
     assert (tmp_path / 'tiles' / 'check.png').stat().st_size > 5000
@@ -818,10 +822,13 @@ def test_the_table_names_rows_by_what_differs_and_sorts_them(tmp_path, capsys):
     assert list(few) == ['MAE + logistic', 'window floor', 'pixel floor']
 
 
-def test_runs_are_drawn_side_by_side(scene_data, tmp_path):
-    for n in ('1', '2'):
-        run('segment.py', *TINY, f'--data={scene_data}', f'--seed={n}', f'--out_dir={tmp_path / n}')
-    run('segment.py', *TINY, f'--data={scene_data}', '--decoder=linear', '--steps=2',
+def test_runs_are_drawn_side_by_side(mapped, scene_data, tmp_path):
+    for n in (1, 2):  # as of two seeds
+        shutil.copytree(mapped / 'run', tmp_path / str(n))
+        report = json.load(open(tmp_path / str(n) / 'report.json'))
+        report['config']['seed'] = n
+        json.dump(report, open(tmp_path / str(n) / 'report.json', 'w'))
+    run('segment.py', *TINY, FEW_LABELS, f'--data={scene_data}', '--decoder=linear', '--steps=2',
         '--eval_every=1', f'--out_dir={tmp_path}/linear')
     run('pretrain_mae.py', *MAE_TINY, '--whiten=3', '--max_steps=1', f'--data={scene_data}',
         f'--out_dir={tmp_path}/mae')
@@ -840,7 +847,7 @@ def test_runs_are_drawn_side_by_side(scene_data, tmp_path):
 
 def test_what_is_drawn_side_by_side_is_what_was_scored(scene_data, tmp_path, monkeypatch):
     run('segment.py', *TINY, f'--data={scene_data}', '--crop_size=8', '--img_size=8',
-        '--pixel=false', f'--out_dir={tmp_path}/run')
+        '--decoder=linear', '--steps=20', '--eval_every=20', f'--out_dir={tmp_path}/run')
     drawn = []
     monkeypatch.setattr(data, 'show_classes', lambda axis, classes, names: drawn.append(classes))
     judged = compare.read_run(f'{tmp_path}/run')
@@ -856,6 +863,7 @@ def test_what_is_drawn_side_by_side_is_what_was_scored(scene_data, tmp_path, mon
         return data.predict_tile(predict, raw, network.window, 3).argmax(1)
     cm = data.evaluate(classes, tiles)
     assert network.window == 8 and cm.tolist() == judged.report['confusion_matrix']
+    assert (cm.sum(0) > 0).sum() > 1  # it says more than one class
     for label, classes_drawn in zip(labels, maps):
         i = next(i for i in range(len(tiles)) if (tiles.labels[i] == label).all())
         np.testing.assert_array_equal(classes(tiles.batch([i])[0])[0] + 1, classes_drawn)
