@@ -248,7 +248,7 @@ def test_an_encoder_is_judged_on_its_own_data_unless_told_otherwise(scene_data, 
     scene = make_scene(tmp_path / 'other.npz', height=64, width=96, seed=5)
     tiled(scene, tmp_path / 'other', '--tile_size=16', '--split_block=8')
     done = run(*base, f'--data={tmp_path}/other', f'--out_dir={tmp_path}/there')
-    assert f'{tmp_path}/other is not what {tmp_path}/mae/last.pt learned from: its own statistics' in done.stdout
+    assert f'{tmp_path}/other is not what {tmp_path}/mae/last.pt learned from: the statistics of' in done.stdout
     assert load_segmenter(tmp_path / 'there' / 'best.pt').meta['mean'] != own.meta['mean']
     fine = make_scene(tmp_path / 'fine.npz', height=64, width=96, bands=9)
     tiled(fine, tmp_path / 'fine', '--tile_size=16', '--split_block=8')

@@ -236,7 +236,7 @@ def test_scenes_unlike_the_training_data_work_or_are_refused_in_a_sentence(mappe
     for flags, words in (
             ([f'--scene={mapped}/scene.tif', f'--out={mapped}/scene.tif'], 'names of their own'),
             ([f'--scene={tmp_path}/five.npy'], 'has 5 bands'),
-            ([f'--scene={plain}', f'--run={tmp_path}'], 'pass the --out_dir of a run of segment.py')):
+            ([f'--scene={plain}', f'--run={tmp_path}'], 'best.pt: is not there: segment.py and baseline_deeplab.py write it')):
         done = run(*base, *flags, check=False)
         assert done.returncode == 1 and words in done.stderr, done.stderr
         assert 'Traceback' not in done.stderr

@@ -188,6 +188,7 @@ def test_a_checkpoint_of_another_script_in_the_run_directory_is_refused(scene_da
     for script in ('pretrain_dino_hsi.py', 'pretrain_mae.py'):
         done = train(script, scene_data, tmp_path / 'run', check=False)
         assert done.returncode == 1 and 'last.pt: was written by pretrain_dino.py: pass another --out_dir' in done.stderr
+    os.remove(tmp_path / 'run' / 'last.pt')
     shutil.copy(runs / 'runs' / 'judged' / 'best.pt', tmp_path / 'run')
     done = train('baseline_deeplab.py', scene_data, tmp_path / 'run', check=False)
     assert done.returncode == 1 and 'best.pt: was written by segment.py' in done.stderr
