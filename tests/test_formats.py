@@ -289,7 +289,7 @@ def test_hyperions_bands_that_were_not_calibrated_are_left_out(tmp_path):
 
 @pytest.fixture(autouse=True)
 def matlab_in_this_process(monkeypatch):
-    """READ_MAT is executed here, where the reader starts a process for it, a third of a second each: test_numpy_mat_and_envi_scenes starts it."""
+    """READ_MAT is executed here. The reader starts a process for it, a third of a second each time: test_numpy_mat_and_envi_scenes lets it."""
     def execute(command, capture_output, text, errors):
         python, flag, code, *arguments = command
         assert (python, flag, code) == (sys.executable, '-c', scenes.READ_MAT) and capture_output and text

@@ -457,11 +457,11 @@ def test_names_inside_files_are_never_paths(tmp_path, whole):
     assert not list(tmp_path.rglob('*escaped*'))
 
 
-JUDGED = ['best.pt', 'report.json', 'confusion.png', 'examples.png']
+SCORED_FILES = ['best.pt', 'report.json', 'confusion.png', 'examples.png']
 
 
 @pytest.mark.parametrize('script, extra', [('pretrain_mae.py', ['reconstruction.png']), pytest.param('pretrain_dino.py', [], marks=pytest.mark.slow),
-                                           ('pretrain_dino_hsi.py', []), ('segment.py', JUDGED), ('baseline_deeplab.py', JUDGED)])
+                                           ('pretrain_dino_hsi.py', []), ('segment.py', SCORED_FILES), ('baseline_deeplab.py', SCORED_FILES)])
 def test_a_run_directory_holds_what_a_reader_needs(script, extra, whole):
     names = os.listdir(whole(script))
     assert {'last.pt', 'log.jsonl', 'curves.png', *extra} <= set(names)
