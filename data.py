@@ -412,9 +412,10 @@ def write_tiles(inputs, args):
             tiles[split].append([len(names), row, col])
         names.append(item.name)
     if failures and not (args.skip_bad and names):
+        advice = ', or go on without them with --skip_bad=true' if names else ''
         raise UserError('\n'.join(failures.values()) + f'\n{args.out}: {len(failures)} of '
                         f'{len(inputs)} inputs could not be used: repair or remove them and run '
-                        'the same command again, or go on without them with --skip_bad=true')
+                        f'the same command again{advice}')
     for sentence in failures.values():
         print('skipped:', sentence)
     S = args.tile_size
@@ -1667,7 +1668,8 @@ def boolean(text):
 def next_command(script, **flags):
     """The line that runs a script of this project as this one was run, quoted for a shell"""
     path = os.path.join(os.path.dirname(sys.argv[0]), script)
-    return shlex.join(['python', path, *(f'--{name}={value}' for name, value in flags.items())])
+    python = sys.orig_argv[0]  # as the user called it, so that it is that of the environment
+    return shlex.join([python, path, *(f'--{name}={value}' for name, value in flags.items())])
 
 
 def scene_flags(meta):

@@ -418,11 +418,14 @@ def test_a_folder_with_bad_files_keeps_the_good_ones_and_can_be_finished(tmp_pat
     assert failed.returncode == 1 and 'Traceback' not in failed.stderr
     for i in range(1, 6):
         assert failed.stderr.count(f'O1_000{i}.tif: ') == 1, failed.stderr
-    assert '5 of 18 inputs' in failed.stderr and not (out / 'meta.json').exists()
+    assert '5 of 18 inputs' in failed.stderr and 'go on without them with --skip_bad' in failed.stderr and not (out / 'meta.json').exists()
     (image / 'O1_0005.tif').unlink()
     assert '4 of 17 inputs' in run(*command, check=False).stderr
     run(*command, '--skip_bad=true')
     assert len(Tiles(str(out), 'tr')) == 4 and 'nothing to do' in run(*command).stdout
+    np.savez(tmp_path / 'bad.npz', cube=np.zeros((4, 4, 4), 'complex64'))
+    with pytest.raises(UserError, match='1 of 1 inputs could not be used.*the same command again$'):  # and nothing about going on without any
+        data.tile(tile_args(root=tmp_path / 'bad.npz', out=tmp_path / 'none', skip_bad='true'))
 
 
 def test_scenes_of_one_name_are_two_scenes_and_nodata_must_agree(tmp_path):
