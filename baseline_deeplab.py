@@ -267,11 +267,12 @@ if __name__ == '__main__':
     if not sum(meta['class_counts']['val']):
         raise UserError(f'{data}: its tiles of "val" have no labels, and the best state is chosen '
                         'by them: tile again with other --shares')
-    exponent = {'none': 0.0, 'sqrt': 0.5, 'inverse': 1.0}[class_weights]
-    counts = sum(np.bincount(tile.ravel(), minlength=256) for tile in train.labels)
-    pixels = torch.tensor(counts[1:meta['num_classes'] + 1], dtype=torch.float32, device=device)
-    weight = pixels.clamp(min=1) ** -exponent
-    weight = weight / weight.mean()
+    weight = torch.ones(meta['num_classes'], device=device)
+    if class_weights != 'none':
+        counts = sum(np.bincount(tile.ravel(), minlength=256) for tile in train.labels)
+        pixels = weight.new_tensor(counts[1:meta['num_classes'] + 1])
+        weight = pixels.clamp(min=1) ** {'sqrt': -0.5, 'inverse': -1.0}[class_weights]
+        weight = weight / weight.mean()
 
     # ---- shell: resume
     step, log = 0, []
@@ -383,7 +384,7 @@ if __name__ == '__main__':
                 'scaler': scaler.state_dict(),  # of float16
                 'step': step, 'log': log,
                 'config': config,  # the constants above
-                'encoder_args': encoder_args,  # models.load_encoder() builds it with them
+                'encoder_args': encoder_args,  # for load_encoder() and load_segmenter()
                 'meta': kept_meta(meta),  # statistics, wavelengths and classes of the data
                 'script': os.path.basename(__file__)})
         if told:
@@ -398,7 +399,7 @@ if __name__ == '__main__':
     if world > 1:
         dist.barrier()  # rank 0 has written best.pt
     if stop_signal:  # while the last state was scored
-        print(f'interrupted by signal {stop_signal}: the same command goes on there')
+        print(f'interrupted by signal {stop_signal}: the same command scores it again')
         sys.exit(128 + stop_signal)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # all is saved: from here on a signal ends at once

@@ -18,6 +18,7 @@ import zipfile
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -981,6 +982,15 @@ class DeepLabV3Plus(nn.Module):
 
 # ============ what a training loop needs ============
 
+def all_rows(x):
+    """x (n, ...) of this process -> those of all processes, one after the other"""
+    if not dist.is_initialized():
+        return x
+    everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, x)
+    return torch.cat(everyone)
+
+
 def native_bfloat16(device):
     """Does the hardware multiply bfloat16 itself? A CPU that must emulate it is up to 80 times
     slower than in float32."""
@@ -1205,11 +1215,12 @@ def check_bands(own_meta, meta, path):
 
 # ============ starting from other weights ============
 
-def encoder_shape(path):
-    """A checkpoint -> the arguments of its encoder that a run must share to start from it"""
+def encoder_shape(path, checkpoint=None):
+    """-> the arguments of an encoder that a run must share with it to start from its weights: those
+    of its own `checkpoint`, if it resumes, else those in the file `path`, if one is given"""
     if not path:
         return {}
-    args = load_encoder(path).args
+    args = checkpoint['encoder_args'] if checkpoint else load_encoder(path).args
     defaults = inspect.signature(ViT).parameters
     shared = ('embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'ffn', 'num_register_tokens',
               'init_values')

@@ -54,7 +54,7 @@ from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by,
                   demo_if_missing, draw_crops, draw_probe, kept_meta, lock_directory,
                   next_command, plain_errors, probe, probe_floors, probe_splits, read_flags,
                   save_figure, standardization, standardize, standardize_rows)
-from models import (SIZES, DINOHead, SpatialSpectralViT, dense_features, encoder_shape,
+from models import (SIZES, DINOHead, SpatialSpectralViT, all_rows, dense_features, encoder_shape,
                     native_bfloat16, parameter_groups, resume_from, save_checkpoint, start_from)
 
 # Each line `name = value  # help` is a flag, --name=other; `a | b: ` in its help are the choices.
@@ -205,15 +205,6 @@ def sinkhorn_knopp(logits, temp, n_iterations=3):
         log_q -= total_logsumexp(log_q)
         log_q -= torch.logsumexp(log_q, dim=1, keepdim=True)
     return log_q.exp()
-
-
-def all_rows(x):
-    """x (n, ...) of this process -> those of all processes, one after the other"""
-    if not dist.is_initialized():
-        return x
-    everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, x)
-    return torch.cat(everyone)
 
 
 def total_logsumexp(x):
@@ -469,16 +460,16 @@ def set_schedules(optimizer, step):
             group['weight_decay'] = cosine(step, weight_decay, 10 * weight_decay)
 
 
-def build_model(meta, source=''):
-    """-> student and teacher, and the arguments that build their encoder again. The
-    encoder has the shape of that in the checkpoint `source`, if given."""
+def build_model(meta, shape={}):
+    """-> student and teacher, and the arguments that build their encoder again.
+    `shape`: those that weights to start from settle, see encoder_shape()."""
     hidden_dim, bottleneck_dim = (512, 64) if size == 'tiny' else (2048, 256)
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
                         ffn=ffn, num_register_tokens=4, init_values=1.0, mask_token=True,
                         drop_path_rate=drop_path_rate, **SIZES[size])
     encoder_args.update(spectral_patch_size=spectral_patch_size, fusion=fusion,
                         wavelengths_nm=meta['wavelengths_nm'])
-    encoder_args.update(encoder_shape(source))
+    encoder_args.update(shape)
     encoder = SpatialSpectralViT(**encoder_args)
     head = DINOHead(encoder.embed_dim, out_dim, hidden_dim, bottleneck_dim)
     return SelfDistillation(Branch(encoder, head)), encoder_args
@@ -596,7 +587,7 @@ if __name__ == '__main__':
     checkpoint = resume_from(last_path, __file__, config, meta)  # None in a new run
 
     # ---- model and optimizer
-    model, encoder_args = build_model(meta, last_path if checkpoint else init_from)
+    model, encoder_args = build_model(meta, encoder_shape(init_from, checkpoint))
     model.to(device).train()
     if init_from and not checkpoint:
         print(start_from(init_from, model, __file__, whiten, meta))
@@ -748,7 +739,7 @@ if __name__ == '__main__':
                 'scaler': scaler.state_dict(),  # of float16
                 'step': step, 'log': log,
                 'config': config,  # the constants above
-                'encoder_args': encoder_args,  # models.load_encoder() builds it with them
+                'encoder_args': encoder_args,  # for load_encoder() and load_segmenter()
                 'meta': kept_meta(meta),  # statistics, wavelengths and classes of the data
                 'script': os.path.basename(__file__)})
         if told:

@@ -44,7 +44,7 @@ from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by,
                   demo_if_missing, draw_crops, draw_probe, kept_meta, lock_directory,
                   next_command, plain_errors, probe, probe_floors, probe_splits, read_flags,
                   save_figure, standardization, standardize, standardize_rows)
-from models import (SIZES, ViT, dense_features, encoder_shape, native_bfloat16,
+from models import (SIZES, ViT, all_rows, dense_features, encoder_shape, native_bfloat16,
                     parameter_groups, resume_from, save_checkpoint, start_from)
 
 # Each line `name = value  # help` is a flag, --name=other; `a | b: ` in its help are the choices.
@@ -170,15 +170,6 @@ def feature_std(z):
     return all_rows(F.normalize(z, dim=-1)).std(0).mean() * math.sqrt(z.shape[1])
 
 
-def all_rows(x):
-    """x (n, ...) of this process -> those of all processes, one after the other"""
-    if not dist.is_initialized():
-        return x
-    everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, x)
-    return torch.cat(everyone)
-
-
 # ============ method: crops ============
 
 class Batch(NamedTuple):
@@ -247,12 +238,12 @@ def learning_rate(step):
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_model(meta, source=''):
-    """-> the model for the data's bands, and the arguments that build its encoder again. The
-    encoder has the shape of that in the checkpoint `source`, if given."""
+def build_model(meta, shape={}):
+    """-> the model for the data's bands, and the arguments that build its encoder again.
+    `shape`: those that weights to start from settle, see encoder_shape()."""
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
                         **SIZES[size])
-    encoder_args.update(encoder_shape(source))
+    encoder_args.update(shape)
     return LeJEPA(ViT(**encoder_args)), encoder_args
 
 
@@ -352,7 +343,7 @@ if __name__ == '__main__':
     checkpoint = resume_from(last_path, __file__, config, meta)  # None in a new run
 
     # ---- model and optimizer
-    model, encoder_args = build_model(meta, last_path if checkpoint else init_from)
+    model, encoder_args = build_model(meta, encoder_shape(init_from, checkpoint))
     model.to(device).train()
     if init_from and not checkpoint:
         print(start_from(init_from, model, __file__, whiten, meta))
@@ -487,7 +478,7 @@ if __name__ == '__main__':
                 'scaler': scaler.state_dict(),  # of float16
                 'step': step, 'log': log,
                 'config': config,  # the constants above
-                'encoder_args': encoder_args,  # models.load_encoder() builds it with them
+                'encoder_args': encoder_args,  # for load_encoder() and load_segmenter()
                 'meta': kept_meta(meta),  # statistics, wavelengths and classes of the data
                 'script': os.path.basename(__file__)})
         if told:

@@ -125,17 +125,17 @@ def learning_rate(step):
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_model(meta, source=''):
+def build_model(meta, shape={}):
     """-> the autoencoder for the data's bands, and the arguments that build its encoder again.
-    Its encoder has the shape of the one in the checkpoint `source`, if one is given."""
+    `shape`: those that weights to start from settle, see encoder_shape()."""
     decoder_sizes = {'tiny': (96, 2, 4), 'small': (256, 4, 8), 'base': (512, 8, 16)}
     decoder_dim, decoder_depth, decoder_heads = decoder_sizes[size]
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
                         dropout=dropout, **SIZES[size])
-    encoder_args.update(encoder_shape(source))
+    encoder_args.update(shape)
     plain = {'num_register_tokens': 0, 'init_values': 0.0, 'ffn': 'mlp'}
     if any(encoder_args.get(name, value) != value for name, value in plain.items()):
-        raise UserError(f'{source}: has registers, LayerScale or SwiGLU, which a masked '
+        raise UserError(f'{init_from}: has registers, LayerScale or SwiGLU, which a masked '
                         'autoencoder lacks: start pretrain_dino.py from it')
     model = MaskedAutoencoder(**encoder_args, decoder_embed_dim=decoder_dim,
                               decoder_depth=decoder_depth, decoder_num_heads=decoder_heads,
@@ -262,7 +262,7 @@ if __name__ == '__main__':
     checkpoint = resume_from(last_path, __file__, config, meta)  # None in a new run
 
     # ---- model and optimizer
-    model, encoder_args = build_model(meta, last_path if checkpoint else init_from)
+    model, encoder_args = build_model(meta, encoder_shape(init_from, checkpoint))
     model.to(device)
     if init_from and not checkpoint:
         print(start_from(init_from, model, __file__, whiten, meta))
@@ -392,7 +392,7 @@ if __name__ == '__main__':
                 'scaler': scaler.state_dict(),  # of float16
                 'step': step, 'log': log,
                 'config': config,  # the constants above
-                'encoder_args': encoder_args,  # models.load_encoder() builds it with them
+                'encoder_args': encoder_args,  # for load_encoder() and load_segmenter()
                 'meta': kept_meta(meta),  # statistics, wavelengths and classes of the data
                 'script': os.path.basename(__file__)})
         if told:
