@@ -309,7 +309,8 @@ def block_masks(n, h, w, rng):
     uncovered = 1.0 - covered.reshape(count, h * w)
     order = (uncovered + rng.random((count, h * w))).argsort(1).argsort(1)
     masks = np.zeros((n, h * w), bool)
-    masks[rng.permutation(n)[:count]] = order < wanted[:, None]
+    chosen = rng.permutation(n)[:count]
+    masks[chosen] = order < wanted[:, None]
     return torch.from_numpy(masks)
 
 
@@ -551,7 +552,8 @@ if __name__ == '__main__':
     checkpoint = resume_from(last_path, __file__, config, meta)  # None in a new run
 
     # ---- model and optimizer
-    model, encoder_args = build_model(meta, encoder_shape(init_from, checkpoint))
+    shape = encoder_shape(init_from, checkpoint)
+    model, encoder_args = build_model(meta, shape)
     model.to(device).train()
     if init_from and not checkpoint:
         print(start_from(init_from, model, __file__, whiten, meta))

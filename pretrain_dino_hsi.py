@@ -319,7 +319,8 @@ def block_masks(n, h, w, rng):
     uncovered = 1.0 - covered.reshape(count, h * w)
     order = (uncovered + rng.random((count, h * w))).argsort(1).argsort(1)
     masks = np.zeros((n, h * w), bool)
-    masks[rng.permutation(n)[:count]] = order < wanted[:, None]
+    chosen = rng.permutation(n)[:count]
+    masks[chosen] = order < wanted[:, None]
     return torch.from_numpy(masks)
 
 
@@ -338,7 +339,8 @@ def band_masks(n, groups, rng):
     count = round(n * mask_probability)
     ratio = rng.uniform(mask_ratio_min, spectral_mask_ratio_max, count)
     masks = np.zeros((n, groups), bool)
-    masks[rng.permutation(n)[:count]] = random_runs(ratio * groups, groups, rng)
+    runs = random_runs(ratio * groups, groups, rng)
+    masks[rng.permutation(n)[:count]] = runs
     return torch.from_numpy(masks)
 
 
@@ -587,7 +589,8 @@ if __name__ == '__main__':
     checkpoint = resume_from(last_path, __file__, config, meta)  # None in a new run
 
     # ---- model and optimizer
-    model, encoder_args = build_model(meta, encoder_shape(init_from, checkpoint))
+    shape = encoder_shape(init_from, checkpoint)
+    model, encoder_args = build_model(meta, shape)
     model.to(device).train()
     if init_from and not checkpoint:
         print(start_from(init_from, model, __file__, whiten, meta))

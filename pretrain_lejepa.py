@@ -343,7 +343,8 @@ if __name__ == '__main__':
     checkpoint = resume_from(last_path, __file__, config, meta)  # None in a new run
 
     # ---- model and optimizer
-    model, encoder_args = build_model(meta, encoder_shape(init_from, checkpoint))
+    shape = encoder_shape(init_from, checkpoint)
+    model, encoder_args = build_model(meta, shape)
     model.to(device).train()
     if init_from and not checkpoint:
         print(start_from(init_from, model, __file__, whiten, meta))
