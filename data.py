@@ -41,8 +41,9 @@ try:
 except ImportError:  # Windows has no such locks: see to it that one process writes a directory
     fcntl = None
 
-from scenes import (OHS_NM, READERS, UserError, band_matrix, both_files, mix_bands, normalized,
-                    one_line, parse_bands, read_scene, same_bands, split_name, strips, valid_pixels)
+from scenes import (OHS_NM, READERS, UserError, band_matrix, both_files, is_header_of_tiff,
+                    mix_bands, normalized, one_line, parse_bands, read_scene, same_bands,
+                    split_name, strips, valid_pixels)
 
 SPLITS = ('tr', 'val', 'ts')
 IGNORE_INDEX = 255
@@ -152,9 +153,9 @@ def list_inputs(root, labels):
     for split in SPLITS:
         images, label_dir = (os.path.join(root, split, kind) for kind in ('image', 'label'))
         for name in sorted(os.listdir(images)) if os.path.isdir(images) else []:
-            if name.lower().endswith(tuple(READERS)):
+            path = os.path.join(images, name)
+            if name.lower().endswith(tuple(READERS)) and not is_header_of_tiff(path):
                 label_path = os.path.join(label_dir, name) if os.path.isdir(label_dir) else ''
-                path = os.path.join(images, name)
                 inputs.append(Input(f'{split}/{name}', path, label_path, split))
     if not any(item.split == 'tr' for item in inputs):
         raise UserError(f'{root}: no images under {os.path.join(root, "tr", "image")}: expected '
@@ -394,6 +395,7 @@ def write_tiles(inputs, args):
         try:
             scene = open_input(item, args)
             regions = regions_of(scene, item, args)
+            say_notes(item.path, scene.notes, said, whole=len(inputs) <= FEW_FILES)
             first = check_fits(item.path, scene, first)
         except UserError as error:
             failures[item.name] = str(error)
@@ -401,7 +403,6 @@ def write_tiles(inputs, args):
         if args.pca > first['num_bands']:
             raise UserError(f'--pca={args.pca}: choose from 1 to {first["num_bands"]} components, '
                             'as many as there are bands')
-        say_notes(item.path, scene.notes, said, whole=len(inputs) <= FEW_FILES)
         for split, rows, cols, labels_there in regions:
             class_counts[split] += np.bincount(labels_there[rows, cols].ravel(), minlength=256)
             if split == 'tr':
@@ -442,17 +443,29 @@ def check_fits(path, scene, first):
     facts = {'num_bands': len(scene.cube), 'dtype': scene.cube.dtype.name,
              **{name: getattr(scene, name) for name in stated}}
     first = first or facts
+
+    # scenes of one sensor of which other bands are bad or empty
+    kept, kept_first = (set(fact['bands'] or range(fact['file_bands'])) for fact in (facts, first))
+    unlike = sorted(band + 1 for band in kept ^ kept_first)
+    if facts['file_bands'] == first['file_bands'] and unlike:
+        numbers = ','.join(map(str, unlike))
+        raise UserError(f'{path}: of its {facts["file_bands"]} bands others are left out than of '
+                        f'the scenes before it: --drop_bands={numbers} leaves these out of all')
     for name in ('num_bands', 'dtype', *must_agree):
         here, there = facts[name], first[name]
         alike = here == there or (None in (here, there) and name != 'nodata')
         if name == 'wavelengths_nm' and not alike:
             alike = same_bands(here, there)
         if not alike:
-            raise UserError(f'{path}: its {name.removeprefix("num_")} ({str(here)[:60]}) differ '
-                            f'from the first scene\'s ({str(there)[:60]}): tile scenes of one '
-                            'sensor and the same classes together; others at common --bands= '
-                            'with --normalize=scene, or into a directory of their own')
-    return first
+            by_mask = '; if a mask made the one float32, --nodata= keeps its type'
+            raise UserError(f'{path}: its {name.removeprefix("num_")} ({str(here)[:60]}) and that '
+                            f'of the scenes before it ({str(there)[:60]}) differ: tile scenes of '
+                            'one sensor and the same classes together; others at common --bands= '
+                            'with --normalize=scene, or into a directory of their own'
+                            f'{by_mask if name == "dtype" else ""}')
+    # what the first scene does not state, a later one may
+    return first | {name: facts[name] for name in stated
+                    if first[name] is None and name not in ('nodata', 'bands')}
 
 
 def say_notes(path, notes, said, whole):

@@ -239,9 +239,12 @@ def read_scene(path, labels='', mmap=False, axes='', nodata=None, drop_bands='',
     if labels:
         found = read_labels(labels)
         check_same_place(scene, found.geotags, path, labels)
+        # what its reader said of labels in the scene's own file holds no more
+        notes = [note for note in scene.notes if not note.startswith('labels from')]
+        warnings = [note for note in found.notes if note.startswith('WARNING')]
         scene = scene._replace(labels=found.labels, class_names=found.class_names,
-                               class_colors=found.class_colors)
-        scene = say(scene, *[note for note in found.notes if note.startswith('WARNING')])
+                               class_colors=found.class_colors,
+                               notes=(*notes, f'labels from {labels}', *warnings))
     scene = settle_wavelengths(scene, path)
     scene = settle_values(scene, path, nodata)
     with one_sentence(path):  # what stays on disk is gone through here
@@ -793,7 +796,7 @@ def place_text(geotags):
     system = f'EPSG:{epsg}' if epsg and epsg < 32767 else 'a system of its own'
     if keys.get(1024) == 2:
         unit = 'degrees'
-    elif epsg and epsg // 100 in (326, 327):
+    elif epsg and epsg // 100 in (326, 327) and 1 <= epsg % 100 <= 60:
         system, unit = f'UTM zone {epsg % 100}{"N" if epsg // 100 == 326 else "S"}', 'm'
     angle = math.degrees(math.atan2(dy, dx))
     rotation = f', rotated by {angle:.1f} degrees' if angle or dx_row else ''
@@ -811,9 +814,9 @@ def check_same_place(scene, label_tags, path, labels):
     pixel = math.hypot(affine[1], affine[4])
     corners = np.array([[1, 0, 0], [1, W, 0], [1, 0, H], [1, W, H]])
     apart = corners @ np.reshape(np.subtract(affine, label_affine), (2, 3)).T
-    codes = [{keys_of.get(key) for key in (3072, 2048)} - {None, 32767}  # 32767: no number
-             for keys_of in (keys, label_keys)]
-    if np.abs(apart).max() > pixel / 2 or all(codes) and codes[0] != codes[1]:
+    codes = {keys_of.get(3072) or keys_of.get(2048) for keys_of in (keys, label_keys)}
+    other_system = len(codes - {None, 32767}) > 1  # 32767: a system without a number
+    if np.abs(apart).max() > pixel / 2 or other_system:
         raise UserError(f'{labels}: the labels lie elsewhere ({place_text(label_tags)}) than '
                         f'{path} ({place_text(scene.geotags)}): give labels of the '
                         'same pixels')
@@ -1078,12 +1081,13 @@ def choose_axes(shape, path, axes='', stated='', num_bands=None, pixels=None):
 
 def refuse_table(path, name, shape, folded=False):
     """Refuses an array of bands x pixels or pixels x bands; folded: the file says that it is so"""
-    if not folded and max(shape) <= 40 * min(shape):
-        return
+    if not folded and (max(shape) <= 40 * min(shape) or LABEL_NAMES.search(last_name(name))):
+        return  # labels of a long flight line, maybe
     first, turned = ('bands x pixels', "'") if shape[0] < shape[1] else ('pixels x bands', '')
     raise UserError(f'{path}: "{name}" of {shape[0]} x {shape[1]} looks like {first}: save it as '
                     'rows x columns x bands, which in MATLAB is '
-                    f'reshape({last_name(name)}{turned}, nRow, nCol, [])')
+                    f'reshape({last_name(name)}{turned}, nRow, nCol, []); labels under the name '
+                    '"labels"')
 
 
 # ============ GeoTIFF ============
@@ -1278,7 +1282,9 @@ def gdal_wavelengths(facts, bands):
         if values:
             return values, gdal_list(facts, bands, width), (own_unit, where)
     names = [facts[band].get('description', '') for band in bands]  # 'band 1 (450.5 Nanometers)'
-    found = [re.search(r'([\d.]+) ?(nm|nanomet\w+|um|micromet\w+)\b', name, re.I) for name in names]
+    # '440-460 nm' is a range, whose end is no centre
+    pattern = r'(?<![\d.])(?<!\d[-–])(?<!\d - )([\d.]+) ?(nm|nanomet\w+|um|micromet\w+)\b'
+    found = [re.search(pattern, name, re.I) for name in names]
     if all(found) and len({match[2] for match in found}) == 1:
         return [match[1] for match in found], None, (found[0][2], 'the names of its bands')
     return None, None, ('', where)
@@ -1369,6 +1375,7 @@ def read_numpy(path, mmap, name, axes):
     # the first name may be that of label 0, but not where there are as many classes as names
     names, colors = facts.get('class_names'), facts.get('class_colors')
     if names:
+        names = [text_of(name) for name in names]  # which may be bytes
         numbers = stored() if name == 'labels' else labels
         classes = len(names) if numbers is None else numbers.max()
         if classes == len(names) or str(names[0]).lower() not in NO_CLASS:
@@ -1407,6 +1414,14 @@ def envi_header_of(path):
     """The ENVI header of a data file, x.img.hdr or x.hdr for x.img; None = there is none"""
     found = files_beside(path, ['.hdr']) + files_beside(os.path.splitext(path)[0], ['.hdr'])
     return found[0] if found else None
+
+
+def is_header_of_tiff(path):
+    """An ENVI header that belongs to a GeoTIFF beside it, which is the scene's file then"""
+    if not path.lower().endswith('.hdr') or not files_beside(path[:-4], ['.tif', '.tiff']):
+        return False
+    with open(path, 'rb') as file:
+        return bool(re.search(rb'(?i)\bfile type\s*=\s*tiff', file.read(1 << 20)))
 
 
 def both_files(path):
@@ -1552,6 +1567,7 @@ LABEL_NAMES = re.compile(r'(\b|_)gt|gt(\b|_)|label|truth|class|map|gnd|train|tes
 OTHER_LAYERS = re.compile(r'lidar|ds[mt]|dem$|dtm|height|elev|abund|endmem|conf'
                           r'|(\b|_)(lat|lon)', re.IGNORECASE)
 WAVELENGTHS = re.compile(r'^(?!good).*(wave|lambda)|^wl$|centers?$|centres?$', re.IGNORECASE)
+NODATA_NAMES = ('fillvalue', 'missingvalue', 'dataignorevalue', 'nodata', 'nodatavalue')
 GOOD_BANDS = re.compile('^(good_wavelengths|bbl)$', re.IGNORECASE)  # 1 = good
 ROWS = re.compile('^n_?(rows?|lines)$', re.IGNORECASE)
 WIDTHS = re.compile('fwhm', re.IGNORECASE)
@@ -1602,7 +1618,7 @@ def find_vector(arrays, pattern, counts):
     for name, stored in arrays.items():
         size = math.prod(stored.shape)
         if (pattern.search(last_name(name)) and size == max(stored.shape, default=1)
-                and size in counts and stored.dtype.kind in 'iuf'):
+                and size in counts and stored.dtype.kind in 'iufb'):
             unit = attribute(stored.attrs, 'units', 'unit')
             if not unit and 'wavenumber' in name.lower():
                 unit = 'wavenumber'
@@ -1653,13 +1669,18 @@ def named_labels(scene, layers):
     several are, all of them as {name: layer}, for the caller to refuse"""
     pixels = scene.cube.shape[1:]
     maps = {name: stored for name, stored in layers.items() if squeezed(stored) == pixels}
-    labels = {name: stored.read(...) for name, stored in maps.items() if LABEL_NAMES.search(name)}
+    labels = {name: filled_with_0(stored) for name, stored in maps.items()
+              if LABEL_NAMES.search(name)}
     unfit = {name: stored for name, stored in layers.items() if name not in maps
              and LABEL_NAMES.search(last_name(name)) and squeezed(stored) != scene.cube.shape
              and 2 * math.prod(stored.shape) >= math.prod(pixels)}
     if unfit and not labels:
         scene = say(scene, f'WARNING: not used, as the image has {pixels[0]} x {pixels[1]} pixels: '
                     f'{list_arrays(unfit)}. Labels are rows x columns, as the image')
+    for name in [name for name, layer in labels.items() if has_fractions(layer)]:
+        scene = say(scene, f'WARNING: "{name}" is not taken for labels, as its values are no whole '
+                    'numbers')
+        del labels[name], maps[name]
     if len(labels) == 1:
         name, layer = next(iter(labels.items()))
         return say(scene._replace(labels=layer), f'labels from "{name}"')
@@ -1668,11 +1689,28 @@ def named_labels(scene, layers):
     return scene._replace(labels=labels or None)
 
 
+def filled_with_0(stored):
+    """Labels as stored -> array in which what their attributes call missing is 0"""
+    raw = stored.read(...)
+    for text in attribute_list(stored.attrs, *NODATA_NAMES):
+        raw = np.where(raw == read_number(text, []), 0, raw)
+    return raw
+
+
+def has_fractions(array):
+    return array.dtype.kind == 'f' and bool((array[np.isfinite(array)] % 1).any())
+
+
 def attribute(attrs, *names):
     """The first of these attributes of HDF5 -> its text, '' where none is; names: in small letters
     without spaces and underscores, however the file spells them"""
+    return next(iter(attribute_list(attrs, *names)), '')
+
+
+def attribute_list(attrs, *names):
+    """All values of these attributes -> their texts"""
     spelt = {re.sub('[ _]', '', name).lower(): value for name, value in attrs.items()}
-    return next((text_of(spelt[name]) for name in names if name in spelt), '')
+    return [text_of(value) for name in names for value in np.ravel(spelt.get(name, []))]
 
 
 def text_of(value):
@@ -1842,12 +1880,10 @@ def read_h5(path, mmap, name, axes):
         scene = scene._replace(wavelengths_nm=values, unit=(unit, f'"{band_axis}"'))
 
     # attributes by the CF conventions, and NEON's, whose factor divides
-    factor, offset = attribute(image.attrs, 'scalefactor'), attribute(image.attrs, 'addoffset')
-    if factor and float(factor) > 1 and 'scale_factor' not in image.attrs:
-        factor = 1 / float(factor)
-    nodata = [attribute(image.attrs, name) for name in (
-        'fillvalue', 'missingvalue', 'dataignorevalue', 'nodata', 'nodatavalue')]
-    nodata = list(dict.fromkeys(filter(None, nodata)))
+    factors, offsets = (attribute_list(image.attrs, name) for name in ('scalefactor', 'addoffset'))
+    if 'scale_factor' not in image.attrs:
+        factors = [1 / float(text) if float(text) > 1 else text for text in factors]
+    nodata = list(dict.fromkeys(filter(None, attribute_list(image.attrs, *NODATA_NAMES))))
     if is_unsigned(image):  # so is the filler: -1 is 255 in one byte
         numbers = 256 ** image.dtype.itemsize
         nodata = [str(int(float(value)) % numbers) for value in nodata]
@@ -1860,7 +1896,7 @@ def read_h5(path, mmap, name, axes):
     if any(other.endswith('glt_x') for other in arrays):
         scene = say(scene, 'in the geometry of the sensor: its look-up table to the map (glt) is '
                     'not applied')
-    return scene._replace(scale=(factor or None, offset or None), nodata=(nodata or [None])[0],
+    return scene._replace(scale=(factors or None, offsets or None), nodata=(nodata or [None])[0],
                           geotags=h5_place(arrays, key, order))
 
 

@@ -438,7 +438,7 @@ def test_scenes_of_one_name_are_two_scenes_and_nodata_must_agree(tmp_path):
     for image, (scene, row, col) in zip(tiles.images, tiles.meta['tiles']['tr']):
         np.testing.assert_array_equal(image, both[scene].cube[:, row:row + 16, col:col + 16])
     make_scene(tmp_path / 'c.npz', nodata=7)
-    with pytest.raises(UserError, match='nodata .7. differ'):
+    with pytest.raises(UserError, match='nodata .7. and that of the scenes before it .None. differ'):
         data.tile(tile_args(root=f'{tmp_path}/a/s.npz,{tmp_path}/c.npz', out=tmp_path / 'out2', tile_size=16))
 
 
@@ -662,6 +662,44 @@ def test_scenes_of_other_units_nodata_or_wavelengths_are_refused_with_both_unles
     data.tile(tile_args(out=tmp_path / 'yes', normalize='scene' if words else 'none', **args))
     meta = Tiles(str(tmp_path / 'yes'), 'tr').meta
     assert len(meta['scenes']) == 2 and (words or meta['scale'] == ([1e-4, 0] if 'scale' in first else None))
+
+
+def test_scenes_behind_a_first_one_that_states_nothing_still_have_to_agree(tmp_path):
+    nothing = make_scene(tmp_path / 'a.npz', wavelengths_nm=None, labels=None)
+    stated = dict(class_names=['a', 'b', 'c'], fwhm_nm=np.full(7, 9.0), scale=(1e-4, 0))
+    states = make_scene(tmp_path / 'b.npz', seed=1, **stated)
+    data.tile(tile_args(root=f'{nothing},{states}', out=tmp_path / 'two', tile_size=16))
+    meta = Tiles(str(tmp_path / 'two'), 'tr').meta
+    np.testing.assert_allclose(meta['wavelengths_nm'], np.linspace(450, 950, 7))
+    assert meta['class_names'] == ['a', 'b', 'c'] and meta['fwhm_nm'] == [9] * 7 and meta['scale'] == [1e-4, 0]
+    for change, words in ((dict(class_names=['c', 'b', 'a']), 'class_names'), (dict(wavelengths_nm=np.linspace(460, 950, 7)), 'wavelengths_nm'), (dict(scale=(1, 5)), 'scale')):
+        other = make_scene(tmp_path / 'c.npz', seed=2, **{**stated, **change})
+        with pytest.raises(UserError, match=f'c.npz: its {words}'):
+            data.tile(tile_args(root=f'{nothing},{states},{other}', out=tmp_path / f'no_{words}', tile_size=16))
+
+
+def test_scenes_of_one_sensor_that_lack_other_bands_are_told_the_flag(tmp_path, capsys):
+    cube = np.load(make_scene(tmp_path / 'a.npz'))['cube']
+    cube[..., 4] = 0  # left out, as it is empty
+    args = dict(root=f'{tmp_path}/a.npz,' + make_scene(tmp_path / 'b.npz', cube=cube), tile_size=16)
+    with pytest.raises(UserError, match='b.npz: of its 7 bands .*--drop_bands=5 '):
+        data.tile(tile_args(out=tmp_path / 'no', **args))
+    assert 'band 5 (783 nm) left out' in capsys.readouterr().out  # the refused one's notes
+    data.tile(tile_args(out=tmp_path / 'yes', drop_bands='5', **args))
+    assert Tiles(str(tmp_path / 'yes'), 'tr').meta['bands'] == [0, 1, 2, 3, 5, 6]
+
+
+def test_a_mask_that_makes_one_scene_float32_is_mended_by_nodata(tmp_path):
+    cube = np.load(make_scene(tmp_path / 'a.npz', bands=3))['cube']
+    for name, hole in (('a', 0), ('b', 12)):
+        alpha = np.full((*cube.shape[:2], 1), 65535, np.uint16)
+        alpha[:, :hole] = 0
+        tifffile.imwrite(tmp_path / f'{name}.tif', np.concatenate([cube, alpha], 2), photometric='minisblack', planarconfig='contig', extrasamples=[0, 0, 2])
+    args = dict(root=f'{tmp_path}/a.tif,{tmp_path}/b.tif', tile_size=16)
+    with pytest.raises(UserError, match='b.tif: its dtype .float32.*if a mask made the one float32, --nodata='):
+        data.tile(tile_args(out=tmp_path / 'no', **args))
+    data.tile(tile_args(out=tmp_path / 'yes', nodata=65535, **args))
+    assert Tiles(str(tmp_path / 'yes'), 'tr').meta['dtype'] == 'uint16'
 
 
 def test_meta_keeps_what_the_file_states(tmp_path):

@@ -88,6 +88,11 @@ def test_a_folder_of_envi_images_is_listed_once(tmp_path):
         os.makedirs(tmp_path / split / 'image')
         write_envi(tmp_path / split / 'image' / 'a.img')
     assert [item.name for item in list_inputs(str(tmp_path), '')] == ['tr/a.hdr', 'ts/a.hdr']
+    # a header beside a GeoTIFF belongs to it, one beside a picture of the same image does not
+    for name, kind in (('b', 'TIFF'), ('c', 'ENVI Standard')):
+        write_envi(tmp_path / 'tr' / 'image' / f'{name}.img', file_type=kind)
+        tiff(tmp_path / 'tr' / 'image' / f'{name}.tif', CUBE)
+    assert [item.name for item in list_inputs(str(tmp_path), '')] == ['tr/a.hdr', 'tr/b.tif', 'tr/c.hdr', 'tr/c.tif', 'ts/a.hdr']
 
 
 def test_what_is_missing_of_an_envi_image_is_named(tmp_path):
@@ -389,6 +394,17 @@ def test_bands_x_pixels_are_refused_with_the_way_out(tmp_path):
         refused(tmp_path / f'{name}.npy', words)
 
 
+def test_labels_of_a_long_flight_line_are_no_table(tmp_path):
+    np.save(tmp_path / 'line.npy', np.ones((130, 3, 2), np.uint16))
+    long = np.ones((130, 3), np.uint8)
+    np.savez(tmp_path / 'l.npz', labels=long)
+    for labels in (tmp_path / 'l.npz', savemat(tmp_path / 'l.mat', {'gt': long})):
+        np.testing.assert_array_equal(read(tmp_path / 'line.npy', str(labels), axes='hwc').labels, long)
+    np.save(tmp_path / 'l.npy', long)
+    with pytest.raises(UserError, match='l.npy.*labels under the name "labels"'):
+        read_scene(str(tmp_path / 'line.npy'), str(tmp_path / 'l.npy'), axes='hwc')
+
+
 def save73(path, arrays):
     """MATLAB 7.3: HDF5 behind a block of text, axes reversed, structs as groups, cells as references"""
     h5py = pytest.importorskip('h5py')
@@ -463,6 +479,39 @@ def test_the_one_cube_of_an_hdf5_file_is_found_and_of_several_one_is_chosen(tmp_
     np.testing.assert_array_equal(read(f'{path}:two').cube, CUBE + 1)
     (tmp_path / 'c.nc').write_bytes(b'CDF\x01' + bytes(100))
     refused(tmp_path / 'c.nc', 'NetCDF-4')
+
+
+def test_labels_beside_a_cube_miss_what_their_attributes_say(tmp_path):
+    stored = np.where(LABELS == 0, 127, LABELS).astype(np.int8)
+    path = h5(tmp_path / 'a.nc', {'cube': CUBE, 'labels': (stored, {'_FillValue': np.int8(127)})})
+    for scene in (read(path), read(path, f'{path}:labels')):
+        np.testing.assert_array_equal(scene.labels, LABELS)
+
+
+def test_a_scale_for_each_band_of_an_hdf5_file_is_applied(tmp_path):
+    factors = np.array([1e-4, 1e-4, 1e-2, 1e-4, 1e-4, 1e-4])
+    scene = read(h5(tmp_path / 'a.h5', {'cube': (CUBE, {'scale_factor': factors, 'add_offset': 0.5})}), axes='chw')
+    np.testing.assert_allclose(scene.cube, CUBE * factors[:, None, None] + 0.5, rtol=1e-6)
+    assert scene.scale is None and told(scene, 'differ from band to band')
+    refused(h5(tmp_path / 'b.h5', {'cube': (CUBE, {'scale_factor': factors[:4]})}), '4 nodata values, gains or offsets for 6 bands', axes='chw')
+
+
+def test_a_list_of_good_bands_may_be_one_of_truth_values(tmp_path):
+    assert read(h5(tmp_path / 'a.h5', {'cube': CUBE, 'bbl': np.arange(C) != 2}), axes='chw').bands == [0, 1, 3, 4, 5]
+
+
+def test_values_that_are_no_whole_numbers_are_not_taken_for_labels(tmp_path):
+    scene = read(savemat(tmp_path / 'a.mat', {'img': HWC, 'mean_map': HWC.mean(2)}))
+    assert scene.labels is None and told(scene, 'WARNING', '"mean_map" is not taken for labels')
+    scene = read(savemat(tmp_path / 'b.mat', {'img': HWC, 'mean_map': HWC.mean(2), 'gt': LABELS.astype(float)}))
+    np.testing.assert_array_equal(scene.labels, LABELS)
+
+
+def test_the_notes_name_the_labels_that_were_taken(tmp_path):
+    path = savemat(tmp_path / 'a.mat', {'img': HWC, 'gt': LABELS})
+    np.save(tmp_path / 'other.npy', LABELS[::-1])
+    scene = read(path, str(tmp_path / 'other.npy'))
+    assert told(scene, 'labels from', 'other.npy') and not told(scene, '"gt"') and told(read(path), 'labels from "gt"')
 
 
 @pytest.mark.parametrize('chunks', [(1, 9, 11), (4, 4, 5), (6, 1, 11)])

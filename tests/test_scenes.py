@@ -27,6 +27,10 @@ UTM = [(33550, 'd', 3, (30.0, 30.0, 0.0), True), (33922, 'd', 6, (0.0, 0.0, 0.0,
        (34735, 'H', 16, (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32633), True)]
 
 
+def keys_of(*keys):
+    return 34735, 'H', 4 + 4 * len(keys), (1, 1, 0, len(keys), *(number for key, value in keys for number in (key, 0, 1, value))), True
+
+
 def tag(code, text):
     return code, 's', 0, text, True
 
@@ -520,6 +524,7 @@ def test_labels_of_another_place_are_refused_with_both_origins(image, tmp_path):
     assert '350000, 5800000' in text
     zone = [*UTM[:2], (34735, 'H', 16, UTM[2][3][:-1] + (32634,), True)]
     refused('UTM zone 34N', image, write_tiff(tmp_path / 'l.tif', LABELS, *zone))
+    refused('EPSG:4326', image, write_tiff(tmp_path / 'l.tif', LABELS, *UTM[:2], keys_of((2048, 4326))))
     coarse = [(33550, 'd', 3, (60.0, 60.0, 0.0), True), *UTM[1:]]
     refused('pixels of 60 m', image, write_tiff(tmp_path / 'l.tif', LABELS, *coarse))
 
@@ -529,12 +534,32 @@ def test_the_same_place_in_other_words_is_accepted(image, tmp_path):
     centre = [UTM[0], (33922, 'd', 6, (0.0, 0.0, 0.0, 350015.0, 5799985.0, 0.0), True), (34735, 'H', 16, (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 2, 3072, 0, 1, 32633), True)]
     other_tie = [UTM[0], (33922, 'd', 6, (10.0, 2.0, 0.0, 350300.0, 5799940.0, 0.0), True), UTM[2]]
     no_keys = UTM[:2]
-    for tags in ([(34264, 'd', 16, matrix, True), UTM[2]], centre, other_tie, no_keys, []):
+    # the system that a projection rests on is named beside it, or instead of a number of its own
+    both, own = [*UTM[:2], keys_of((2048, 4326), (3072, 32633))], [*UTM[:2], keys_of((2048, 4326), (3072, 32767))]
+    for tags in ([(34264, 'd', 16, matrix, True), UTM[2]], both, own, centre, other_tie, no_keys, []):
         scene = read_scene(image, write_tiff(tmp_path / 'l.tif', LABELS, *tags))
         np.testing.assert_array_equal(scene.labels, LABELS)
     said(scene, 'place: UTM zone 33N, pixels of 30 m, upper left corner at 350000, 5800000')
     for tags in (centre, other_tie):
         said(read_scene(write_tiff(tmp_path / 'l.tif', LABELS, *tags)), 'upper left corner at 350000, 5800000')
+
+
+@pytest.mark.parametrize('keys, words', [
+    ([(1024, 1), (2048, 4269), (3072, 32767), (3076, 9003)], 'a system of its own, pixels of 30 US survey ft'),
+    ([(1024, 1), (3072, 32661), (3076, 9001)], 'EPSG:32661, pixels of 30 m'), ([(1024, 1), (3072, 32760)], 'UTM zone 60S, pixels of 30 m')])
+def test_a_system_that_is_no_utm_zone_is_not_called_one(keys, words, tmp_path):
+    said(read_scene(write_tiff(tmp_path / 'a.tif', CUBE, *UTM[:2], keys_of(*keys))), f'place: {words}')
+
+
+def test_names_of_classes_may_be_bytes(tmp_path):
+    path = make_scene(tmp_path / 'a.npz', class_names=np.array([b'unlabelled', b'corn', b'soy', b'm\xc3\xbcll']))
+    assert read_scene(path).class_names == ['corn', 'soy', 'm\u00fcll']
+
+
+@pytest.mark.parametrize('form', ['B{0} ({1:.0f}-{2:.0f} nm)', '{1:.0f} - {2:.0f} nm'])
+def test_the_end_of_a_range_is_no_wavelength(form, tmp_path):
+    names = [form.format(band, nm - 10, nm + 10) for band, nm in enumerate(NM, 1)]
+    assert read_scene(write_tiff(tmp_path / 'a.tif', CUBE, gdal(gdal_bands('DESCRIPTION', names, 'role="description"')))).wavelengths_nm is None
 
 
 def test_a_rotated_place_is_kept(tmp_path):
