@@ -16,6 +16,7 @@ segment.py, those headed `shell` in every script: skip these at first.
 Shapes: B crops, C bands, K classes.
 """
 import json
+import math
 import os
 import signal
 import sys

@@ -4,15 +4,17 @@
     python tests/gpu.py --rehearse --out=gpu             # the same on a CPU at toy sizes
     python tests/gpu.py --only=right,numbers --out=gpu   # some of its parts
 
-Its parts are in order of worth. Each result is printed and written to OUT/gpu.json at once, so that
-a run that is cut off has told what it could. A part that fails is noted, and the next one begins.
-Most parts start the scripts as a user would; what each said is in OUT/NAME.txt.
+Its parts are in order of worth. Each result is printed and written to OUT/gpu.json at once, beside
+those of calls before, so that a run that is cut off has told what it could. A part that fails is
+noted, and the next one begins. Most parts start the scripts as a user would; what each said is in
+OUT/NAME.txt.
 """
 import argparse
 import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -52,7 +54,8 @@ if on_gpu:
     if fraction:
         torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
 if os.environ.get('DETERMINISTIC'):
-    torch.use_deterministic_algorithms(True)
+    # positions are resized by a kernel whose gradient has no deterministic form on CUDA
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 wait = torch.cuda.synchronize if on_gpu else lambda: None
 if os.environ.get('PROFILE'):
@@ -109,9 +112,12 @@ def enough_time(seconds):
 def run(script, name, *flags, on_cpu=False, stop_after=0, **environment):
     """Run a script with out_dir OUT/name -> facts (exit code, ...), the entries of its log"""
     folder = os.path.join(out, name)
+    if name not in begun:  # an older call's would be resumed at its end, and its log read
+        shutil.rmtree(folder, ignore_errors=True)
+        begun.add(name)
     path = os.path.join(ROOT, f'{script}.py')
     command = [sys.executable, '-c', LAUNCH, path, *flags, f'--out_dir={folder}']
-    environment = {**os.environ, 'TORCH_LOGS': 'recompiles', 'PYTHONUNBUFFERED': '1',
+    environment = {**os.environ, 'TORCH_LOGS': 'recompiles,perf_hints', 'PYTHONUNBUFFERED': '1',
                    'CUBLAS_WORKSPACE_CONFIG': ':4096:8', **environment}
     if on_cpu:
         environment |= {'CUDA_VISIBLE_DEVICES': ''}
@@ -123,7 +129,8 @@ def run(script, name, *flags, on_cpu=False, stop_after=0, **environment):
         try:
             if stop_after:  # entries of the log
                 log_path = os.path.join(folder, 'log.jsonl')
-                while process.poll() is None and len(read_log(log_path)) < stop_after:
+                while (process.poll() is None and len(read_log(log_path)) < stop_after
+                       and time.time() < deadline):
                     time.sleep(0.2)
                 process.send_signal(signal.SIGTERM)
             process.wait(timeout=max(20, min(240, deadline - time.time())))
@@ -133,7 +140,8 @@ def run(script, name, *flags, on_cpu=False, stop_after=0, **environment):
         said.seek(0)
         text = said.read()
     facts = {'exit code': process.returncode,
-             'recompilations': text.count('Recompiling function')}
+             'recompilations': text.count('Recompiling function'),
+             'CUDA graphs skipped': text.count('skipping cudagraphs')}
     peak = re.search(r'peak memory, MiB: (\d+)', text)
     if peak:
         facts['peak memory, MiB'] = int(peak[1])
@@ -166,7 +174,7 @@ def losses(log):
 
 def difference(log, other):
     """Largest relative difference of two logs' losses; None where one run was cut off"""
-    if not log or len(losses(log)) != len(losses(other)):
+    if not losses(log) or len(losses(log)) != len(losses(other)):
         return None
     return max(abs(a - b) / abs(b) for a, b in zip(losses(log), losses(other)))
 
@@ -199,13 +207,12 @@ def check_right():
                 'bfloat16': (['--dtype=bfloat16', '--compile=false'], {}),
                 'float16': (['--dtype=float16', '--compile=false'], {})}
     few = f'--max_steps={3 if rehearse else 10}'
-    runs = [((script, f'{script}_{name}', *few_steps(few), *STILL[script], *flags), options)
-            for script in PRETRAINERS for name, (flags, options) in variants.items()]
-    done = []
-    for i in range(0, len(runs), len(variants)):  # a script at a time, or all wait for cores
-        done += side_by_side(runs[i:i + len(variants)])
-    for i, script in enumerate(PRETRAINERS):
-        found = dict(zip(variants, done[i * len(variants):]))
+    for script in PRETRAINERS:  # one at a time, or all wait for cores
+        if not enough_time(60):
+            return
+        found = dict(zip(variants, side_by_side(
+            [((script, f'{script}_{name}', *few_steps(few), *STILL[script], *flags), options)
+             for name, (flags, options) in variants.items()])))
         for name, base in (('gpu', 'cpu'), ('compiled', 'gpu'), ('bfloat16', 'gpu'),
                            ('float16', 'gpu')):
             facts, log = found[name]
@@ -244,39 +251,48 @@ def check_numbers():
 
 def check_resume():
     """12 steps = 7 + 5 steps, in the default precision; SIGTERM"""
-    def lengths(steps, place, **environment):
-        runs = []
-        for script in PRETRAINERS:  # the first one compiled, with CUDA graphs
-            kind = f'--compile={script == PRETRAINERS[0]}'
-            runs.append(((script, f'{script}_{place}', *few_steps(f'--max_steps={steps}', kind)),
-                         environment))
-        return runs
+    def a_run(script, steps, place, **environment):
+        kind = f'--compile={script == PRETRAINERS[0]}'  # the first one with CUDA graphs
+        flags = few_steps(f'--max_steps={steps}', kind)
+        return (script, f'{script}_{place}', *flags), environment
+
     endless = few_steps('--steps=100000', '--compile=false')
-    whole = side_by_side(lengths(12, '12') + lengths(7, '7_5'))
-    resumed = side_by_side(lengths(12, '7_5')
+    begun_runs = side_by_side([a_run(script, 12, '12') for script in PRETRAINERS]
+                              + [a_run(script, 7, '7_5') for script in PRETRAINERS])
+    resumed = side_by_side([a_run(script, 12, '7_5') for script in PRETRAINERS]
                            + [((PRETRAINERS[0], 'sigterm', *endless), {'stop_after': 3})])
-    for script, (_, log), (facts, other) in zip(PRETRAINERS, whole, resumed):
-        equal = losses(log) == losses(other)
-        keep(f'{script}, 12 = 7 + 5 steps', {**facts, 'equal': equal,
-                                             'difference': difference(other, log)})
-        if not equal and enough_time(60):
+    n = len(PRETRAINERS)
+    for script, whole, first, rest in zip(PRETRAINERS, begun_runs[:n], begun_runs[n:], resumed):
+        compared = compare_resumed(whole, first, rest)
+        keep(f'{script}, 12 = 7 + 5 steps', compared)
+        if not compared['equal'] and enough_time(60):
             strict = {'DETERMINISTIC': '1'}
-            runs = lengths(12, '12_strict', **strict), lengths(7, '7_5_strict', **strict)
-            for attempt in (*runs, lengths(12, '7_5_strict', **strict)):
-                done = side_by_side([attempt[PRETRAINERS.index(script)]])
-                logs = done if attempt is runs[0] else [logs[0], *done]
+            whole, first = side_by_side([a_run(script, 12, '12_strict', **strict),
+                                         a_run(script, 7, '7_5_strict', **strict)])
+            rest, = side_by_side([a_run(script, 12, '7_5_strict', **strict)])
             keep(f'{script}, 12 = 7 + 5 steps, deterministic algorithms',
-                 {'equal': losses(logs[0][1]) == losses(logs[-1][1])})
+                 compare_resumed(whole, first, rest))
     facts, log = resumed[-1]
     facts.pop('last words', None)  # it is meant to end with 143
     keep('SIGTERM', {**facts, 'steps in the log': len(log)})
 
 
+def compare_resumed(whole, first, rest):
+    """Facts and log of a run of 12 steps, of one of 7, and of the latter resumed -> facts"""
+    failed = [facts for facts, _ in (whole, first, rest) if facts['exit code']]
+    lengths = [len(losses(log)) for _, log in (whole, first, rest)]
+    equal = lengths == [12, 7, 12] and losses(whole[1]) == losses(rest[1])
+    return {**(failed or [rest[0]])[0], 'losses of the three': lengths,
+            'equal': equal and not failed, 'difference': difference(rest[1], whole[1])}
+
+
 def check_judges():
     """The other scripts on an encoder that was trained here"""
+    data.floors(demo)  # once, or each of the judges would do it
     encoder = os.path.join(out, 'pretrain_dino_hsi_12', 'last.pt')
     if not os.path.exists(encoder):
-        run('pretrain_dino_hsi', 'pretrain_dino_hsi_12', *few_steps('--max_steps=12', '--compile=false'))
+        few = few_steps('--max_steps=12', '--compile=false')
+        run('pretrain_dino_hsi', 'pretrain_dino_hsi_12', *few)
     few = ['--steps=20', '--eval_every=10', '--compile=false']
     if rehearse:
         few = ['--steps=2', '--eval_every=2', '--batch_size=2']
@@ -301,9 +317,9 @@ def check_judges():
 def base(batch, *more):
     """Flags of a run at the dissertation's size, or of a toy"""
     if rehearse:
-        more = ['--max_steps=12', *more]
-        return [f'--data={demo}', '--batch_size=2', '--log_every=2', '--eval_every=100000',
-                '--probe_tiles=2', *more]
+        more = [flag for flag in more if 'max_steps' not in flag]
+        return [f'--data={demo}', '--max_steps=12', '--batch_size=2', '--log_every=2',
+                '--eval_every=100000', '--probe_tiles=2', *more]
     return ['--size=base', f'--data={demo}', f'--batch_size={batch}', '--log_every=10',
             '--eval_every=100000', '--save_every=100000', '--probe_tiles=4', *more]
 
@@ -345,6 +361,8 @@ def check_fast():
                   for script in PRETRAINERS[-1 if rehearse else 0:]])
     for script in PRETRAINERS:
         timed(script, 'compiled', '--max_steps=90')
+    for script in PRETRAINERS:
+        profiled(script, 'compiled', '--max_steps=41')
 
 
 def check_eager():
@@ -355,24 +373,22 @@ def check_eager():
 def check_graphs():
     """The same without CUDA graphs, where a script has them"""
     for script in ('pretrain_mae', 'pretrain_lejepa')[rehearse:]:
-        timed(script, 'compiled, no CUDA graphs', '--cuda_graphs=false', '--max_steps=90')
+        timed(script, 'compiled_without_graphs', '--cuda_graphs=false', '--max_steps=90')
 
 
 def timed(script, kind, *flags):
-    if not enough_time(30):
+    if not enough_time(60):
         return
-    batch = 2 if rehearse else BATCH[script]
-    if rehearse:
-        flags = [flag for flag in flags if 'max_steps' not in flag]
-    facts, log = run(script, f'base_{script}_{kind}', *base(batch, *flags))
-    keep(f'{script}, base, {kind}', {**facts, **speed(log, batch, script)})
-    if not enough_time(30):
+    facts, log = run(script, f'base_{script}_{kind}', *base(BATCH[script], *flags))
+    keep(f'{script}, base, {kind}', {**facts, **speed(log, BATCH[script], script)})
+
+
+def profiled(script, kind, *flags):
+    """With the profiler, which slows the host: OUT/NAME_profile.txt and its trace"""
+    if not enough_time(60):
         return
-    # again with the profiler, which slows the host: OUT/NAME_profile.txt and its trace
     path = os.path.join(out, f'base_{script}_{kind}_profile.txt')
-    short = ['--max_steps=41'] * (not rehearse)
-    facts, log = run(script, f'profile_{script}_{kind}', *base(batch, *flags, *short),
-                     PROFILE=path)
+    facts, _ = run(script, f'profile_{script}_{kind}', *base(BATCH[script], *flags), PROFILE=path)
     keep(f'{script}, base, {kind}, profiled', facts)
 
 
@@ -429,10 +445,10 @@ def check_deeplab():
     tiles = os.path.join(out, 'large')
     subprocess.run([sys.executable, os.path.join(ROOT, 'data.py'), 'tile', f'--root={scene}',
                     f'--out={tiles}', f'--tile_size={side}', '--split_block=1'], check=True,
-                   stdout=subprocess.DEVNULL)
+                   stdout=subprocess.DEVNULL, timeout=120)
     os.remove(scene)
     for kind in ('true', 'false'):
-        if enough_time(45):
+        if enough_time(60):
             facts, log = run('baseline_deeplab', f'deeplab_{side}_{kind}', f'--data={tiles}',
                              f'--batch_size={batch}', '--steps=1000', '--log_every=5',
                              f'--max_steps={10 if rehearse else 40}', '--eval_every=1000',
@@ -444,23 +460,19 @@ def check_deeplab():
 def check_memory():
     """The largest batch at --size=base on cards of 16 and 24 GB, and on this one: the
     dissertation's batch, halved until it fits or doubled until it does not; eager"""
-    steps = ['--compile=false', '--max_steps=3']
-
-    def fits(script, batch, card):
-        name = f'memory_{script}_{card}_{batch}'
-        facts, log = run(script, name, *base(batch, *steps), CARD_GB=str(card))
-        return facts['exit code'] == 0, facts
-
     def largest(script, card):
+        """-> the largest batch that fits, or None where that was not found out; facts"""
         batch = BATCH[script]
-        if rehearse:
-            return batch, fits(script, batch, card)[1]
-        while batch > 1 and enough_time(20):
-            good, facts = fits(script, batch, card)
-            if good:
+        while batch and enough_time(60):
+            name = f'memory_{script}_{card}_{batch}'
+            flags = base(batch, '--compile=false', '--max_steps=3')
+            facts, _ = run(script, name, *flags, CARD_GB=str(card))
+            if not facts['exit code']:
                 return batch, facts
+            if 'out of memory' not in facts['last words']:  # cut off, or another error
+                return None, facts
             batch //= 2
-        return 0, {}
+        return (None, {'cut off at batch': batch}) if batch else (0, {})
     cases = [(script, card) for card in (16, 24) for script in PRETRAINERS]
     cases = cases[:1] if rehearse else cases
     with ThreadPoolExecutor(3) as pool:
@@ -468,7 +480,7 @@ def check_memory():
             keep(f'{script}, base, a card of {card} GB', {'batch that fits': batch, **facts})
     for script in PRETRAINERS[:0 if rehearse else 4]:
         for factor in (2, 4, 8):
-            if not enough_time(40):
+            if not enough_time(60):
                 return
             batch = factor * BATCH[script]
             facts, log = run(script, f'large_{script}_{batch}',
@@ -541,7 +553,11 @@ if __name__ == '__main__':
     started = time.time()
     deadline = started + 60 * arguments.minutes
     os.makedirs(out, exist_ok=True)
-    results = {}
+    results, begun = {}, set()  # begun: the runs of this call
+    earlier = os.path.join(out, 'gpu.json')
+    if os.path.exists(earlier):
+        with open(earlier, encoding='utf-8') as file:
+            results = json.load(file)
     if rehearse:
         os.environ['CUDA_VISIBLE_DEVICES'] = ''
     import torch
@@ -560,7 +576,8 @@ if __name__ == '__main__':
     demo = os.path.join(out, 'demo')
     data.demo(data.parse(['demo', f'--out={demo}']))
     for part in arguments.only.split(','):
-        if not enough_time(15):
+        results.pop(f'part {part}', None)  # an earlier call's
+        if not enough_time(60):
             keep(f'part {part}', 'not run: the time is up')
             continue
         try:
