@@ -269,6 +269,9 @@ if __name__ == '__main__':
         raise UserError(f'{data}: its tiles of "val" have no labels, and the best state is chosen '
                         'by them: tile again with other --shares')
     weight = torch.ones(meta['num_classes'], device=device)
+    if class_weights != 'none' and criterion == 'dice':
+        raise UserError(f'--class_weights={class_weights}: soft Dice counts all classes alike: '
+                        'leave it out, or choose another --criterion')
     if class_weights != 'none':
         counts = sum(np.bincount(tile.ravel(), minlength=256) for tile in train.labels)
         pixels = weight.new_tensor(counts[1:meta['num_classes'] + 1])

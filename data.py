@@ -1461,11 +1461,10 @@ def false_color(x, meta, bands=None):
     if bands is None:
         bands = false_color_bands(meta['wavelengths_nm'], len(x))
         x = x[bands]
-    x = x.astype(np.float32)
+    valid = valid_pixels(x, meta['nodata'])
     mean = np.array(meta['mean'])[bands]
     std = np.array(meta['std'])[bands]
-    rgb = (np.moveaxis(x, 0, 2) - mean) / (4 * std) + 0.5
-    valid = valid_pixels(x, meta['nodata'])
+    rgb = (np.moveaxis(x.astype(np.float32), 0, 2) - mean) / (4 * std) + 0.5
     return np.where(valid[..., None], rgb, 0).clip(0, 1)
 
 
@@ -1692,6 +1691,8 @@ def scene_flags(meta):
     if meta['split'] == BY_FOLDERS:
         split, file = path.split('/')
         path = os.path.join(settings['root'], split, 'image', file)
+    if not os.path.exists(split_name(path)[0]):  # it lies where the tiler ran, or once was
+        path = 'SCENE'
     told = {name: settings.get(name)
             for name in ('axes', 'nodata', 'drop_bands', 'keep_bad_bands')}
     return {'scene': path} | {name: value for name, value in told.items()

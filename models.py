@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import (FLOORS, IGNORE_INDEX, UserError, blend_weights, cut_positions, kept_meta,
-                  one_line, same_bands, standardization, standardize, window_means)
+                  one_line, same_bands, standardization, standardize, valid_pixels, window_means)
 
 SIZES = {  # tiny is for laptops; small and base are ViT-S and ViT-B (arXiv 2012.12877, 2010.11929)
     'tiny': dict(embed_dim=128, depth=6, num_heads=4),
@@ -84,17 +84,21 @@ def prepare(network, raw):
 
     The network is one of load_encoder() or load_segmenter().
     """
-    if not isinstance(raw, torch.Tensor):
-        values = np.ma.array(raw, dtype=np.float32, copy=True, order='C')
-        raw = torch.from_numpy(values.filled(np.nan))
-    C = network.meta['num_bands']
-    if raw.ndim not in (3, 4) or raw.shape[-3] != C:
-        raise UserError(f'prepare: the images have the shape {tuple(raw.shape)}, the network was '
+    C, nodata, shape = network.meta['num_bands'], network.meta['nodata'], np.shape(raw)
+    if len(shape) not in (3, 4) or shape[-3] != C:
+        raise UserError(f'prepare: the images have the shape {tuple(shape)}, the network was '
                         f'trained on {C} bands: pass (B, {C}, H, W) or ({C}, H, W)')
+    if not isinstance(raw, torch.Tensor):
+        stored = np.ma.getdata(raw)
+        values = np.ma.array(raw, dtype=np.float32, copy=True, order='C').filled(np.nan)
+        if stored.dtype == np.uint8:  # float32 would not tell that here 0 may be a value
+            values[~np.broadcast_to(valid_pixels(stored, nodata)[..., None, :, :], shape)] = np.nan
+            nodata = None
+        raw = torch.from_numpy(values)
     device = next(network.parameters()).device
     mean, matrix = (values.to(device) for values in network.statistics)
     raw = raw.reshape(-1, *raw.shape[-3:]).to(device)
-    return standardize(raw, mean, matrix, network.meta['nodata'])
+    return standardize(raw, mean, matrix, nodata)
 
 
 class PatchEmbed(nn.Module):
@@ -1204,10 +1208,14 @@ def check_bands(own_meta, meta, path):
     if same and own and given:
         same = same_bands(own, given)
     if not same:
-        bands = ','.join(f'{nm:g}' for nm in own) if own else '...'
+        settings = own_meta.get('settings', {})
+        bands = settings.get('bands') or ','.join(f'{nm:g}' for nm in own or [])
+        flags = f'--bands={bands}' if bands else 'the bands of its own data'
+        if settings.get('normalize') == 'scene':
+            flags += ' --normalize=scene'
         raise UserError(f'{path}: the network was trained on {count} bands, and those of the data '
                         f'({meta["num_bands"]}) are others: tile the scenes again with '
-                        f'python data.py tile --bands={bands}')
+                        f'{"python data.py tile " if bands else ""}{flags}')
     if own_meta.get('components') != meta.get('components'):
         raise UserError(f'{path}: the network was trained on the principal components of other '
                         'data, which mean something else here: pass the data it was trained on')

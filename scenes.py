@@ -235,6 +235,8 @@ def read_scene(path, labels='', mmap=False, axes='', nodata=None, drop_bands='',
     (unless `keep_bad_bands`), those of `drop_bands` ('1,5,100-110', '1380-1410nm'), and those
     without values. Raises UserError naming the file.
     """
+    if nodata is not None and math.isnan(nodata):
+        nodata = None  # NaN is missing in any case: what the file states holds
     scene = read_file(path, mmap, axes)
     if labels:
         found = read_labels(labels)

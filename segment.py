@@ -108,6 +108,19 @@ def note_signal(number, frame):
 
 # ============ method ============
 
+def without_effect():
+    """-> flags of the command line that this run does not look at"""
+    idle = []
+    if encoder:
+        idle += ['size', 'img_size', 'patch_size', 'whiten']
+    if decoder == 'logistic':
+        idle += ['steps', 'max_steps', 'batch_size', 'lr', 'weight_decay']
+    if freeze or untrained or not encoder:
+        idle += ['layer_decay']
+    given = {word.split('=')[0] for word in sys.argv}
+    return [f'--{name}' for name in idle if f'--{name}' in given]
+
+
 def get_encoder(meta):
     """-> the encoder to be judged, with .args and .whiten as load_encoder() sets them; its name"""
     if not encoder:
@@ -241,9 +254,11 @@ if __name__ == '__main__':
 
     # ---- encoder and decoder
     solvable = freeze and not augment and criterion == 'ce' and class_weights == 'none'
-    if decoder == 'logistic' and not solvable:
-        raise UserError('--decoder=logistic: a solved decoder takes a frozen encoder and plain '
-                        'cross-entropy, no --augment: choose --decoder=linear')
+    if decoder == 'logistic' and not (solvable and crop_size == tile_size):
+        raise UserError('--decoder=logistic: a solved decoder takes a frozen encoder, whole tiles '
+                        'and plain cross-entropy, no --augment: choose --decoder=linear')
+    if without_effect():
+        print('without effect in this run:', ', '.join(without_effect()))
     vit, method = get_encoder(meta)
     encoder_args = vit.args
     whiten = config['whiten'] = vit.whiten
@@ -382,6 +397,9 @@ if __name__ == '__main__':
         raise UserError(f'{data}: its tiles of "val" have no labels, and the best state is chosen '
                         'by them: tile again with other --shares')
     weight = torch.ones(meta['num_classes'], device=device)
+    if class_weights != 'none' and criterion == 'dice':
+        raise UserError(f'--class_weights={class_weights}: soft Dice counts all classes alike: '
+                        'leave it out, or choose another --criterion')
     if class_weights != 'none':
         counts = sum(np.bincount(tile.ravel(), minlength=256) for tile in train.labels)
         pixels = weight.new_tensor(counts[1:meta['num_classes'] + 1])

@@ -109,6 +109,11 @@ def draw_row(row, raw, encoder, meta, pixel):
     h, w = H // P, W // P
     asking = prefix + pixel[0] // P * w + pixel[1] // P
     x = encoder.prepare(raw[None])
+    spread = x.std((2, 3)).mean()  # 1 in the data that the encoder learned from
+    if not 0.02 < spread < 50:
+        print(f'WARNING: standardised values spread by {spread:.2g}, '
+              'those of the training data by 1: '
+              'are they in the same units?')
     attention, spectral_attention, features = capture(encoder, x, block, [0, asking])
     cls = patch_maps(attention, 0, prefix, h, w)
     asked = patch_maps(attention, 1, prefix, h, w)
@@ -155,7 +160,12 @@ def read_images(encoder, path, unit):
     """-> images by name, as cut_middle() gives them, and the meta of their data. What a scene at
     --image does not tell is as in the data of the encoder, whose file is `path`."""
     if image:
-        scene = read_scene(image)
+        # read as the tiler was told to read the scenes of the encoder
+        settings = encoder.meta.get('settings', {})
+        names = ('axes', 'nodata', 'drop_bands', 'keep_bad_bands')
+        asked = {name: settings[name] for name in names if name in settings}
+        scene = read_scene(image, **asked)
+        print('\n  '.join([f'{image}:', *scene.notes]))
         meta = {**encoder.meta, 'num_bands': len(scene.cube), 'components': None,
                 'scale': scene.scale}
         meta['wavelengths_nm'] = scene.wavelengths_nm or meta['wavelengths_nm']
@@ -202,12 +212,20 @@ if __name__ == '__main__':
     names = [os.path.basename(os.path.dirname(path)) or path for path in paths]
     unit = int(np.lcm.reduce([encoder.patch_size for encoder in loaded]))  # whole patches for all
     images, meta = read_images(loaded[0], paths[0], unit)
+    meta = {**meta, 'nodata': None}  # missing pixels are NaN now
+    tiled_how = meta.get('settings', {}).get('normalize')
     for path, encoder in zip(paths, loaded):
         check_bands(encoder.meta, meta, path)
-        settings = encoder.meta.get('settings', {})
-        if image and settings.get('normalize') == 'scene':
-            raise UserError(f'--image={image}: {path} was trained on standardised scenes: tile '
-                            'this one with --normalize=scene, and pass the tiles as --data')
+        encoder.meta['nodata'] = None
+        trained_how = encoder.meta.get('settings', {}).get('normalize')
+        if image and trained_how == 'scene':
+            raise UserError(f'--image={image}: {path} was trained on standardised scenes: '
+                            'tile this one with --normalize=scene, '
+                            'and pass the tiles as --data')
+        differ = trained_how != tiled_how
+        if not image and differ and 'scene' in (trained_how, tiled_how):
+            raise UserError(f'--data={data}: {path} was trained on tiles of '
+                            f'--normalize={trained_how}: give such tiles')
         own, learned = meta.get('scale'), encoder.meta.get('scale')
         if own and learned and tuple(own) != tuple(learned):
             raise UserError(f'{image or data}: the values have another scale than those that '

@@ -2,11 +2,13 @@
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+import segment
 import why_it_failed
 from conftest import MAE_TINY, SCENES, make_scene, run, tiled
 from data import Tiles, confusion_matrix, label_to_class, scene_flags, scores, sliding_window
@@ -163,11 +165,10 @@ def test_memory_is_that_of_a_row_of_windows():
     assert max(rows for _, rows, _ in sizes) <= 16 and max(s.stop - s.start for s in cube.rows) == 16 and sum(rows for _, rows, _ in sizes) == 10_000
 
 
-@pytest.mark.parametrize('script, flags', [('segment.py', [*TRAINED, '--freeze=false', '--img_size=8']), ('segment.py', ['--img_size=8', *FEW_LABELS, '--pixel=false']),
+@pytest.mark.parametrize('script, flags', [('segment.py', [*TRAINED, '--freeze=false', '--img_size=8']),
                                            ('baseline_deeplab.py', ['--width=8', '--batch_size=4'])])
 def test_crops_smaller_than_the_tile_train_and_the_whole_tile_is_scored(script, flags, scene_data, tmp_path):
-    augment = ['--augment=true'] if 'pixel' not in flags[-1] else []  # not where the decoder is solved
-    run(script, *flags, *augment, f'--data={scene_data}', '--crop_size=8', '--steps=3', '--dtype=float32', f'--out_dir={tmp_path}/run')
+    run(script, *flags, '--augment=true', f'--data={scene_data}', '--crop_size=8', '--steps=3', '--dtype=float32', f'--out_dir={tmp_path}/run')
     report = report_of(tmp_path / 'run')
     assert np.sum(report['confusion_matrix']) == np.count_nonzero(Tiles(scene_data, 'ts').labels)
     pred, raw, names = why_it_failed.predictions(str(tmp_path / 'run'))  # what is drawn is what is scored
@@ -227,13 +228,30 @@ def test_the_decoder_sees_the_spectra_of_the_window_floor_and_no_missing_pixel()
 
 def test_a_decoder_that_is_solved_takes_a_frozen_encoder_and_a_directory_of_its_own(scene_data, tmp_path):
     base = ['segment.py', *FEW_LABELS, f'--data={scene_data}', f'--out_dir={tmp_path}/run']
-    for flags in (['--freeze=false'], ['--augment'], ['--criterion=dice'], ['--class_weights=sqrt']):
+    for flags in (['--freeze=false'], ['--augment'], ['--criterion=dice'], ['--class_weights=sqrt'], ['--crop_size=8']):
         done = run(*base, *flags, check=False)
         assert done.returncode == 1 and 'choose --decoder=linear' in done.stderr and 'Traceback' not in done.stderr
     run(*base)
     for flags in (['--seed=1'], ['--decoder=linear', '--steps=2']):
         done = run(*base, *flags, check=False)
         assert done.returncode == 1 and 'best.pt: is of a run with other constants' in done.stderr
+
+
+def test_flags_without_effect_are_said(monkeypatch):
+    for constants, flags, expected in (
+            (dict(decoder='logistic', freeze=True, encoder=''), ['--lr=5', '--steps', '7', '--size=tiny'], ['--steps', '--lr']),
+            (dict(decoder='linear', freeze=False, encoder='a.pt'), ['--lr=5', '--layer_decay=0.5', '--img_size=64'], ['--img_size']),
+            (dict(decoder='linear', freeze=True, encoder=''), ['--layer_decay=0.5'], ['--layer_decay'])):
+        for name, value in (constants | {'untrained': False}).items():
+            monkeypatch.setattr(segment, name, value)
+        monkeypatch.setattr(sys, 'argv', ['segment.py', *flags])
+        assert segment.without_effect() == expected
+
+
+@pytest.mark.parametrize('script, flags', [('segment.py', ['--decoder=linear']), ('baseline_deeplab.py', ['--width=8'])])
+def test_dice_takes_no_weights_of_classes(script, flags, scene_data, tmp_path):
+    done = run(script, *flags, f'--data={scene_data}', '--criterion=dice', '--class_weights=sqrt', f'--out_dir={tmp_path}/run', check=False)
+    assert done.returncode == 1 and 'soft Dice counts all classes alike' in done.stderr and 'Traceback' not in done.stderr
 
 
 # ============ the data of an encoder ============
@@ -346,12 +364,15 @@ def test_a_share_of_the_labels_is_as_a_data_set_that_has_no_others(scene_data, t
     assert found[0] == found[1] and len(found[0]) == 2
 
 
-def test_the_printed_map_command_reads_a_scene_as_the_tiler_was_told_to():
+def test_the_printed_map_command_reads_a_scene_as_the_tiler_was_told_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.mat').touch()
     meta = {'scenes': ['a.mat'], 'split': 'blocks', 'settings': dict(axes='hwc', nodata=0.0, drop_bands='', keep_bad_bands=True, root='.')}
     assert scene_flags(meta) == {'scene': 'a.mat', 'axes': 'hwc', 'nodata': 0.0, 'keep_bad_bands': True}
     map_scene.parse([f'--{name}={value}' for name, value in scene_flags(meta).items()])  # all of them are its flags
     meta['settings'] |= dict(axes='', nodata=None, keep_bad_bands=False)
-    assert scene_flags(meta) == {'scene': 'a.mat'}
+    assert scene_flags(meta) == {'scene': 'a.mat'} and scene_flags(meta | {'scenes': ['a.mat:HSI']}) == {'scene': 'a.mat:HSI'}
+    assert scene_flags(meta | {'scenes': ['elsewhere.mat']}) == {'scene': 'SCENE'}  # moved, or relative to another directory
 
 
 # ============ why the dissertation failed ============

@@ -1,4 +1,5 @@
 """The tools: maps of whole scenes, the data set doctor, runs side by side."""
+import errno
 import json
 import os
 import re
@@ -422,6 +423,50 @@ def test_a_rotated_place_is_kept(tmp_path):
     map_scene.map_scene(lambda x: x[:, :2], flags_of(tmp_path / 's.tif', tmp_path / 'm.tif'),
                         meta_of(3), 16)
     assert tags_of(tmp_path / 'm.tif', (34264,))[34264] == turned[3]
+
+
+def test_a_map_replaces_nothing_but_an_earlier_map(tmp_path):
+    scene = numbered(tmp_path / 's.npz')
+    for name in ('labels.png', 'report.json', 'labels.tif', 'shares.tif'):
+        (tmp_path / name).write_text('{"scores": 1}')
+    for out, more, named in (('labels', [], 'labels.png'), ('report', [], 'report.json'),
+                             ('other', [f'--probabilities={tmp_path}/shares.tif'], 'shares.tif')):
+        with pytest.raises(UserError, match=f'{named}: is there already'):
+            flags_of(scene, tmp_path / f'{out}.tif', *more)
+    for name in ('labels.png', 'report.json', 'labels.tif', 'shares.tif'):
+        assert (tmp_path / name).read_text() == '{"scores": 1}'
+    for _ in range(2):  # the second one over the first
+        flags = flags_of(scene, tmp_path / 'm.tif', f'--probabilities={tmp_path}/p.tif')
+        map_scene.map_scene(lambda x: torch.ones(len(x), 2, 16, 16) / 2, flags, meta_of(9), 16)
+
+
+def test_labels_that_are_not_the_models_classes_are_not_drawn_as_such(capsys):
+    def drawn(labels, names, model_names):
+        scene = Scene(None, np.array([[0, labels]]), class_names=names)
+        meta = {'class_names': model_names, 'num_classes': len(model_names)}
+        return map_scene.labels_to_draw(scene, meta) is not None, capsys.readouterr().out
+    assert drawn(2, ['a', 'b'], ['a', 'b', 'c']) == (True, '')
+    assert drawn(2, None, ['a', 'b']) == (True, '') and drawn(2, ['a'], ['class 1', 'class 2']) == (True, '')
+    for answer in (drawn(3, None, ['a', 'b']), drawn(2, ['b', 'a'], ['a', 'b'])):
+        assert not answer[0] and 'leaves out the labels of the scene' in answer[1]
+
+
+def test_a_map_without_room_is_told_before_the_work(tmp_path, monkeypatch):
+    def full(file, start, size):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(os, 'posix_fallocate', full, raising=False)
+    flags = flags_of(numbered(tmp_path / 's.npz'), tmp_path / 'm.tif')
+    with pytest.raises(UserError, match='m.tif: takes .* GB, and the disk has not so much left'):
+        map_scene.map_scene(None, flags, meta_of(9), 16)
+    assert sorted(os.listdir(tmp_path)) == ['s.npz']
+
+
+def test_nan_as_nodata_leaves_the_files_own(tmp_path):
+    cube = np.ones((8, 9, 7), np.int16)
+    cube[:2] = -9999
+    scene = make_scene(tmp_path / 's.npz', cube=cube, labels=None, nodata=-9999)
+    for nodata in (None, float('nan')):
+        assert read_scene(scene, nodata=nodata).nodata == -9999
 
 
 def test_one_class_everywhere_is_said(tmp_path, capsys):

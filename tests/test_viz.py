@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import viz_attention
-from conftest import MAE_TINY, make_scene, run
+from conftest import MAE_TINY, make_scene, run, tiled
+from data import Tiles
 from models import (Attention, SpatialSpectralViT, ViT, load_checkpoint, load_encoder,
                     save_checkpoint)
 
@@ -90,7 +92,8 @@ def test_pictures_of_several_encoders(encoders, tmp_path):
     assert all((tmp_path / name).stat().st_size > 5000 for name in os.listdir(tmp_path))
     scene = make_scene(tmp_path / 'big.npz', height=45, width=61)
     done = run(*both, f'--image={scene}', '--block=0', '--heads=2', '--window=32')
-    assert done.stdout == f'{tmp_path}/attention_big.png\n'
+    assert done.stdout.startswith(f'{scene}:\n  7 bands of 45 x 61 px')  # what was read is said
+    assert done.stdout.endswith(f'{tmp_path}/attention_big.png\n') and 'WARNING' not in done.stdout
     assert (tmp_path / 'attention_big.png').exists()
 
 
@@ -132,14 +135,44 @@ def test_what_an_encoder_knows_of_its_data_decides_what_it_can_look_at(encoders,
     scene = make_scene(tmp_path / 's.npz', height=20, width=20)
     scaled = make_scene(tmp_path / 'scaled.npz', height=20, width=20, scale=0.0001)
     base = ['viz_attention.py', f'--out_dir={tmp_path}/out', '--heads=0']
-    run(*base, f'--encoders={tmp_path}/other.pt', f'--data={directory}', '--tiles=0')
     for first, flags, words in (
             ('', [], 'does not say which tiles it learned from: pass --data'),
             (f'{tmp_path}/in_thousandths.pt,', [f'--image={scaled}'], 'the values have another scale than those that'),
-            (f'{mae},', [f'--image={scene}'], 'other.pt was trained on standardised scenes')):
+            (f'{mae},', [f'--image={scene}'], 'other.pt was trained on standardised scenes'),
+            ('', [f'--data={directory}'], 'was trained on tiles of --normalize=scene')):
         done = run(*base, f'--encoders={first}{tmp_path}/other.pt', *flags, check=False)
         assert done.returncode == 1 and words in done.stderr, done.stderr
         assert 'Traceback' not in done.stderr
+
+
+def test_an_image_in_other_units_is_said_and_read_as_the_training_data_were(encoders, tmp_path):
+    mae, _ = encoders.split(',')
+    content = load_checkpoint(mae)
+    content['meta']['settings']['drop_bands'] = '8'
+    save_checkpoint(tmp_path / 'last.pt', content)
+    cube = np.random.default_rng(0).uniform(0, 0.3, (20, 20, 8)).astype(np.float32)
+    scene = make_scene(tmp_path / 's.npz', 20, 20, bands=8, cube=cube, wavelengths_nm=None)
+    done = run('viz_attention.py', f'--encoders={tmp_path}/last.pt', f'--image={scene}', f'--out_dir={tmp_path}')
+    assert 'band 8 left out' in done.stdout and 'are they in the same units?' in done.stdout
+
+
+def test_a_zero_in_one_band_of_an_8_bit_image_is_no_missing_pixel(tmp_path):
+    cube = np.random.default_rng(0).integers(1, 200, (40, 48, 7)).astype(np.uint8)
+    cube[np.arange(40) % 2 == 0, :, 2] = 0  # in each patch
+    cube[np.arange(40) % 2 == 1, :, 5] = 0
+    cube[:, 40:] = 0  # missing
+    scene = make_scene(tmp_path / 's.npz', cube=cube, nodata=0)
+    tiled(scene, tmp_path / 'tiles', '--tile_size=16', '--split_block=8')
+    run('pretrain_mae.py', *MAE_TINY, '--whiten=3', '--max_steps=1', f'--data={tmp_path}/tiles', f'--out_dir={tmp_path}/mae')
+    encoder = load_encoder(str(tmp_path / 'mae' / 'last.pt'))
+    raw, _ = Tiles(str(tmp_path / 'tiles'), 'tr').batch([0, 2])
+    assert raw.dtype == torch.uint8 and encoder.meta['nodata'] == 0
+    prepared = encoder.prepare(raw)
+    assert (prepared.abs().sum(1) > 0).float().mean() > 0.6
+    assert torch.equal(encoder.prepare(raw.numpy()), prepared)
+    assert (data.false_color(raw[0], encoder.meta).sum(2) > 0).mean() > 0.9
+    done = run('viz_attention.py', f'--encoders={tmp_path}/mae/last.pt', f'--out_dir={tmp_path}/a', '--tiles=0')
+    assert 'WARNING' not in done.stdout  # else all of it would be missing
 
 
 def test_missing_pixels_are_nan_and_the_middle_is_cut_out(encoders, monkeypatch, tmp_path):

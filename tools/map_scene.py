@@ -10,6 +10,7 @@ of the classes; beside it their names (map.json) and a picture (map.png). With -
 also the probability of each class (255 = certain).
 """
 import argparse
+import errno
 import math
 import os
 import sys
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import (boolean, class_colors, class_legend, false_color, false_color_bands, plain_errors,
-                  save_figure, show_classes, sliding_window, write_json)
+                  read_json, save_figure, show_classes, sliding_window, write_json)
 from models import load_segmenter, native_bfloat16
 from scenes import (UserError, band_matrix, mix_bands, name_bands, normalized, parse_bands,
                     read_scene, same_bands, split_name, strips, take_bands, valid_pixels,
@@ -57,7 +58,22 @@ def parse(argv=None):
     if len({os.path.abspath(name) for name in names}) < 3:
         raise UserError(f'{flags.out}: scene, map and probabilities need names of their own: '
                         'change --out or --probabilities')
+    refuse_strangers(flags.out, flags.probabilities)
     return flags
+
+
+def refuse_strangers(out, probabilities):
+    """Only the files of an earlier map are replaced, which has its class numbers in map.json"""
+    stem = os.path.splitext(out)[0]
+    names = [name for name in (stem + '.json', stem + '.png', out, probabilities)
+             if name and os.path.exists(name)]
+    try:
+        earlier = read_json(stem + '.json') if names else {}
+    except (OSError, ValueError, UserError):
+        earlier = {}
+    if names and not (earlier and all(key.isdigit() for key in earlier)):
+        raise UserError(f'{names[0]}: is there already, and no earlier map wrote it: choose '
+                        'another --out, or remove it')
 
 
 # ============ from the scene to what the model was trained on ============
@@ -259,6 +275,7 @@ def map_scene(predict, flags, meta, window):
         os.replace(probabilities + '.tmp', probabilities)
     stem = os.path.splitext(out)[0]
     write_json(stem + '.json', {str(k): name for k, name in enumerate(meta['class_names'], 1)})
+    scene = scene._replace(labels=labels_to_draw(scene, meta))
     save_picture(stem + '.png', scene, thin_classes, step, meta)
     print(f'{out}: {H} x {W} pixels in {time.time() - started:.0f} s')
     present = np.flatnonzero(pixels[1:])
@@ -272,11 +289,40 @@ def new_tiff(path, geotags, **layout):
     """A GeoTIFF of uint8 that is to be filled: an array on disk, path + '.tmp'"""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     extratags = [(*tag[:4], True) for tag in geotags]
-    return tifffile.memmap(path + '.tmp', dtype=np.uint8, extratags=extratags, metadata=None,
-                           **layout)
+    array = tifffile.memmap(path + '.tmp', dtype=np.uint8, extratags=extratags, metadata=None,
+                            **layout)
+    if not hasattr(os, 'posix_fallocate'):
+        return array
+    try:  # a full disk would end the program at some later row, without a word
+        with open(path + '.tmp', 'r+b') as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
+    except OSError as error:
+        os.remove(path + '.tmp')
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(f'{path}: takes {array.nbytes / 1e9:.2g} GB, and the disk has not so much '
+                        'left: make room, or choose another place') from None
+    return array
 
 
 # ============ its picture ============
+
+def labels_to_draw(scene, meta):
+    """The scene's labels where they mean the classes of the model, else None, which is said"""
+    names, K = meta['class_names'], meta['num_classes']
+    if scene.labels is None:
+        return None
+    if scene.labels.max() > K:
+        print(f'the picture leaves out the labels of the scene: they go up to '
+              f'{scene.labels.max()}, the model knows {K} classes')
+        return None
+    stated = names != [f'class {k}' for k in range(1, K + 1)]
+    if scene.class_names and stated and scene.class_names[:K] != names[:len(scene.class_names)]:
+        print('the picture leaves out the labels of the scene: its classes are '
+              f'{", ".join(scene.class_names)}, those of the model {", ".join(names)}')
+        return None
+    return scene.labels
+
 
 def save_picture(path, scene, classes, step, meta):
     """The scene in false colour, its labels if it has some, and the map: every step-th pixel of
