@@ -451,6 +451,11 @@ def check_fits(path, scene, first):
         numbers = ','.join(map(str, unlike))
         raise UserError(f'{path}: of its {facts["file_bands"]} bands others are left out than of '
                         f'the scenes before it: --drop_bands={numbers} leaves these out of all')
+    known = facts['wavelengths_nm'] and first['wavelengths_nm']
+    if facts['file_bands'] != first['file_bands'] and not known:
+        raise UserError(f'{path}: the file has {facts["file_bands"]} bands, those of the scenes '
+                        f'before it {first["file_bands"]}, and without wavelengths nobody knows '
+                        'which are the same: tile scenes of one sensor together')
     for name in ('num_bands', 'dtype', *must_agree):
         here, there = facts[name], first[name]
         alike = here == there or (None in (here, there) and name != 'nodata')
@@ -1305,7 +1310,8 @@ def predict_tile(probabilities, raw, window, num_classes):
     blended windows of that side. probabilities(raw (B, C, h, w)) -> (B, K, h, w)"""
     if window >= raw.shape[-1]:
         return probabilities(raw)
-    finished = sliding_window(probabilities, raw[0].numpy(), window, window // 2, num_classes)
+    stride = max(1, window // 2)
+    finished = sliding_window(probabilities, raw[0].numpy(), window, stride, num_classes)
     rows = np.concatenate([rows for _, rows in finished], axis=1)
     return torch.from_numpy(rows)[None]
 

@@ -687,6 +687,10 @@ def test_scenes_of_one_sensor_that_lack_other_bands_are_told_the_flag(tmp_path, 
     assert 'band 5 (783 nm) left out' in capsys.readouterr().out  # the refused one's notes
     data.tile(tile_args(out=tmp_path / 'yes', drop_bands='5', **args))
     assert Tiles(str(tmp_path / 'yes'), 'tr').meta['bands'] == [0, 1, 2, 3, 5, 6]
+    make_scene(tmp_path / 'c.npz', bands=6, wavelengths_nm=None)
+    make_scene(tmp_path / 'd.npz', cube=cube, wavelengths_nm=None)  # six bands are left of these seven, too
+    with pytest.raises(UserError, match='d.npz: the file has 7 bands, those of the scenes before it 6'):
+        data.tile(tile_args(root=f'{tmp_path}/c.npz,{tmp_path}/d.npz', out=tmp_path / 'no2', tile_size=16))
 
 
 def test_a_mask_that_makes_one_scene_float32_is_mended_by_nodata(tmp_path):
