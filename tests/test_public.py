@@ -527,3 +527,21 @@ def test_the_lines_that_the_export_prints_see_in_timm_what_the_encoder_sees(kind
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         torch.testing.assert_close(torch.load(tmp_path / 'y.pt', weights_only=True), encoder(encoder.prepare(raw)), rtol=1e-4, atol=1e-4)
+
+
+# ---- what the command refuses, and a ResNet's bands
+
+def test_a_resnet_takes_the_kernels_of_its_datas_wavelengths(tmp_path, capsys):
+    kernel = torch.randn(64, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    torch.save({'conv1.weight': kernel, 'fc.weight': torch.zeros(1000, 2048)}, tmp_path / 'resnet50.pth')
+    r, g, b = RGB_NM
+
+    def first_layer(bands, nm):
+        return load_checkpoint(converted(tmp_path / 'resnet50.pth', bands, nm))['model']['conv1.weight']
+    torch.testing.assert_close(first_layer(3, [b, g, r]), kernel.flip(1))
+    nm = np.linspace(450, 950, 12).tolist()
+    assert torch.equal(first_layer(12, nm), spread_bands(kernel, 12, nm))
+    assert torch.equal(first_layer(3, None), kernel)
+    assert 'takes the mean' not in capsys.readouterr().out
+    first_layer(12, None)
+    assert 'each of 12 bands takes the mean of the 3 kernels' in capsys.readouterr().out

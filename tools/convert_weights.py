@@ -137,9 +137,9 @@ def spread_bands(kernel, C, wavelengths_nm=None):
     return torch.einsum('dcpq,Cc->dCpq', kernel.double(), mixture).to(kernel.dtype)
 
 
-def convert_resnet(weights, bands):
+def convert_resnet(weights, bands, wavelengths_nm):
     """torchvision's resnet50 -> tensors for DeepLabV3Plus with stem 'seven'"""
-    taken = {'conv1.weight': spread_bands(weights['conv1.weight'], bands)}
+    taken = {'conv1.weight': spread_bands(weights['conv1.weight'], bands, wavelengths_nm)}
     for name, value in weights.items():
         if name.startswith(('bn1.', 'layer')):
             taken[name] = value
@@ -185,7 +185,7 @@ def convert(path, meta, img_size=64, patch_size=8, whiten=0):
         args, encoder = at_wavelengths(run.args, run.state_dict(), wavelengths_nm)
         print(f'{path}: a spatial-spectral ViT for {run.in_chans} bands')
     elif 'conv1.weight' in weights and 'fc.weight' in weights:
-        others = convert_resnet(weights, bands)
+        others = convert_resnet(weights, bands, wavelengths_nm)
         print(f'{path}: a ResNet, for baseline_deeplab.py --stem=seven')
     else:
         if isinstance(weights.get('model'), dict):  # MAE's files
