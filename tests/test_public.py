@@ -545,3 +545,10 @@ def test_a_resnet_takes_the_kernels_of_its_datas_wavelengths(tmp_path, capsys):
     assert 'takes the mean' not in capsys.readouterr().out
     first_layer(12, None)
     assert 'each of 12 bands takes the mean of the 3 kernels' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name, value', [('img_size', 0), ('img_size', -8), ('patch_size', 0), ('patch_size', -4), ('whiten', -3)])
+def test_sizes_that_no_encoder_has_are_refused_in_a_sentence(name, value, tmp_path):
+    synthetic(tmp_path / 'mae.pth', **TINY_MAE)
+    with pytest.raises(UserError, match=f'^--{name}={value}: choose {int(name != "whiten")} or more$'):
+        converted(tmp_path / 'mae.pth', 4, **{name: value})

@@ -176,6 +176,10 @@ def at_wavelengths(args, weights, wavelengths_nm):
 
 def convert(path, meta, img_size=64, patch_size=8, whiten=0):
     """A file brought to the data of `meta` -> content of a last.pt of ours"""
+    for name, value, lowest in (('img_size', img_size, 1), ('patch_size', patch_size, 1),
+                                ('whiten', whiten, 0)):
+        if value < lowest:
+            raise UserError(f'--{name}={value}: choose {lowest} or more')
     weights = load_checkpoint(path)
     bands, wavelengths_nm = meta['num_bands'], meta['wavelengths_nm']
     args, encoder, others = {}, {}, {}
