@@ -17,7 +17,7 @@ from models import (SIZES, DeepLabV3Plus, MaskedAutoencoder, SpatialSpectralViT,
 from scenes import OHS_NM
 
 sys.path.append(os.path.join(ROOT, 'tools'))
-from convert_weights import RGB_NM, at_wavelengths, convert, export, resize_kernel, spread_bands
+from convert_weights import RGB_NM, at_wavelengths, check_out, convert, export, resize_kernel, spread_bands
 
 REFERENCE = os.path.join(os.path.dirname(ROOT), 'shared', 'reference')
 BLOCK = {'norm1.weight': ('D',), 'norm1.bias': ('D',), 'attn.qkv.weight': ('3D', 'D'), 'attn.qkv.bias': ('3D',), 'attn.proj.weight': ('D', 'D'),
@@ -552,3 +552,45 @@ def test_sizes_that_no_encoder_has_are_refused_in_a_sentence(name, value, tmp_pa
     synthetic(tmp_path / 'mae.pth', **TINY_MAE)
     with pytest.raises(UserError, match=f'^--{name}={value}: choose {int(name != "whiten")} or more$'):
         converted(tmp_path / 'mae.pth', 4, **{name: value})
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+
+def test_the_command_writes_over_no_file_of_others(scene_data, tmp_path):
+    our_run(tmp_path / 'run.pt')
+    synthetic(tmp_path / 'mae.pth', **TINY_MAE)
+    (tmp_path / 'same.pt').symlink_to('run.pt')
+    os.link(tmp_path / 'run.pt', tmp_path / 'linked.pt')
+    np.savez(tmp_path / 'scene.npz', cube=np.ones((4, 4, 2)), mean=1, matrix=1)
+    np.savez(tmp_path / 'less.npz', mean=1)
+    our_run(tmp_path / 'other.pt')
+    (tmp_path / 'scene.tif').write_bytes(b'II*\0 a picture')
+    (tmp_path / 'broken.npz').write_bytes(b'PK\3\4 half of it')
+    export_it, convert_it = f'--export={tmp_path}/run.pt', f'--weights={tmp_path}/mae.pth'
+    before = contents(tmp_path)
+    for source, out, words in ((export_it, 'vit.npz', 'vit.npz: .npz is the ending of'), (export_it, 'scene.pth', 'scene.npz: is there'),
+                               (export_it, 'run.pt', 'run.pt: is the file'), (convert_it, 'other.pt', 'other.pt: is there')):
+        done = run('tools/convert_weights.py', source, f'--data={scene_data}', f'--out={tmp_path}/{out}', check=False)
+        assert done.returncode == 1 and words in done.stderr and 'Traceback' not in done.stderr, (out, done.stderr)
+        assert contents(tmp_path) == before, out
+    for source, exporting, out, words in (
+            ('run.pt', True, 'less.pth', 'less.npz: is there'), ('run.pt', True, 'broken', 'broken.npz: is there'), ('run.pt', True, 'same.pt', 'is the file'),
+            ('run.pt', True, 'linked.pt', 'is the file'), ('run.pt', True, '../' + tmp_path.name + '/run.pt', 'is the file'),
+            ('run.pt', True, 'mae.pth', 'mae.pth: is there'), ('mae.pth', False, 'vit.NPZ', 'is the ending of'), ('mae.pth', False, 'mae.pth', 'is the file'),
+            ('mae.pth', False, 'scene.tif', 'scene.tif: is there')):
+        with pytest.raises(UserError, match=words):
+            check_out(f'{tmp_path}/{out}', f'{tmp_path}/{source}', exporting)
+    check_out(f'{tmp_path}/scene.pth', f'{tmp_path}/mae.pth', False)  # there a .npz is not written
+
+
+def test_the_command_replaces_what_it_wrote_before(scene_data, tmp_path):
+    our_run(tmp_path / 'run.pt')
+    synthetic(tmp_path / 'mae.pth', **TINY_MAE)
+    for form in ('timm', 'dinov2'):
+        run('tools/convert_weights.py', f'--export={tmp_path}/run.pt', f'--out={tmp_path}/vit.pth', f'--form={form}')
+    assert 'mask_token' in torch.load(tmp_path / 'vit.pth', weights_only=True)
+    for whiten in (0, 3):
+        run('tools/convert_weights.py', f'--weights={tmp_path}/mae.pth', f'--data={scene_data}', f'--out={tmp_path}/last.pt', f'--whiten={whiten}')
+    assert load_encoder(str(tmp_path / 'last.pt')).whiten == 3
