@@ -916,3 +916,23 @@ def test_two_runs_of_one_method_and_seed_are_refused_and_one_run_given_twice_is_
     found = tables([first, often, os.path.relpath(first)], capsys)
     assert {name: cells[2:] for name, cells in found['data/c, 100 % of the labels'].items() if 'floor' not in name} == {
         'MAE + logistic eval_every=10': ['90.0 ±    -', '50.0 ±    -', '1'], 'MAE + logistic eval_every=100': ['50.0 ±    -', '50.0 ±    -', '1']}
+
+
+@pytest.mark.parametrize('content', ['{"1": "class 1"}', '[{"name": 3}]', '3', '{"name": "MA', '{"name": "MAE", "config": {}}'])
+def test_a_file_that_is_no_report_is_refused_in_a_sentence(content, tmp_path):
+    (tmp_path / 'report.json').write_text(content)
+    with pytest.raises(UserError, match='report.json: is no report of segment.py or baseline_deeplab.py: give directories'):
+        compare.read_run(str(tmp_path))
+
+
+@pytest.mark.parametrize('scene', [dict(labels=np.minimum(STRIPES, 2).astype(np.uint8)), dict(bands=5)])
+def test_a_run_on_other_classes_or_bands_than_the_tiles_have_now_is_not_drawn(scene, mapped, scene_data, tmp_path):
+    """The tiles were made anew after the runs: their reports agree, the tiles are others"""
+    tiles = tiled(make_scene(tmp_path / 's.npz', **scene), tmp_path / 'tiles', '--tile_size=16')
+    shutil.copytree(mapped / 'run', tmp_path / 'run')
+    report = json.load(open(tmp_path / 'run' / 'report.json'))
+    report['config']['data'] = str(tiles)
+    json.dump(report, open(tmp_path / 'run' / 'report.json', 'w'))
+    done = run('tools/compare.py', f'{tmp_path}/run', f'--out_dir={tmp_path}/all')
+    assert f'{tmp_path}/run: not drawn, since {tiles} has other classes or bands now' in done.stdout
+    assert 'random ViT + logistic' in done.stdout and os.path.exists(tmp_path / 'all' / 'comparison.png')

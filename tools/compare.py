@@ -29,6 +29,11 @@ from models import MAY_CHANGE, load_segmenter
 NOT_THE_METHOD = {*MAY_CHANGE, 'seed', 'encoder_crc32', 'label_share'}
 NOT_THE_METHOD -= {'encoder', 'max_steps', 'eval_every'}  # they may change the scores
 
+# what is read here of the report.json of segment.py and baseline_deeplab.py
+REPORT = {'name', 'config', 'scores', 'floors', 'warning', 'class_names', 'how_split',
+          'confusion_matrix'}
+CONFIG = {'data', 'seed', 'label_share'}
+
 
 class Run(NamedTuple):
     path: str  # the run directory
@@ -46,7 +51,7 @@ def read_run(path):
         with open(log_path, encoding='utf-8') as file:
             log = [json.loads(line) for line in file if line.endswith('\n')]  # half a line waits
     if os.path.exists(report_path):
-        report = read_json(report_path)
+        report = read_report(report_path)
     elif not log:
         raise UserError(f'{path}: holds no report.json and no log.jsonl: give directories of runs')
     config = report.get('config', {})
@@ -54,6 +59,18 @@ def read_run(path):
         if config.get(name):
             config[name] = os.path.normpath(config[name])
     return Run(path, log, report, config)
+
+
+def read_report(path):
+    try:
+        report = read_json(path)
+    except ValueError:  # no JSON
+        report = None
+    known = isinstance(report, dict) and REPORT <= report.keys()
+    if not known or not CONFIG <= report['config'].keys():
+        raise UserError(f'{path}: is no report of segment.py or baseline_deeplab.py: give '
+                        'directories of their runs')
+    return report
 
 
 # ============ the table ============
@@ -190,6 +207,10 @@ def compare_maps(path, runs):
     columns = [('test labels', [np.asarray(tiles.labels[i]) for i in ids])]
     for run in runs:
         network = load_segmenter(os.path.join(run.path, 'best.pt'))
+        if any(network.meta[name] != tiles.meta[name] for name in ('class_names', 'num_bands')):
+            print(f'{run.path}: not drawn, since {tiles.directory} has other classes or bands now '
+                  'than it was judged on')
+            continue
 
         def predict(raw):
             return network(network.prepare(raw)).softmax(1)
