@@ -17,7 +17,7 @@ from models import (SIZES, DeepLabV3Plus, MaskedAutoencoder, SpatialSpectralViT,
 from scenes import OHS_NM
 
 sys.path.append(os.path.join(ROOT, 'tools'))
-from convert_weights import RGB_NM, at_wavelengths, convert, export, resize_kernel, spread_bands
+from convert_weights import RGB_NM, at_wavelengths, check_out, convert, export, resize_kernel, spread_bands
 
 REFERENCE = os.path.join(os.path.dirname(ROOT), 'shared', 'reference')
 BLOCK = {'norm1.weight': ('D',), 'norm1.bias': ('D',), 'attn.qkv.weight': ('3D', 'D'), 'attn.qkv.bias': ('3D',), 'attn.proj.weight': ('D', 'D'),
@@ -527,3 +527,70 @@ def test_the_lines_that_the_export_prints_see_in_timm_what_the_encoder_sees(kind
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         torch.testing.assert_close(torch.load(tmp_path / 'y.pt', weights_only=True), encoder(encoder.prepare(raw)), rtol=1e-4, atol=1e-4)
+
+
+# ---- what the command refuses, and a ResNet's bands
+
+def test_a_resnet_takes_the_kernels_of_its_datas_wavelengths(tmp_path, capsys):
+    kernel = torch.randn(64, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    torch.save({'conv1.weight': kernel, 'fc.weight': torch.zeros(1000, 2048)}, tmp_path / 'resnet50.pth')
+    r, g, b = RGB_NM
+
+    def first_layer(bands, nm):
+        return load_checkpoint(converted(tmp_path / 'resnet50.pth', bands, nm))['model']['conv1.weight']
+    torch.testing.assert_close(first_layer(3, [b, g, r]), kernel.flip(1))
+    nm = np.linspace(450, 950, 12).tolist()
+    assert torch.equal(first_layer(12, nm), spread_bands(kernel, 12, nm))
+    assert torch.equal(first_layer(3, None), kernel)
+    assert 'takes the mean' not in capsys.readouterr().out
+    first_layer(12, None)
+    assert 'each of 12 bands takes the mean of the 3 kernels' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name, value', [('img_size', 0), ('img_size', -8), ('patch_size', 0), ('patch_size', -4), ('whiten', -3)])
+def test_sizes_that_no_encoder_has_are_refused_in_a_sentence(name, value, tmp_path):
+    synthetic(tmp_path / 'mae.pth', **TINY_MAE)
+    with pytest.raises(UserError, match=f'^--{name}={value}: choose {int(name != "whiten")} or more$'):
+        converted(tmp_path / 'mae.pth', 4, **{name: value})
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+
+def test_the_command_writes_over_no_file_of_others(scene_data, tmp_path):
+    our_run(tmp_path / 'run.pt')
+    synthetic(tmp_path / 'mae.pth', **TINY_MAE)
+    (tmp_path / 'same.pt').symlink_to('run.pt')
+    os.link(tmp_path / 'run.pt', tmp_path / 'linked.pt')
+    np.savez(tmp_path / 'scene.npz', cube=np.ones((4, 4, 2)), mean=1, matrix=1)
+    np.savez(tmp_path / 'less.npz', mean=1)
+    our_run(tmp_path / 'other.pt')
+    (tmp_path / 'scene.tif').write_bytes(b'II*\0 a picture')
+    (tmp_path / 'broken.npz').write_bytes(b'PK\3\4 half of it')
+    export_it, convert_it = f'--export={tmp_path}/run.pt', f'--weights={tmp_path}/mae.pth'
+    before = contents(tmp_path)
+    for source, out, words in ((export_it, 'vit.npz', 'vit.npz: .npz is the ending of'), (export_it, 'scene.pth', 'scene.npz: is there'),
+                               (export_it, 'run.pt', 'run.pt: is the file'), (convert_it, 'other.pt', 'other.pt: is there')):
+        done = run('tools/convert_weights.py', source, f'--data={scene_data}', f'--out={tmp_path}/{out}', check=False)
+        assert done.returncode == 1 and words in done.stderr and 'Traceback' not in done.stderr, (out, done.stderr)
+        assert contents(tmp_path) == before, out
+    for source, exporting, out, words in (
+            ('run.pt', True, 'less.pth', 'less.npz: is there'), ('run.pt', True, 'broken', 'broken.npz: is there'), ('run.pt', True, 'same.pt', 'is the file'),
+            ('run.pt', True, 'linked.pt', 'is the file'), ('run.pt', True, '../' + tmp_path.name + '/run.pt', 'is the file'),
+            ('run.pt', True, 'mae.pth', 'mae.pth: is there'), ('mae.pth', False, 'vit.NPZ', 'is the ending of'), ('mae.pth', False, 'mae.pth', 'is the file'),
+            ('mae.pth', False, 'scene.tif', 'scene.tif: is there')):
+        with pytest.raises(UserError, match=words):
+            check_out(f'{tmp_path}/{out}', f'{tmp_path}/{source}', exporting)
+    check_out(f'{tmp_path}/scene.pth', f'{tmp_path}/mae.pth', False)  # there a .npz is not written
+
+
+def test_the_command_replaces_what_it_wrote_before(scene_data, tmp_path):
+    our_run(tmp_path / 'run.pt')
+    synthetic(tmp_path / 'mae.pth', **TINY_MAE)
+    for form in ('timm', 'dinov2'):
+        run('tools/convert_weights.py', f'--export={tmp_path}/run.pt', f'--out={tmp_path}/vit.pth', f'--form={form}')
+    assert 'mask_token' in torch.load(tmp_path / 'vit.pth', weights_only=True)
+    for whiten in (0, 3):
+        run('tools/convert_weights.py', f'--weights={tmp_path}/mae.pth', f'--data={scene_data}', f'--out={tmp_path}/last.pt', f'--whiten={whiten}')
+    assert load_encoder(str(tmp_path / 'last.pt')).whiten == 3

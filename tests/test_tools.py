@@ -796,13 +796,16 @@ CONFIG = {'data': 'data/a_0', 'encoder': 'runs/m_0/last.pt', 'decoder': 'logisti
           'label_share': 1.0, 'seed': 0, 'steps': 10, 'log_every': 20, 'out_dir': 'runs/s_0'}
 
 
-def write_report(folder, miou=0.5, name='MAE + logistic', **changes):
-    """The report.json of a run of segment.py whose flags are CONFIG and these"""
+TILES = {'class_names': ['a', 'b'], 'how_split': 'in blocks', 'confusion_matrix': [[3, 1], [2, 2]]}
+
+
+def write_report(folder, miou=0.5, name='MAE + logistic', tiles={}, **changes):
+    """The report.json of a run of segment.py whose flags are CONFIG and these, on TILES and these"""
     os.makedirs(folder)
     floor = 0.3 + 0.1 * ('_1' in changes.get('data', ''))
     floors = {name: {**RESULT, 'miou': floor} for name in ('pixel', 'window')}
     content = {'name': name, 'config': {**CONFIG, **changes}, 'floors': floors, 'warning': '',
-               'scores': {**RESULT, 'miou': miou}}
+               'scores': {**RESULT, 'miou': miou}, **TILES, **tiles}
     json.dump(content, open(folder / 'report.json', 'w'))
     return str(folder)
 
@@ -829,11 +832,10 @@ def test_the_table_averages_seeds_and_nothing_else(tmp_path, capsys):
     runs = [write_report(tmp_path / 's_0'), write_report(tmp_path / 's_1', 0.7, **second),
             write_report(tmp_path / 't', steps=99),
             write_report(tmp_path / 'u', data='data/scene_2013'),
-            write_report(tmp_path / 'v', data='data/scene_2018'),
             write_report(tmp_path / 'w', 0.6, data='data/scene_2018')]
-    # one encoder on three splits, one of them twice
-    runs += [write_report(tmp_path / f'b_{i}', seed=n, data=f'data/b_{n}')
-             for i, n in enumerate((0, 1, 2, 2))]
+    # one encoder on three splits, one run of them given twice
+    runs += [write_report(tmp_path / f'b_{n}', seed=n, data=f'data/b_{n}') for n in (0, 1, 2)]
+    runs += [f'{tmp_path}/../{tmp_path.name}/b_2/']
     # tiles whose number is no seed's
     runs += [write_report(tmp_path / f'c_{n}', seed=n, data='data/c_0/') for n in (0, 1, 2)]
     found = tables(runs, capsys)
@@ -844,7 +846,7 @@ def test_the_table_averages_seeds_and_nothing_else(tmp_path, capsys):
         'data/a' + share: {'MAE + logistic steps=10': ('60.0 ± 14.1', '2'),
                            'MAE + logistic steps=99': ('50.0 ±    -', '1')},
         'data/scene_2013' + share: {'MAE + logistic': ('50.0 ±    -', '1')},
-        'data/scene_2018' + share: {'MAE + logistic': ('60.0 ±    -', '1')},  # the last one counts
+        'data/scene_2018' + share: {'MAE + logistic': ('60.0 ±    -', '1')},
         'data/b' + share: {'MAE + logistic': ('50.0 ±  0.0', '3')},
         'data/c_0' + share: {'MAE + logistic': ('50.0 ±  0.0', '3')}}
     # floors of two data sets: 0.3 and 0.4
@@ -912,3 +914,70 @@ def test_what_is_drawn_side_by_side_is_what_was_scored(scene_data, tmp_path, mon
     for label, classes_drawn in zip(labels, maps):
         i = next(i for i in range(len(tiles)) if (tiles.labels[i] == label).all())
         np.testing.assert_array_equal(classes(tiles.batch([i])[0])[0] + 1, classes_drawn)
+
+
+FIRST = {'encoder': 'runs/m/last.pt', 'encoder_crc32': 7, 'data': 'data/c'}  # paths without the number of a seed
+OTHER_SPLIT = {'confusion_matrix': [[5, 0], [0, 3]]}
+OTHER_CLASSES = {'class_names': list('abcd'), 'confusion_matrix': np.eye(4).tolist()}
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(tiles=OTHER_SPLIT), 'data/c changed between them (test labels of each class)'),
+    (dict(tiles=OTHER_SPLIT, name='DeepLabV3+', data='./data/c/'), 'data/c changed between them (test labels of each class)'),
+    (dict(tiles=OTHER_CLASSES, label_share=0.1), 'data/c changed between them (class_names, test labels of each class)'),
+    (dict(tiles={'how_split': 'in halves'}), 'data/c changed between them (how_split)'),
+    (dict(encoder_crc32=8), 'runs/m/last.pt changed between them (encoder_crc32)'),
+    (dict(encoder_crc32=8, encoder='runs//m/last.pt', data='data/d'), 'runs/m/last.pt changed between them (encoder_crc32)')])
+def test_runs_on_tiles_or_an_encoder_that_changed_in_between_are_refused(changes, words, tmp_path):
+    runs = [write_report(tmp_path / 'c_0', **FIRST), write_report(tmp_path / 'c_1', **{**FIRST, 'seed': 1, **changes})]
+    for order in (runs, runs[::-1]):
+        with pytest.raises(UserError) as caught:
+            compare.group_runs([compare.read_run(path) for path in order])
+        assert f'{order[0]} and {order[1]}: {words}: ' in str(caught.value)
+
+
+def test_seeds_and_label_shares_of_the_same_tiles_and_encoder_are_compared(tmp_path, capsys):
+    other_scores = {'confusion_matrix': [[0, 4], [0, 4]]}  # of the same labels
+    runs = [write_report(tmp_path / 'c_0', **FIRST), write_report(tmp_path / 'c_1', **FIRST, seed=1, tiles=other_scores),
+            write_report(tmp_path / 'few', **FIRST, label_share=0.1)]
+    runs.append(write_report(tmp_path / 'scratch', name='ViT from scratch', **{**FIRST, 'encoder': '', 'encoder_crc32': 0}))
+    found = tables(runs, capsys)
+    assert found['data/c, 100 % of the labels']['MAE + logistic'][-1] == '2' and len(found) == 2
+
+
+def test_two_runs_of_one_method_and_seed_are_refused_and_one_run_given_twice_is_not(tmp_path, capsys):
+    first = write_report(tmp_path / 'x', **FIRST, eval_every=100)
+    twin = write_report(tmp_path / 'y', 0.9, **FIRST, eval_every=100, out_dir='runs/y', log_every=5)
+    numbered = write_report(tmp_path / 'z', 0.9, **{**FIRST, 'data': 'data/c_0'}, eval_every=100)
+    often = write_report(tmp_path / 'often', 0.9, **FIRST, eval_every=10)
+    for other, differ in ((twin, 'log_every, out_dir'), (numbered, 'data')):
+        with pytest.raises(UserError) as caught:
+            tables([first, other], capsys)
+        words = f'{first} and {other}: are the same method and seed (what differs: {differ}): give one of them'
+        assert words == str(caught.value)
+    shutil.copytree(first, tmp_path / 'copy')
+    with pytest.raises(UserError, match='what differs: nothing'):
+        tables([first, f'{tmp_path}/copy'], capsys)
+    found = tables([first, often, os.path.relpath(first)], capsys)
+    assert {name: cells[2:] for name, cells in found['data/c, 100 % of the labels'].items() if 'floor' not in name} == {
+        'MAE + logistic eval_every=10': ['90.0 ±    -', '50.0 ±    -', '1'], 'MAE + logistic eval_every=100': ['50.0 ±    -', '50.0 ±    -', '1']}
+
+
+@pytest.mark.parametrize('content', ['{"1": "class 1"}', '[{"name": 3}]', '3', '{"name": "MA', '{"name": "MAE", "config": {}}'])
+def test_a_file_that_is_no_report_is_refused_in_a_sentence(content, tmp_path):
+    (tmp_path / 'report.json').write_text(content)
+    with pytest.raises(UserError, match='report.json: is no report of segment.py or baseline_deeplab.py: give directories'):
+        compare.read_run(str(tmp_path))
+
+
+@pytest.mark.parametrize('scene', [dict(labels=np.minimum(STRIPES, 2).astype(np.uint8)), dict(bands=5)])
+def test_a_run_on_other_classes_or_bands_than_the_tiles_have_now_is_not_drawn(scene, mapped, scene_data, tmp_path):
+    """The tiles were made anew after the runs: their reports agree, the tiles are others"""
+    tiles = tiled(make_scene(tmp_path / 's.npz', **scene), tmp_path / 'tiles', '--tile_size=16')
+    shutil.copytree(mapped / 'run', tmp_path / 'run')
+    report = json.load(open(tmp_path / 'run' / 'report.json'))
+    report['config']['data'] = str(tiles)
+    json.dump(report, open(tmp_path / 'run' / 'report.json', 'w'))
+    done = run('tools/compare.py', f'{tmp_path}/run', f'--out_dir={tmp_path}/all')
+    assert f'{tmp_path}/run: not drawn, since {tiles} has other classes or bands now' in done.stdout
+    assert 'random ViT + logistic' in done.stdout and os.path.exists(tmp_path / 'all' / 'comparison.png')

@@ -5,6 +5,7 @@
 A row of the table is a method: mean and standard deviation (n - 1) over its seeds. Runs are one
 method when they differ only in --seed, --out_dir and the number of the seed in the paths of data
 and encoder (data/ip_0, data/ip_1). Methods of one name are told apart by the flags that differ.
+Refuses runs whose tiles or encoder were made anew in between, and two runs of one method and seed.
 Writes out_dir: curves.png (mIoU over the steps, of pre-training runs the probe's) and
 comparison.png (a map of each method on up to three test tiles of the first run's data).
 """
@@ -25,7 +26,13 @@ from data import (Tiles, UserError, most_labelled, plain_errors, predict_tile, r
 from models import MAY_CHANGE, load_segmenter
 
 # flags that do not make a method; data sets and label shares have tables of their own
-NOT_THE_METHOD = {*MAY_CHANGE, 'seed', 'encoder_crc32', 'label_share'} - {'encoder', 'max_steps'}
+NOT_THE_METHOD = {*MAY_CHANGE, 'seed', 'encoder_crc32', 'label_share'}
+NOT_THE_METHOD -= {'encoder', 'max_steps', 'eval_every'}  # they may change the scores
+
+# what is read here of the report.json of segment.py and baseline_deeplab.py
+REPORT = {'name', 'config', 'scores', 'floors', 'warning', 'class_names', 'how_split',
+          'confusion_matrix'}
+CONFIG = {'data', 'seed', 'label_share'}
 
 
 class Run(NamedTuple):
@@ -44,13 +51,26 @@ def read_run(path):
         with open(log_path, encoding='utf-8') as file:
             log = [json.loads(line) for line in file if line.endswith('\n')]  # half a line waits
     if os.path.exists(report_path):
-        report = read_json(report_path)
+        report = read_report(report_path)
     elif not log:
         raise UserError(f'{path}: holds no report.json and no log.jsonl: give directories of runs')
     config = report.get('config', {})
-    if config:
-        config['data'] = os.path.normpath(config['data'])
+    for name in ('data', 'encoder'):
+        if config.get(name):
+            config[name] = os.path.normpath(config[name])
     return Run(path, log, report, config)
+
+
+def read_report(path):
+    try:
+        report = read_json(path)
+    except ValueError:  # no JSON
+        report = None
+    known = isinstance(report, dict) and REPORT <= report.keys()
+    if not known or not CONFIG <= report['config'].keys():
+        raise UserError(f'{path}: is no report of segment.py or baseline_deeplab.py: give '
+                        'directories of their runs')
+    return report
 
 
 # ============ the table ============
@@ -83,13 +103,46 @@ def method_of(run, runs):
     return run.report['name'], *flags.items()
 
 
+def contents_of(run):
+    """What the paths held that a run names -> dict path -> dict name of a fact -> its value"""
+    report, config = run.report, run.config
+    # the test labels: all of them are scored, whatever the seed and the label share
+    counts = [sum(row) for row in report['confusion_matrix']]
+    tiles = {'class_names': report['class_names'], 'how_split': report['how_split'],
+             'test labels of each class': counts}
+    contents = {config['data']: tiles}
+    if config.get('encoder_crc32'):  # 0 of a random encoder
+        contents[config['encoder']] = {'encoder_crc32': config['encoder_crc32']}
+    return contents
+
+
+def check_contents(runs):
+    """Refuses runs that name one tile directory, or one encoder, that was made anew in between"""
+    first = {}  # path -> the first run that names it, and what it held then
+    for run in runs:
+        for path, facts in contents_of(run).items():
+            other, before = first.setdefault(path, (run, facts))
+            differ = [fact for fact in facts if facts[fact] != before[fact]]
+            if differ:
+                raise UserError(f'{other.path} and {run.path}: {path} changed between them '
+                                f'({", ".join(differ)}): judge both again on what is there now, '
+                                'or compare them apart')
+
+
 def group_runs(runs):
-    """-> dict (data, label share) -> dict method -> dict (data with its seed, seed) -> run"""
+    """-> dict (data, label share) -> dict method -> dict seed -> run. Refuses a second run of one
+    method and seed: neither may be dropped in silence."""
+    check_contents(runs)
     tables = {}
     for run in runs:
         table = tables.setdefault((data_of(run, runs), run.config['label_share']), {})
         seeds = table.setdefault(method_of(run, runs), {})
-        seeds[run.config['data'], run.config['seed']] = run  # the last one, of a run made twice
+        other = seeds.setdefault(run.config['seed'], run)
+        if os.path.realpath(other.path) != os.path.realpath(run.path):
+            differ = [flag for flag, value in run.config.items()
+                      if other.config.get(flag) != value]
+            raise UserError(f'{other.path} and {run.path}: are the same method and seed (what '
+                            f'differs: {", ".join(differ) or "nothing"}): give one of them')
     return tables
 
 
@@ -154,6 +207,10 @@ def compare_maps(path, runs):
     columns = [('test labels', [np.asarray(tiles.labels[i]) for i in ids])]
     for run in runs:
         network = load_segmenter(os.path.join(run.path, 'best.pt'))
+        if any(network.meta[name] != tiles.meta[name] for name in ('class_names', 'num_bands')):
+            print(f'{run.path}: not drawn, since {tiles.directory} has other classes or bands now '
+                  'than it was judged on')
+            continue
 
         def predict(raw):
             return network(network.prepare(raw)).softmax(1)

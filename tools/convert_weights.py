@@ -17,6 +17,7 @@ import math
 import os
 import re
 import sys
+import zipfile
 
 import numpy as np
 import torch
@@ -137,9 +138,9 @@ def spread_bands(kernel, C, wavelengths_nm=None):
     return torch.einsum('dcpq,Cc->dCpq', kernel.double(), mixture).to(kernel.dtype)
 
 
-def convert_resnet(weights, bands):
+def convert_resnet(weights, bands, wavelengths_nm):
     """torchvision's resnet50 -> tensors for DeepLabV3Plus with stem 'seven'"""
-    taken = {'conv1.weight': spread_bands(weights['conv1.weight'], bands)}
+    taken = {'conv1.weight': spread_bands(weights['conv1.weight'], bands, wavelengths_nm)}
     for name, value in weights.items():
         if name.startswith(('bn1.', 'layer')):
             taken[name] = value
@@ -176,6 +177,10 @@ def at_wavelengths(args, weights, wavelengths_nm):
 
 def convert(path, meta, img_size=64, patch_size=8, whiten=0):
     """A file brought to the data of `meta` -> content of a last.pt of ours"""
+    for name, value, lowest in (('img_size', img_size, 1), ('patch_size', patch_size, 1),
+                                ('whiten', whiten, 0)):
+        if value < lowest:
+            raise UserError(f'--{name}={value}: choose {lowest} or more')
     weights = load_checkpoint(path)
     bands, wavelengths_nm = meta['num_bands'], meta['wavelengths_nm']
     args, encoder, others = {}, {}, {}
@@ -185,7 +190,7 @@ def convert(path, meta, img_size=64, patch_size=8, whiten=0):
         args, encoder = at_wavelengths(run.args, run.state_dict(), wavelengths_nm)
         print(f'{path}: a spatial-spectral ViT for {run.in_chans} bands')
     elif 'conv1.weight' in weights and 'fc.weight' in weights:
-        others = convert_resnet(weights, bands)
+        others = convert_resnet(weights, bands, wavelengths_nm)
         print(f'{path}: a ResNet, for baseline_deeplab.py --stem=seven')
     else:
         if isinstance(weights.get('model'), dict):  # MAE's files
@@ -207,6 +212,11 @@ def convert(path, meta, img_size=64, patch_size=8, whiten=0):
 
 
 # ============ the way back ============
+
+def statistics_of(out):
+    """vit.pth -> vit.npz, which an export writes beside it"""
+    return os.path.splitext(out)[0] + '.npz'
+
 
 def export(path, out, form='timm'):
     """Write an encoder of ours as plain tensors that load with strict=True into timm's ViT ('timm')
@@ -249,7 +259,7 @@ def export(path, out, form='timm'):
                             act_layer='torch.nn.SiLU')
     save_checkpoint(out, {name: value.clone() for name, value in weights.items()})
     mean, matrix = standardization(encoder.meta, encoder.whiten)
-    statistics = os.path.splitext(out)[0] + '.npz'
+    statistics = statistics_of(out)
     matrix = matrix if matrix.ndim == 2 else torch.diag(matrix)
     np.savez(statistics, mean=mean.numpy(), matrix=matrix.numpy())
     arguments = ', '.join(f'{name}={value}' for name, value in options.items())
@@ -262,6 +272,45 @@ vit.load_state_dict(torch.load({out!r}, weights_only=True))
 mean, matrix = map(torch.from_numpy, numpy.load({statistics!r}).values())
 x = torch.einsum('kc,bchw->bkhw', matrix, raw - mean[:, None, None])
 features = vit.eval().forward_features(x)'''
+
+
+# ============ what may be written ============
+
+def is_statistics(path):
+    """Whether a file is the .npz of an export, and not a scene or another array of the user's"""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return set(archive.namelist()) == {'mean.npy', 'matrix.npy'}
+
+
+def was_written_here(out):
+    """Whether the file `out` is one of this tool. An export has no mark but the .npz beside it."""
+    try:
+        content = load_checkpoint(out)
+    except UserError:  # no checkpoint at all
+        return False
+    if 'script' in content:
+        return content['script'] == 'convert_weights.py'
+    return is_statistics(statistics_of(out))
+
+
+def check_out(out, source, exporting):
+    """Refuses an --out where something would be lost: the file `source` that is read, a run, or
+    any other file that this tool did not write. With `exporting` a .npz is written as well."""
+    if out.lower().endswith('.npz'):
+        raise UserError(f'{out}: .npz is the ending of the statistics that an export writes beside '
+                        'the weights: choose another --out, as vit.pth or last.pt')
+    if os.path.exists(out):
+        if os.path.exists(source) and os.path.samefile(out, source):
+            raise UserError(f'{out}: is the file that is read: choose another --out')
+        if not was_written_here(out):
+            raise UserError(f'{out}: is there, and was not written by this tool: choose another '
+                            '--out, or move that file away')
+    statistics = statistics_of(out)
+    if exporting and os.path.exists(statistics) and not is_statistics(statistics):
+        raise UserError(f'{statistics}: is there, and an export would replace it by the mean and '
+                        'matrix of its input: choose another --out, or move that file away')
 
 
 if __name__ == '__main__':
@@ -280,6 +329,7 @@ if __name__ == '__main__':
     parser.add_argument('--form', default='timm', choices=('timm', 'dinov2'),
                         help='with --export: whose names')
     flags = parser.parse_args()
+    check_out(flags.out, flags.export or flags.weights, bool(flags.export))
     os.makedirs(os.path.dirname(flags.out) or '.', exist_ok=True)
     if flags.export:
         lines = export(flags.export, flags.out, flags.form)
