@@ -1963,7 +1963,8 @@ def read_prisma(path, arrays):
         blocks = [cube.read((rows, slice(None), cols)) for cube in cubes.values()]
         return np.concatenate(blocks, 1)[:, order].transpose(1, 0, 2)
     cube = Lazy((len(order), H, W), cubes['Vnir'].dtype, read)
-    words = f'PRISMA {level}, {"radiance" if level == "L1" else "reflectance"} of two detectors'
+    quantity = 'radiance' if level in ('L1', 'L2B') else 'reflectance'
+    words = f'PRISMA {level}, {quantity} of two detectors'
     notes, bands = [shape_note(cube, words)], None
 
     # outside of the image all bands are 0; a 0 of level 2 inside is a retrieval that failed, and

@@ -718,6 +718,8 @@ def test_prisma_l1_is_radiance_in_the_geometry_of_the_sensor(tmp_path):
     expected[:, :, 0] = np.nan
     np.testing.assert_allclose(scene.cube, expected, rtol=1e-5)
     assert scene.geotags == () and len(scene.cube) == 8 and told(scene, 'radiance')
+    for level, quantity in (('L2B', 'radiance'), ('L2C', 'reflectance')):
+        assert told(read(prisma(tmp_path / f'PRS_{level}_STD_1.he5', level)[0]), f'PRISMA {level}, {quantity}')
 
 
 def test_emit_bands_fill_value_and_missing_map(tmp_path):
