@@ -15,6 +15,7 @@ import math
 import os
 import re
 import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -815,6 +816,9 @@ def build_segmenter(encoder, num_classes, decoder, freeze, pixel):
     if decoder == 'conv':
         head = ConvHead(in_dim, num_classes, encoder.patch_size)
     elif decoder == 'transformer':
+        if not hasattr(encoder.blocks[0], 'attn'):
+            raise UserError('--decoder=transformer has as many heads as the blocks of the encoder, '
+                            'and these have no attention: choose another decoder')
         head = TransformerHead(in_dim, num_classes, encoder.blocks[0].attn.num_heads)
     else:
         head = LinearHead(in_dim, num_classes)
@@ -1038,6 +1042,7 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
 def save_checkpoint(path, content):
     """Atomic: a kill or a full disk leaves the file before as it was. Refuses what could not be
     read again."""
+    content = {**content, 'code': code_of(content.get('script', ''))}
     try:
         with open(f'{path}.tmp', 'wb') as file:
             torch.save(content, file)
@@ -1052,6 +1057,16 @@ def save_checkpoint(path, content):
         raise UserError(f'{path}: could not be written ({one_line(error)}): make room, or choose '
                         'another place, and run the same command again; the checkpoint before is '
                         'as it was') from None
+
+
+def code_of(script):
+    """A number that is another one when a script, models.py or data.py was changed"""
+    folder, number = os.path.dirname(os.path.abspath(__file__)), 0
+    for name in (os.path.basename(script), 'models.py', 'data.py'):
+        with contextlib.suppress(OSError):
+            with open(os.path.join(folder, name), 'rb') as file:
+                number = zlib.crc32(file.read(), number)
+    return number
 
 
 def load_checkpoint(path):
@@ -1101,6 +1116,9 @@ def resume_from(path, script, config, meta):
     if changed:
         raise UserError(f'{path}: is of a run on other data: {" and ".join(changed)} in meta.json '
                         f'of {config["data"]} are not the same: {advice}')
+    if checkpoint.get('code') != code_of(script):
+        print(f'{path}: the code has changed since it was written, and this run goes on with '
+              f'the new one: for a run of the new code alone {advice}')
     return checkpoint
 
 
@@ -1122,7 +1140,8 @@ def built_again(path):
         yield
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f'{path}: its network cannot be built again ({one_line(error)}): pass the '
-                        'last.pt or best.pt of a run') from None
+                        'last.pt or best.pt of a run, and of a network of your own make '
+                        'models.build_encoder build it') from None
 
 
 def add_run(network, checkpoint):
@@ -1229,10 +1248,11 @@ def encoder_shape(path, checkpoint=None):
     if not path:
         return {}
     args = checkpoint['encoder_args'] if checkpoint else load_encoder(path).args
-    defaults = inspect.signature(ViT).parameters
+    known = {name: value.default for name, value in inspect.signature(ViT).parameters.items()}
+    known = known | args if 'num_heads' in args else args  # a network of one's own has its own
     shared = ('embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'ffn', 'num_register_tokens',
               'init_values')
-    return {name: args.get(name, defaults[name].default) for name in shared}
+    return {name: known[name] for name in shared if name in known}
 
 
 def resize_positions(weights, like):

@@ -54,7 +54,7 @@ from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by,
                   demo_if_missing, draw_crops, draw_probe, kept_meta, lock_directory,
                   next_command, plain_errors, probe, probe_floors, probe_splits, read_flags,
                   save_figure, standardization, standardize, standardize_rows)
-from models import (SIZES, DINOHead, SpatialSpectralViT, all_rows, dense_features, encoder_shape,
+from models import (SIZES, DINOHead, all_rows, build_encoder, dense_features, encoder_shape,
                     native_bfloat16, parameter_groups, resume_from, save_checkpoint, start_from)
 
 # Each line `name = value  # help` is a flag, --name=other; `a | b: ` in its help are the choices.
@@ -71,7 +71,7 @@ blur = 0.3  # probability that a crop is blurred
 gain = 0.02  # all bands times a factor of 1 +- this: illumination
 offset = 0.1  # all bands plus +- this many standard deviations: haze
 noise = 0.5  # largest standard deviation of white noise, on standardised values
-band_dropout = 0.3  # probability that a crop lacks a run of neighbouring bands
+band_dropout = 0.3  # probability that a crop lacks a run of bands; after whitening
 jitter = 0.0  # of contrast and brightness; 0.4 in the dissertation
 solarize = 0.0  # probability that values above the mean are mirrored; dissertation 0.2
 # ---- model
@@ -472,7 +472,7 @@ def build_model(meta, shape={}):
     encoder_args.update(spectral_patch_size=spectral_patch_size, fusion=fusion,
                         wavelengths_nm=meta['wavelengths_nm'])
     encoder_args.update(shape)
-    encoder = SpatialSpectralViT(**encoder_args)
+    encoder = build_encoder(encoder_args)  # models.SpatialSpectralViT, by its `fusion`
     head = DINOHead(encoder.embed_dim, out_dim, hidden_dim, bottleneck_dim)
     return SelfDistillation(Branch(encoder, head)), encoder_args
 
@@ -595,6 +595,7 @@ if __name__ == '__main__':
     if init_from and not checkpoint:
         print(start_from(init_from, model, __file__, whiten, meta))
     groups = parameter_groups(model, weight_decay)
+    # any other optimizer needs fused=True as well: see "update the weights"
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
     # ---- shell: resume

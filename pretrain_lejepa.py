@@ -44,8 +44,8 @@ from data import (Light, Statistics, Tiles, UserError, augment_spectra, crop_by,
                   demo_if_missing, draw_crops, draw_probe, kept_meta, lock_directory,
                   next_command, plain_errors, probe, probe_floors, probe_splits, read_flags,
                   save_figure, standardization, standardize, standardize_rows)
-from models import (SIZES, ViT, all_rows, dense_features, encoder_shape, native_bfloat16,
-                    parameter_groups, resume_from, save_checkpoint, start_from)
+from models import (SIZES, all_rows, build_encoder, dense_features, encoder_shape,
+                    native_bfloat16, parameter_groups, resume_from, save_checkpoint, start_from)
 
 # Each line `name = value  # help` is a flag, --name=other; `a | b: ` in its help are the choices.
 # ---- data
@@ -61,7 +61,7 @@ blur = 0.3  # probability that a crop is blurred
 gain = 0.02  # all bands times a factor of 1 +- this: illumination
 offset = 0.1  # all bands plus +- this many standard deviations: haze
 noise = 0.5  # largest standard deviation of white noise, on standardised values
-band_dropout = 0.3  # probability that a crop lacks a run of neighbouring bands
+band_dropout = 0.3  # probability that a crop lacks a run of bands; after whitening
 # ---- model
 size = 'tiny'  # tiny | small | base: the network, and what goes with it (PRESETS)
 patch_size = 4  # side of a patch, px
@@ -244,7 +244,7 @@ def build_model(meta, shape={}):
     encoder_args = dict(img_size=img_size, patch_size=patch_size, in_chans=meta['num_bands'],
                         **SIZES[size])
     encoder_args.update(shape)
-    return LeJEPA(ViT(**encoder_args)), encoder_args
+    return LeJEPA(build_encoder(encoder_args)), encoder_args  # models.ViT
 
 
 def check_constants(meta):
@@ -349,6 +349,7 @@ if __name__ == '__main__':
     if init_from and not checkpoint:
         print(start_from(init_from, model, __file__, whiten, meta))
     groups = parameter_groups(model, weight_decay)
+    # any other optimizer needs fused=True as well: see "update the weights"
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
     # ---- shell: resume

@@ -268,6 +268,7 @@ if __name__ == '__main__':
     if init_from and not checkpoint:
         print(start_from(init_from, model, __file__, whiten, meta))
     groups = parameter_groups(model, weight_decay)
+    # any other optimizer needs fused=True as well: see "update the weights"
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
     # ---- shell: resume

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import models
 from conftest import MAE_TINY, run
 from data import Tiles, UserError, kept_meta, standardization, standardize
 from models import (Attention, DeepLabV3Plus, MaskedAutoencoder, SpatialSpectralViT, ViT, build_segmenter, check_bands, dense_features, drop_path,
@@ -235,7 +236,7 @@ def test_data_of_other_bands_is_refused_with_the_command_that_makes_the_right_on
     check_bands(encoder.meta, components, 'last.pt')
 
 
-def test_resume_compares_constants_with_those_in_the_checkpoint(scene_data, tmp_path):
+def test_resume_compares_constants_with_those_in_the_checkpoint(scene_data, tmp_path, monkeypatch, capsys):
     path = f'{tmp_path}/last.pt'
     meta = Tiles(scene_data, 'tr').meta
     open(path + '.tmp', 'w').close()  # of a save that was cut off
@@ -243,6 +244,12 @@ def test_resume_compares_constants_with_those_in_the_checkpoint(scene_data, tmp_
     saved = {**content(ViT(16, 4, 7, 24, 1, 2), {}, meta, script='pretrain_dino.py'), 'config': {'lr': 1, 'out_dir': 'a', 'data': 'd'}, 'step': 5}
     save_checkpoint(path, saved)
     assert resume_from(path, '/home/pretrain_dino.py', {'lr': 1, 'out_dir': 'b', 'data': 'elsewhere'}, meta)['step'] == 5
+    assert capsys.readouterr().out == ''
+    with monkeypatch.context() as patch:  # a fork goes on with an old run, and is told
+        patch.setattr(models, 'code_of', lambda script: 1)
+        assert resume_from(path, 'pretrain_dino.py', {'lr': 1}, meta)['step'] == 5
+    assert 'the code has changed since it was written' in capsys.readouterr().out
+    assert len({models.code_of(name) for name in ('pretrain_dino.py', 'pretrain_mae.py', 'none.py')}) == 3
     with pytest.raises(UserError, match=r'other constants: lr \(1 there, 2 now\), new \(None there, 3 now\): pass another'):
         resume_from(path, 'pretrain_dino.py', {'lr': 2, 'out_dir': 'a', 'new': 3}, meta)
     with pytest.raises(UserError, match='was written by pretrain_dino.py: pass another'):
@@ -274,3 +281,37 @@ def test_a_run_of_ours_starts_another_of_the_same_network_at_another_size(scene_
     start_from(path, hsi(15), 'pretrain_dino_hsi.py', 3)
     with pytest.raises(UserError, match='does not fit this network'):
         start_from(path, hsi(20), 'pretrain_dino_hsi.py', 3)
+
+
+class OwnEncoder(torch.nn.Module):
+    """A network of convolutions, as a fork may bring it"""
+
+    def __init__(self, in_chans, width=8):
+        super().__init__()
+        self.patch_size, self.img_size, self.in_chans, self.embed_dim, self.num_prefix_tokens = 4, 16, in_chans, width, 0
+        self.embed = torch.nn.Conv2d(in_chans, width, 4, stride=4)
+        self.blocks = torch.nn.ModuleList(torch.nn.Conv2d(width, width, 3, padding=1) for _ in range(4))
+        self.prepare = models.prepare.__get__(self)
+
+    def get_intermediate_layers(self, x, n=4):
+        maps = [self.embed(x)]
+        for block in self.blocks:
+            maps.append(maps[-1] + torch.nn.functional.gelu(block(maps[-1])))
+        return maps[-n:]
+
+
+def test_an_encoder_of_ones_own_is_loaded_judged_and_started_from(scene_data, tmp_path, monkeypatch):
+    meta = Tiles(scene_data, 'tr').meta
+    path, own = f'{tmp_path}/last.pt', OwnEncoder(7)
+    saved = content(torch.nn.ModuleDict({'encoder': own}), {'in_chans': 7, 'width': 8}, meta, script='fork.py')
+    save_checkpoint(path, saved | {'config': {'whiten': 3, 'data': scene_data}})
+    with pytest.raises(UserError, match='make models.build_encoder build it'):
+        models.load_encoder(path)
+    monkeypatch.setattr(models, 'build_encoder', lambda args: OwnEncoder(**args))
+    x = torch.randn(2, 7, 16, 16)
+    torch.testing.assert_close(dense_features(models.load_encoder(path), x), dense_features(own.eval(), x))
+    assert models.encoder_shape(path) == {}  # nothing of a ViT's
+    for decoder in ('linear', 'conv'):
+        assert build_segmenter(own, 3, decoder, True, True)(x).shape == (2, 3, 16, 16)
+    with pytest.raises(UserError, match='these have no attention'):
+        build_segmenter(own, 3, 'transformer', True, True)

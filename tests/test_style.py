@@ -68,7 +68,7 @@ def test_lejepa_is_dino_without_a_teacher():
 def test_the_second_stream_is_what_tells_the_two_dino_scripts_apart():
     pair = [read(name).splitlines() for name in ('pretrain_dino.py', 'pretrain_dino_hsi.py')]
     changed = [line for line in difflib.ndiff(*pair) if line[:2] in ('- ', '+ ')]
-    assert len(changed) < 120
+    assert len(changed) < 120, f"{len(changed)} lines differ: the two scripts are copies but for the second stream"
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
