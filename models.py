@@ -1042,7 +1042,8 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
 def save_checkpoint(path, content):
     """Atomic: a kill or a full disk leaves the file before as it was. Refuses what could not be
     read again."""
-    content = {**content, 'code': code_of(content.get('script', ''))}
+    if 'script' in content:  # of a run, not weights alone
+        content = {**content, 'code': code_of(content['script'])}
     try:
         with open(f'{path}.tmp', 'wb') as file:
             torch.save(content, file)
