@@ -1690,6 +1690,9 @@ def next_command(script, **flags):
     return shlex.join([python, path, *(f'--{name}={value}' for name, value in flags.items())])
 
 
+HOW_READ = ('axes', 'nodata', 'drop_bands', 'keep_bad_bands')  # settings that read_scene takes
+
+
 def scene_flags(meta):
     """-> flags of tools/map_scene.py for the last of the scenes that the tiles of `meta` were cut
     from: where it is, and how the tiler was told to read it"""
@@ -1699,8 +1702,7 @@ def scene_flags(meta):
         path = os.path.join(settings['root'], split, 'image', file)
     if not os.path.exists(split_name(path)[0]):  # it lies where the tiler ran, or once was
         path = 'SCENE'
-    told = {name: settings.get(name)
-            for name in ('axes', 'nodata', 'drop_bands', 'keep_bad_bands')}
+    told = {name: settings.get(name) for name in HOW_READ}
     return {'scene': path} | {name: value for name, value in told.items()
                               if value not in ('', None) and value is not False}
 

@@ -1043,7 +1043,8 @@ def save_checkpoint(path, content):
     """Atomic: a kill or a full disk leaves the file before as it was. Refuses what could not be
     read again."""
     if 'script' in content:  # of a run, not weights alone
-        content = {**content, 'code': code_of(content['script'])}
+        script = content['script']
+        content = {**content, 'code': RUNNING.get(script) or code_of(script)}
     try:
         with open(f'{path}.tmp', 'wb') as file:
             torch.save(content, file)
@@ -1060,10 +1061,13 @@ def save_checkpoint(path, content):
                         'as it was') from None
 
 
+RUNNING = {}  # script -> code_of() it when its run began: files may be edited while it goes on
+
+
 def code_of(script):
     """A number that is another one when a script, models.py or data.py was changed"""
     folder, number = os.path.dirname(os.path.abspath(__file__)), 0
-    for name in (os.path.basename(script), 'models.py', 'data.py'):
+    for name in (script, 'models.py', 'data.py'):
         with contextlib.suppress(OSError):
             with open(os.path.join(folder, name), 'rb') as file:
                 number = zlib.crc32(file.read(), number)
@@ -1098,14 +1102,16 @@ MAY_CHANGE = ('out_dir', 'max_steps', 'log_every', 'eval_every', 'save_every', '
 
 def resume_from(path, script, config, meta):
     """The checkpoint at `path`, or None. Refuses that of another script, of other constants than
-    `config` (but for MAY_CHANGE), and of other data than `meta` tells of."""
+    `config` (but for MAY_CHANGE), and of other data than `meta` tells of. Other code is said."""
+    script = os.path.basename(script)
+    RUNNING[script] = code_of(script)
     with contextlib.suppress(FileNotFoundError):
         os.remove(path + '.tmp')  # of a save that was cut off
     if not os.path.exists(path):
         return None
     checkpoint = load_run(path)
     advice = 'pass another --out_dir'
-    if checkpoint['script'] != os.path.basename(script):
+    if checkpoint['script'] != script:
         raise UserError(f'{path}: was written by {checkpoint["script"]}: {advice}')
     old = checkpoint['config']
     changed = [f'{name} ({old.get(name)} there, {value} now)' for name, value in config.items()
@@ -1117,7 +1123,7 @@ def resume_from(path, script, config, meta):
     if changed:
         raise UserError(f'{path}: is of a run on other data: {" and ".join(changed)} in meta.json '
                         f'of {config["data"]} are not the same: {advice}')
-    if checkpoint.get('code') != code_of(script):
+    if checkpoint.get('code') != RUNNING[script]:
         print(f'{path}: the code has changed since it was written, and this run goes on with '
               f'the new one: for a run of the new code alone {advice}')
     return checkpoint
@@ -1230,12 +1236,11 @@ def check_bands(own_meta, meta, path):
     if not same:
         settings = own_meta.get('settings', {})
         bands = settings.get('bands') or ','.join(f'{nm:g}' for nm in own or [])
-        flags = f'--bands={bands}' if bands else 'the bands of its own data'
-        if settings.get('normalize') == 'scene':
-            flags += ' --normalize=scene'
+        how = f'python data.py tile --bands={bands}' if bands else 'the bands of its own data'
+        if bands and settings.get('normalize') == 'scene':
+            how += ' --normalize=scene'
         raise UserError(f'{path}: the network was trained on {count} bands, and those of the data '
-                        f'({meta["num_bands"]}) are others: tile the scenes again with '
-                        f'{"python data.py tile " if bands else ""}{flags}')
+                        f'({meta["num_bands"]}) are others: tile the scenes again with {how}')
     if own_meta.get('components') != meta.get('components'):
         raise UserError(f'{path}: the network was trained on the principal components of other '
                         'data, which mean something else here: pass the data it was trained on')
@@ -1249,11 +1254,12 @@ def encoder_shape(path, checkpoint=None):
     if not path:
         return {}
     args = checkpoint['encoder_args'] if checkpoint else load_encoder(path).args
-    known = {name: value.default for name, value in inspect.signature(ViT).parameters.items()}
-    known = known | args if 'num_heads' in args else args  # a network of one's own has its own
+    if 'num_heads' in args:  # a ViT, and no network of one's own
+        parameters = inspect.signature(ViT).parameters.items()
+        args = {name: value.default for name, value in parameters} | args
     shared = ('embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'ffn', 'num_register_tokens',
               'init_values')
-    return {name: known[name] for name in shared if name in known}
+    return {name: args[name] for name in shared if name in args}
 
 
 def resize_positions(weights, like):

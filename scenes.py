@@ -743,6 +743,11 @@ def settle_labels(scene, where, missing):
     return say(scene, f'labels: pixels of {number} ({listed}), {counts[0]:,} unlabelled')
 
 
+def fractions(array):
+    """-> its values that are no whole numbers, nor missing"""
+    return array[np.isfinite(array) & (array != np.round(array))]
+
+
 def checked_labels(labels, path):
     """(H, W) of any type -> uint8; what are no class numbers is refused"""
     if labels.dtype.kind not in 'iubf':
@@ -750,9 +755,9 @@ def checked_labels(labels, path):
                         'as whole numbers')
     if labels.dtype.kind == 'f':
         labels = np.where(np.isfinite(labels), labels, 0)
-        fractions = labels[labels != np.round(labels)]
-        if fractions.size:
-            raise UserError(f'{path}: labels such as {fractions[0]:g} are no class numbers but '
+        found = fractions(labels)
+        if found.size:
+            raise UserError(f'{path}: labels such as {found[0]:g} are no class numbers but '
                             'values, as heights are: save whole numbers')
     lowest, highest = labels.min(), labels.max()
     if lowest < 0 or highest > 254:
@@ -1679,7 +1684,7 @@ def named_labels(scene, layers):
     if unfit and not labels:
         scene = say(scene, f'WARNING: not used, as the image has {pixels[0]} x {pixels[1]} pixels: '
                     f'{list_arrays(unfit)}. Labels are rows x columns, as the image')
-    for name in [name for name, layer in labels.items() if has_fractions(layer)]:
+    for name in [name for name, layer in labels.items() if fractions(layer).size]:
         scene = say(scene, f'WARNING: "{name}" is not taken for labels, as its values are no whole '
                     'numbers')
         del labels[name], maps[name]
@@ -1697,10 +1702,6 @@ def filled_with_0(stored):
     for text in attribute_list(stored.attrs, *NODATA_NAMES):
         raw = np.where(raw == read_number(text, []), 0, raw)
     return raw
-
-
-def has_fractions(array):
-    return array.dtype.kind == 'f' and bool((array[np.isfinite(array)] % 1).any())
 
 
 def attribute(attrs, *names):

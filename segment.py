@@ -108,19 +108,6 @@ def note_signal(number, frame):
 
 # ============ method ============
 
-def without_effect():
-    """-> flags of the command line that this run does not look at"""
-    idle = []
-    if encoder:
-        idle += ['size', 'img_size', 'patch_size', 'whiten']
-    if decoder == 'logistic':
-        idle += ['steps', 'max_steps', 'batch_size', 'lr', 'weight_decay']
-    if freeze or untrained or not encoder:
-        idle += ['layer_decay']
-    given = {word.split('=')[0] for word in sys.argv}
-    return [f'--{name}' for name in idle if f'--{name}' in given]
-
-
 def get_encoder(meta):
     """-> the encoder to be judged, with .args and .whiten as load_encoder() sets them; its name"""
     if not encoder:
@@ -158,6 +145,19 @@ def learning_rate(step):
     """From its peak down to 0, nearly on a straight line (the `poly` schedule)"""
     peak = lr or (1e-2 if freeze and decoder == 'linear' else 1e-3)
     return peak * (1 - step / steps) ** 0.9
+
+
+def without_effect():
+    """-> flags of the command line that this run does not look at"""
+    idle = []
+    if encoder:
+        idle += ['size', 'img_size', 'patch_size', 'whiten']
+    if decoder == 'logistic':
+        idle += ['steps', 'max_steps', 'batch_size', 'lr', 'weight_decay']
+    if freeze or untrained or not encoder:
+        idle += ['layer_decay']
+    given = {word.split('=')[0] for word in sys.argv}
+    return [f'--{name}' for name in idle if f'--{name}' in given]
 
 
 # ============ judge: batches with labels ============
@@ -257,8 +257,9 @@ if __name__ == '__main__':
     if decoder == 'logistic' and not (solvable and crop_size == tile_size):
         raise UserError('--decoder=logistic: a solved decoder takes a frozen encoder, whole tiles '
                         'and plain cross-entropy, no --augment: choose --decoder=linear')
-    if without_effect():
-        print('without effect in this run:', ', '.join(without_effect()))
+    idle = without_effect()
+    if idle:
+        print('without effect in this run:', ', '.join(idle))
     vit, method = get_encoder(meta)
     encoder_args = vit.args
     whiten = config['whiten'] = vit.whiten

@@ -23,8 +23,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from data import (UserError, Tiles, demo_if_missing, false_color, plain_errors, principal_colors,
-                  read_flags, read_scene, save_figure, valid_pixels)
+from data import (HOW_READ, UserError, Tiles, demo_if_missing, false_color, plain_errors,
+                  principal_colors, read_flags, read_scene, save_figure, valid_pixels)
 from models import check_bands, load_encoder, tiles_of
 
 encoders = 'runs/mae/last.pt'  # last.pt of one or several runs, separated by commas: a row each
@@ -162,8 +162,7 @@ def read_images(encoder, path, unit):
     if image:
         # read as the tiler was told to read the scenes of the encoder
         settings = encoder.meta.get('settings', {})
-        names = ('axes', 'nodata', 'drop_bands', 'keep_bad_bands')
-        asked = {name: settings[name] for name in names if name in settings}
+        asked = {name: settings[name] for name in HOW_READ if name in settings}
         scene = read_scene(image, **asked)
         print('\n  '.join([f'{image}:', *scene.notes]))
         meta = {**encoder.meta, 'num_bands': len(scene.cube), 'components': None,

@@ -379,8 +379,9 @@ def check_graphs():
 def timed(script, kind, *flags):
     if not enough_time(60):
         return
-    facts, log = run(script, f'base_{script}_{kind}', *base(BATCH[script], *flags))
-    keep(f'{script}, base, {kind}', {**facts, **speed(log, BATCH[script], script)})
+    batch = 2 if rehearse else BATCH[script]
+    facts, log = run(script, f'base_{script}_{kind}', *base(batch, *flags))
+    keep(f'{script}, base, {kind}', {**facts, **speed(log, batch, script)})
 
 
 def profiled(script, kind, *flags):

@@ -249,6 +249,13 @@ def test_resume_compares_constants_with_those_in_the_checkpoint(scene_data, tmp_
         patch.setattr(models, 'code_of', lambda script: 1)
         assert resume_from(path, 'pretrain_dino.py', {'lr': 1}, meta)['step'] == 5
     assert 'the code has changed since it was written' in capsys.readouterr().out
+    # a script that is edited while it runs saves the code that it began with
+    before = models.code_of('pretrain_dino.py')
+    resume_from(path, 'pretrain_dino.py', {'lr': 1}, meta)
+    with monkeypatch.context() as patch:
+        patch.setattr(models, 'code_of', lambda script: 1)
+        save_checkpoint(path, saved)
+    assert load_checkpoint(path)['code'] == before != 1
     assert len({models.code_of(name) for name in ('pretrain_dino.py', 'pretrain_mae.py', 'none.py')}) == 3
     with pytest.raises(UserError, match=r'other constants: lr \(1 there, 2 now\), new \(None there, 3 now\): pass another'):
         resume_from(path, 'pretrain_dino.py', {'lr': 2, 'out_dir': 'a', 'new': 3}, meta)

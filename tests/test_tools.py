@@ -429,7 +429,8 @@ def test_a_map_replaces_nothing_but_an_earlier_map(tmp_path):
     scene = numbered(tmp_path / 's.npz')
     for name in ('labels.png', 'report.json', 'labels.tif', 'shares.tif'):
         (tmp_path / name).write_text('{"scores": 1}')
-    for out, more, named in (('labels', [], 'labels.png'), ('report', [], 'report.json'),
+    (tmp_path / 'list.json').write_text('[1, 2]')
+    for out, more, named in (('list', [], 'list.json'), ('labels', [], 'labels.png'), ('report', [], 'report.json'),
                              ('other', [f'--probabilities={tmp_path}/shares.tif'], 'shares.tif')):
         with pytest.raises(UserError, match=f'{named}: is there already'):
             flags_of(scene, tmp_path / f'{out}.tif', *more)

@@ -71,7 +71,8 @@ def refuse_strangers(out, probabilities):
         earlier = read_json(stem + '.json') if names else {}
     except (OSError, ValueError, UserError):
         earlier = {}
-    if names and not (earlier and all(key.isdigit() for key in earlier)):
+    is_map = isinstance(earlier, dict) and earlier and all(key.isdigit() for key in earlier)
+    if names and not is_map:
         raise UserError(f'{names[0]}: is there already, and no earlier map wrote it: choose '
                         'another --out, or remove it')
 
@@ -317,7 +318,8 @@ def labels_to_draw(scene, meta):
               f'{scene.labels.max()}, the model knows {K} classes')
         return None
     stated = names != [f'class {k}' for k in range(1, K + 1)]
-    if scene.class_names and stated and scene.class_names[:K] != names[:len(scene.class_names)]:
+    differ = any(own != theirs for own, theirs in zip(scene.class_names or [], names))
+    if stated and differ:
         print('the picture leaves out the labels of the scene: its classes are '
               f'{", ".join(scene.class_names)}, those of the model {", ".join(names)}')
         return None
